@@ -1,0 +1,150 @@
+"""Chunk-aware attention: causal within each sequence, across the chunks of that sequence, without a mask.
+
+A dependent chunk attends to its prefix (not causal) and to itself (causal); the two results are merged by their log-sum-exp.
+The flash backward of each part, given the merged output and log-sum-exp, returns exactly that part's gradients, as in ring
+attention. On the CPU each part is one flash call on views of the group's K/V buffer; on CUDA the whole chunk, packed
+neighbours included, is one variable-length call, whose bottom-right causal rule is "prefix + own" by itself.
+
+Shape suffixes: T tokens, P prefix tokens, H query heads, G key/value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.attention import varlen  # noqa: F401  registers torch.ops.torch_attn
+
+from chunkflow.execution.state import ChunkTensors
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@torch.compiler.disable  # state is read and written here; the compiled block goes on behind it
+def chunk_attention(
+    q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, chunk: ChunkTensors, layer: int
+) -> torch.Tensor:
+    """Attention of one chunk in one layer, (T, H, D). H must be a multiple of G (grouped-query attention).
+
+    Leaves the chunk's keys and values in `chunk.state` for the chunks after it; in backward, adds to the gradients of the
+    chunks before it and takes what those after it left. Keys and values outside `chunk` are not autograd inputs.
+    """
+    return _ChunkAttention.apply(q_THD, k_TGD, v_TGD, chunk, layer)
+
+
+@torch.compiler.disable
+def store_keys_values(k_TGD: torch.Tensor, v_TGD: torch.Tensor, chunk: ChunkTensors, layer: int) -> None:
+    """All that is left of the last layer when only a chunk's K/V are wanted."""
+    chunk.state.write(layer, chunk.prefix, k_TGD, v_TGD)
+
+
+class _ChunkAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
+        if chunk.state is not None:
+            chunk.state.write(layer, chunk.prefix, k_TGD, v_TGD)
+        out_THD, extra = (_forward_cuda if q_THD.is_cuda else _forward_cpu)(q_THD, k_TGD, v_TGD, chunk, layer)
+        ctx.chunk, ctx.layer = chunk, layer
+        # With a state, keys and values are in its buffer already: saving them too would hold them twice. Views of that buffer
+        # must not be saved, since later chunks write into it.
+        keys_values = (k_TGD, v_TGD) if chunk.state is None else ()
+        ctx.save_for_backward(q_THD, out_THD, *extra, *keys_values)
+        ctx.extras = len(extra)
+        return out_THD
+
+    @staticmethod
+    def backward(ctx, dout_THD):
+        chunk, layer, state = ctx.chunk, ctx.layer, ctx.chunk.state
+        q_THD, out_THD, *rest = ctx.saved_tensors
+        extra, keys_values = rest[: ctx.extras], rest[ctx.extras :]
+        if state is not None:
+            keys_values = state.read(layer, chunk.prefix, chunk.prefix + q_THD.size(0))
+        backward = _backward_cuda if q_THD.is_cuda else _backward_cpu
+        dq, dk, dv, dk_prefix, dv_prefix = backward(dout_THD, q_THD, *keys_values, out_THD, extra, chunk, layer)
+        if state is not None:
+            left = state.exchange_gradients(layer, chunk.index, dk_prefix, dv_prefix)
+            if left is not None:
+                dk, dv = (left[0] + dk).to(dk.dtype), (left[1] + dv).to(dv.dtype)
+        return dq, dk, dv, None, None
+
+
+def _heads_first(x_THD: torch.Tensor) -> torch.Tensor:
+    return x_THD.transpose(0, 1).unsqueeze(0)  # (1, H, T, D), a view
+
+
+def _tokens_first(x_1HTD: torch.Tensor) -> torch.Tensor:
+    return x_1HTD.squeeze(0).transpose(0, 1)
+
+
+def _pieces(chunk: ChunkTensors) -> list[slice]:
+    """Each segment's tokens inside the chunk."""
+    return [slice(start, end) for start, end in zip(chunk.ends, chunk.ends[1:])]
+
+
+def _forward_cpu(q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
+    q, k, v = _heads_first(q_THD), _heads_first(k_TGD), _heads_first(v_TGD)
+    results = [_flash(q[:, :, piece], k[:, :, piece], v[:, :, piece], 0.0, True) for piece in _pieces(chunk)]
+    if chunk.prefix:
+        k_PGD, v_PGD = chunk.state.read(layer, 0, chunk.prefix)
+        own, own_lse = results[0]
+        past, past_lse = _flash(q[:, :, : chunk.lengths[0]], _heads_first(k_PGD), _heads_first(v_PGD), 0.0, False)
+        lse = torch.logaddexp(own_lse, past_lse)
+        share = torch.sigmoid(past_lse - own_lse).unsqueeze(-1)  # = exp(past_lse - lse)
+        out = own.to(share.dtype).lerp_(past.to(share.dtype), share).to(own.dtype)
+        results[0] = out, lse
+    if len(results) == 1:
+        out, lse = results[0]
+    else:
+        out = _heads_first(torch.cat([_tokens_first(out) for out, _ in results]))
+        lse = torch.cat([lse for _, lse in results], dim=2)
+    return _tokens_first(out), (lse,)
+
+
+def _backward_cpu(dout_THD, q_THD, k_TGD, v_TGD, out_THD, extra, chunk: ChunkTensors, layer: int):
+    dout, q, k, v, out = map(_heads_first, (dout_THD, q_THD, k_TGD, v_TGD, out_THD))
+    (lse,) = extra
+    results = [
+        _flash_backward(*(x[:, :, piece] for x in (dout, q, k, v, out, lse)), 0.0, True) for piece in _pieces(chunk)
+    ]
+    dk_prefix = dv_prefix = None
+    if chunk.prefix:
+        k_PGD, v_PGD = chunk.state.read(layer, 0, chunk.prefix)
+        dout0, q0, out0, lse0 = (x[:, :, : chunk.lengths[0]] for x in (dout, q, out, lse))
+        past = _flash_backward(dout0, q0, _heads_first(k_PGD), _heads_first(v_PGD), out0, lse0, 0.0, False)
+        results[0][0].add_(past[0])
+        dk_prefix, dv_prefix = _tokens_first(past[1]), _tokens_first(past[2])
+    if len(results) == 1:
+        dq, dk, dv = map(_tokens_first, results[0])
+    else:
+        dq, dk, dv = (torch.cat([_tokens_first(part) for part in parts]) for parts in zip(*results))
+    return dq, dk, dv, dk_prefix, dv_prefix
+
+
+def _group_keys_values(k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
+    """Keys and values that the one call on CUDA reads: the prefix and, behind it, the whole chunk."""
+    if chunk.state is None:
+        return k_TGD, v_TGD
+    return chunk.state.read(layer, 0, chunk.prefix + k_TGD.size(0))
+
+
+def _varlen_limits(chunk: ChunkTensors):
+    longest_key = max(chunk.prefix + chunk.lengths[0], *chunk.lengths)
+    return chunk.query_ends, chunk.key_ends, max(chunk.lengths), longest_key, True
+
+
+def _forward_cuda(q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
+    keys, values = _group_keys_values(k_TGD, v_TGD, chunk, layer)
+    grouped = q_THD.size(1) != keys.size(1)
+    out, lse, random_state = torch.ops.torch_attn._varlen_attn(
+        q_THD, keys, values, *_varlen_limits(chunk), window_size=[-1, 0], enable_gqa=grouped
+    )
+    return out, (lse, random_state)
+
+
+def _backward_cuda(dout_THD, q_THD, k_TGD, v_TGD, out_THD, extra, chunk: ChunkTensors, layer: int):
+    keys, values = _group_keys_values(k_TGD, v_TGD, chunk, layer)
+    lse, random_state = extra
+    dq, dk, dv = torch.ops.torch_attn._varlen_attn_backward(
+        dout_THD, q_THD, keys, values, out_THD, lse, *_varlen_limits(chunk), random_state, window_size=[-1, 0]
+    )
+    prefix = chunk.prefix
+    return dq, dk[prefix:], dv[prefix:], dk[:prefix], dv[:prefix]

@@ -1,0 +1,142 @@
+"""Chunk construction: sequence lengths -> groups of chunks (ChunkFlow, section 4.1). Pure Python, no torch.
+
+Sequences longer than `chunk_size` are cut, in order, into dependent chunks; all others are packed whole. The last chunk of
+a cut sequence is usually not full, and nothing in its group comes after it, so short sequences may be packed behind it
+without adding a dependency ("filled tails").
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from typing import NamedTuple
+
+
+class Segment(NamedTuple):
+    """A contiguous run of one sequence's tokens inside a chunk: tokens `start .. start + length - 1` of `sequence`."""
+
+    sequence: int  # index into the batch's list of lengths
+    start: int
+    length: int
+
+
+class Chunk(NamedTuple):
+    """The micro-batch: segments laid one behind the other. Only the first may be a part of a longer sequence."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(segment.length for segment in self.segments)
+
+    @property
+    def prefix(self) -> int:
+        """How many earlier tokens of the same sequence the first segment attends to."""
+        return self.segments[0].start
+
+
+class Group(NamedTuple):
+    """The chunks that share K/V state: N dependent chunks in order, or one standalone chunk."""
+
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(chunk.tokens for chunk in self.chunks)
+
+
+def whole_sequences(lengths: list[int]) -> list[Group]:
+    """One group of one chunk for each sequence, however long: the baseline that chunks are compared with."""
+    return [Group((Chunk((Segment(index, 0, length),)),)) for index, length in enumerate(lengths)]
+
+
+def build_groups(lengths: list[int], chunk_size: int, fill_tails: bool = True) -> list[Group]:
+    """Cuts and packs sequences of the given lengths (tokens, each at least 1) into groups, the longest group first.
+
+    The short sequences are packed by best-fit-decreasing, and by first-fit-decreasing too where that could save a chunk;
+    the fewer chunks count. Ties are broken by index, so that every rank builds the same groups.
+    """
+    tails: list[int] = []  # free tokens behind each long sequence
+    cut: list[list[Chunk]] = []
+    short: list[tuple[int, int]] = []  # (-length, index): sorts longest first, then by index
+    for index, length in enumerate(lengths):
+        if length <= chunk_size:
+            short.append((-length, index))
+            continue
+        starts = range(0, length, chunk_size)
+        cut.append([Chunk((Segment(index, start, min(chunk_size, length - start)),)) for start in starts])
+        tails.append(-length % chunk_size if fill_tails else 0)
+    short.sort()
+    bins = _best_fit(short, chunk_size, tails)
+    spare = sum(tails) + (len(bins) - len(tails)) * chunk_size + sum(negative for negative, _ in short)
+    if spare >= chunk_size:  # otherwise no packing needs fewer chunks
+        bins = min(bins, _first_fit(short, chunk_size, tails), key=len)  # on a tie the first, best-fit
+
+    groups = []
+    for chunks, neighbours in zip(cut, bins):
+        last = Chunk(chunks[-1].segments + tuple(Segment(index, 0, lengths[index]) for index in neighbours))
+        groups.append(Group((*chunks[:-1], last)))
+    for members in bins[len(cut) :]:
+        groups.append(Group((Chunk(tuple(Segment(index, 0, lengths[index]) for index in members)),)))
+    groups.sort(key=lambda group: (-group.tokens, group.chunks[0].segments[0].sequence))
+    return groups
+
+
+def _best_fit(short: list[tuple[int, int]], chunk_size: int, tails: list[int]) -> list[list[int]]:
+    """Puts each sequence into the bin that it leaves least room in; opens a bin when none has room.
+
+    Bins are kept by their free room: at most `chunk_size` different values, so a step costs one bisection.
+    """
+    bins: list[list[int]] = [[] for _ in tails]
+    by_room: dict[int, list[int]] = {}
+    for position, room in enumerate(tails):
+        by_room.setdefault(room, []).append(position)
+    rooms = sorted(by_room)
+    for negative, index in short:
+        place = bisect_left(rooms, -negative)
+        if place == len(rooms):
+            position, room = len(bins), chunk_size
+            bins.append([])
+        else:
+            room = rooms[place]
+            position = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[place]
+        bins[position].append(index)
+        room += negative
+        if room in by_room:
+            by_room[room].append(position)
+        else:
+            by_room[room] = [position]
+            insort(rooms, room)
+    return bins
+
+
+def _first_fit(short: list[tuple[int, int]], chunk_size: int, tails: list[int]) -> list[list[int]]:
+    """Puts each sequence into the first bin that has room. A tree of maxima finds that bin in log(bins) steps."""
+    size = 1
+    while size < len(tails) + len(short):
+        size *= 2
+    # a bin not opened yet has all its room: the first fit then opens the next one by itself
+    rooms = tails + [chunk_size] * (size - len(tails))
+    tree = [0] * size + rooms
+    for node in range(size - 1, 0, -1):
+        tree[node] = max(tree[2 * node], tree[2 * node + 1])
+    bins: list[list[int]] = [[] for _ in tails]
+    for negative, index in short:
+        node = 1
+        while node < size:
+            node *= 2
+            if tree[node] < -negative:
+                node += 1
+        position = node - size
+        if position == len(bins):
+            bins.append([])
+        bins[position].append(index)
+        tree[node] += negative
+        while node > 1:
+            node //= 2
+            best = max(tree[2 * node], tree[2 * node + 1])
+            if tree[node] == best:
+                break
+            tree[node] = best
+    return bins

@@ -1,0 +1,110 @@
+"""The state-aware schedule (ChunkFlow, section 4.2, corrected): a plan's groups -> a list of actions. Pure Python, no torch.
+
+Within a group of N chunks, at most k keep their activations. The first N - k run forward for their K/V only; the others keep
+their graph. Backward goes from the last chunk to the first, since a chunk's K/V gradient is complete only when every later
+chunk has sent its share; a chunk without activations is recomputed just before its backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from typing import NamedTuple
+
+from chunkflow.planning.chunks import Group
+
+
+class Kind(str, Enum):
+    FORWARD = "F"  # keeps the chunk's activations
+    FORWARD_STATE = "S"  # keeps the chunk's K/V only
+    RECOMPUTE = "R"  # a second forward, with activations
+    BACKWARD = "B"
+
+
+class Action(NamedTuple):
+    kind: Kind
+    group: int
+    chunk: int  # its place in the group
+
+
+def linear_schedule(chunks_per_group: Iterable[int], k: int) -> list[Action]:
+    """One stage's actions, group after group: exact, and never more than k chunks alive."""
+    actions = []
+    for group, count in enumerate(chunks_per_group):
+        discarded = max(0, count - k)
+        actions += [Action(Kind.FORWARD_STATE, group, chunk) for chunk in range(discarded)]
+        actions += [Action(Kind.FORWARD, group, chunk) for chunk in range(discarded, count)]
+        for chunk in reversed(range(count)):
+            if chunk < discarded:
+                actions.append(Action(Kind.RECOMPUTE, group, chunk))
+            actions.append(Action(Kind.BACKWARD, group, chunk))
+    return actions
+
+
+DUMMY = -1  # `Action.group` of a 1-token chunk without loss, which only keeps a rank's collectives in step
+
+
+def lockstep(chunks_per_group: Sequence[Sequence[int]], k: int) -> list[list[Action]]:
+    """Every rank's actions (from the chunk counts of its groups), so that all ranks run one template of forward and backward slots.
+
+    With parameters resharded between chunks (ZeRO-3), the n-th slot of each rank must be of the same kind, or gathers of
+    different layers meet. A slot is a backward if every rank has one to run, else a forward; who has nothing to run in it runs a
+    dummy. All K/V-only forwards come first, since ranks then alternate in step: for k = 1 the template has exactly
+    2 x (most backwards of a rank) + (most recomputed chunks of a rank) slots, and none is shorter. The price is that the K/V of
+    all of a rank's long groups are held from the start. At most k chunks of a rank are alive, dummies aside.
+    """
+    ranks = [_LockstepRank(counts, k) for counts in chunks_per_group]
+    while not all(rank.finished for rank in ranks):
+        backward = all(rank.can_backward() for rank in ranks)
+        for rank in ranks:
+            rank.backward() if backward else rank.forward()
+    return [rank.actions for rank in ranks]
+
+
+class _LockstepRank:
+    """One rank's place in its own work, while the common template is built."""
+
+    def __init__(self, counts: Sequence[int], k: int):
+        self.k = k
+        self.actions: list[Action] = []
+        groups = list(enumerate(counts))
+        self.forwards = [Action(Kind.FORWARD_STATE, g, c) for g, n in groups for c in range(n - k)]
+        self.forwards += [Action(Kind.FORWARD, g, c) for g, n in groups for c in range(max(0, n - k), n)]
+        self.forwards.reverse()  # the next one is popped from the end, as of the backwards
+        self.backwards = [Action(Kind.BACKWARD, g, c) for g, n in reversed(groups) for c in range(n)]
+        self.discarded = {(action.group, action.chunk) for action in self.forwards if action.kind is Kind.FORWARD_STATE}
+        self.live: set[tuple[int, int]] = set()
+        self.dummies = 0  # dummy forwards whose backward has not run
+
+    @property
+    def finished(self) -> bool:
+        return not self.backwards
+
+    def _next(self) -> tuple[int, int] | None:
+        """Group and chunk of the backward that comes next."""
+        return self.backwards[-1][1:] if self.backwards else None
+
+    def can_backward(self) -> bool:
+        return self.dummies > 0 or self._next() in self.live
+
+    def backward(self) -> None:
+        if self._next() in self.live:
+            self.live.discard(self._next())
+            self.actions.append(self.backwards.pop())
+        else:
+            self.dummies -= 1
+            self.actions.append(Action(Kind.BACKWARD, DUMMY, 0))
+
+    def forward(self) -> None:
+        due = self._next()
+        if due in self.discarded and due not in self.live:
+            self.live.add(due)
+            self.actions.append(Action(Kind.RECOMPUTE, *due))
+        elif self.forwards and (self.forwards[-1].kind is Kind.FORWARD_STATE or len(self.live) < self.k):
+            action = self.forwards.pop()
+            if action.kind is Kind.FORWARD:
+                self.live.add(action[1:])
+            self.actions.append(action)
+        else:
+            self.dummies += 1
+            self.actions.append(Action(Kind.FORWARD, DUMMY, 0))

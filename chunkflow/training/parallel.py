@@ -1,0 +1,140 @@
+"""Processes, device meshes, FSDP2: how one model becomes many ranks, with the same start and the same sums on any layout."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+def compute_dtype(config) -> torch.dtype:
+    """What the model computes in: fp64 parameters stay fp64, others follow training.mixed_precision_param."""
+    return DTYPES["float64" if config.training.dtype == "float64" else config.training.mixed_precision_param]
+
+
+def init_processes(config) -> tuple[torch.device, DeviceMesh]:
+    """Joins the process group that torchrun set up (alone: a group of one) and builds the data-parallel mesh.
+
+    The mesh is (dp_shard,) or, with replicas (HSDP), (dp_replicate, dp_shard).
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        os.environ.setdefault(name, value)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", timeout=timedelta(seconds=config.comm.init_timeout_seconds)
+    )
+    replicas = config.parallelism.data_parallel_replicate_degree
+    shape, names = (dist.get_world_size(),), ("dp_shard",)
+    if replicas > 1:
+        shape, names = (replicas, dist.get_world_size() // replicas), ("dp_replicate", "dp_shard")
+    logger.info(f"Building {len(shape)}-D device mesh with {list(names)}, {list(shape)}")
+    return device, init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+
+def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:
+    """Gives every process group the timeout for training: a rank that stops answering then ends the job, not a hang.
+
+    The groups of a mesh do not take init_process_group's timeout by themselves.
+    """
+    groups = [dist.group.WORLD, *mesh.get_all_groups()]
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def reshards(config, data_parallel_ranks: int) -> bool:
+    """Whether parameters are resharded after each forward (ZeRO-3): torchtitan's rule, except that one rank has no shards."""
+    setting = config.parallelism.fsdp_reshard_after_forward
+    return setting == "always" or (setting == "default" and data_parallel_ranks > 1)
+
+
+def apply_fsdp(model: nn.Module, mesh: DeviceMesh, config, reshard: bool) -> None:
+    """FSDP2 with one group a layer; embeddings, final norm and head belong to the root (tied ones must share a group).
+
+    Gradients are summed over ranks, never averaged: each rank's loss is divided by the targets of all ranks already.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype(config), reduce_dtype=max_precision(config.training.mixed_precision_reduce, config)
+    )
+    options = dict(mesh=mesh, mp_policy=policy)
+    if config.training.enable_cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy()
+    for layer in model.layers.values():
+        fully_shard(layer, reshard_after_forward=reshard, **options)
+    fully_shard(model, reshard_after_forward=False, **options)
+    for module in _fsdp_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def max_precision(name: str, config) -> torch.dtype:
+    """`name` as a dtype, but fp64 training reduces in fp64."""
+    return torch.float64 if config.training.dtype == "float64" else DTYPES[name]
+
+
+def begin_step(model: nn.Module, reshard: bool) -> None:
+    """Before the first chunk. Resharding ranks run in lockstep and reduce at every backward; the others keep parameters and
+    gradients whole until `before_last_backward`, and so need not agree on how many chunks they have."""
+    if not reshard:
+        model.set_requires_gradient_sync(False)
+        model.set_reshard_after_backward(False)
+
+
+def before_last_backward(model: nn.Module) -> None:
+    """From here on gradients are reduced, layer by layer, and parameters become shards again."""
+    model.set_requires_gradient_sync(True)
+    model.set_reshard_after_backward(True)
+
+
+def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Fills all parameters. Each is drawn whole from a generator seeded by (seed, its name), then cut: the same start on any
+    layout, whichever parameters this rank or stage has."""
+    for name, parameter in model.named_parameters():
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        whole = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        model.init_parameter(name, whole, generator)
+        if isinstance(parameter, DTensor):
+            copy_shard(parameter, whole)
+        else:
+            parameter.copy_(whole)
+
+
+def copy_shard(parameter: DTensor, whole: torch.Tensor) -> None:
+    """Copies this rank's part of a whole tensor into a parameter that is sharded along its first dimension."""
+    mesh = parameter.device_mesh
+    for dimension, placement in enumerate(parameter.placements):
+        if placement.is_shard():
+            parts = list(whole.chunk(mesh.size(dimension), dim=placement.dim))
+            rank = mesh.get_local_rank(dimension)
+            whole = parts[rank] if rank < len(parts) else whole.narrow(placement.dim, 0, 0)
+    parameter.to_local().copy_(whole)
+
+
+def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scales gradients so that their global norm is at most `max_norm`; returns the norm before, the same on all ranks."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -1,0 +1,105 @@
+"""Whole-sequence training written a second time, naively: what every chunked path is compared with.
+
+Attention is a full masked softmax and the loss a plain cross-entropy of all logits, so nothing of chunkflow.execution is trusted.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+from chunkflow.execution.executor import run_actions
+from chunkflow.execution.state import ChunkTensors
+from chunkflow.planning.chunks import Chunk, Group, Segment
+from chunkflow.planning.schedule import linear_schedule
+
+
+def naive_attention(q_THD, k_TGD, v_TGD, chunk, layer):
+    heads = q_THD.size(1) // k_TGD.size(1)
+    k_THD, v_THD = k_TGD.repeat_interleave(heads, 1), v_TGD.repeat_interleave(heads, 1)
+    scores = torch.einsum("qhd,khd->hqk", q_THD, k_THD) * q_THD.size(-1) ** -0.5
+    future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(future, float("-inf")).softmax(-1), v_THD)
+
+
+def naive_cross_entropy(hidden_TC, weight_VC, labels_T):
+    return F.cross_entropy(hidden_TC @ weight_VC.t(), labels_T, reduction="sum", ignore_index=-100)
+
+
+def random_sequences(lengths, vocabulary, seed, masked=0.3):
+    """(tokens, targets) of each length; targets are shifted already, some masked."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences = []
+    for length in lengths:
+        tokens = torch.randint(vocabulary, (length,), generator=generator)
+        targets = torch.cat([tokens[1:], torch.tensor([-100])])
+        targets[torch.rand(length, generator=generator) < masked] = -100
+        sequences.append((tokens, targets))
+    return sequences
+
+
+def chunk_tensors(groups: list[Group], sequences) -> list[list[ChunkTensors]]:
+    def cat(chunk, pick):
+        return torch.cat([pick(s)[s.start : s.start + s.length] for s in chunk.segments])
+
+    return [
+        [
+            ChunkTensors(
+                chunk,
+                index,
+                cat(chunk, lambda s: sequences[s.sequence][0]),
+                cat(chunk, lambda s: sequences[s.sequence][1]),
+                cat(chunk, lambda s: torch.arange(s.start + s.length)),
+            )
+            for index, chunk in enumerate(group.chunks)
+        ]
+        for group in groups
+    ]
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def whole_sequence_gradients(model, sequences):
+    """Loss (mean over all targets) and gradients of whole sequences, one by one, by the naive functions."""
+    module = sys.modules[type(model).__module__]
+    targets = sum(int((labels != -100).sum()) for _, labels in sequences)
+    model.zero_grad()
+    total = 0.0
+    with mock.patch.object(module, "chunk_attention", naive_attention), mock.patch.object(
+        module, "sliced_cross_entropy", naive_cross_entropy
+    ):
+        for tokens, labels in sequences:
+            whole = Chunk((Segment(0, 0, len(tokens)),))
+            loss = model(tokens, ChunkTensors(whole, 0, tokens, labels, torch.arange(len(tokens)))) / max(targets, 1)
+            loss.backward()
+            total += loss.item()
+    return total, gradients(model)
+
+
+def chunked_gradients(model, sequences, groups, k, actions=None):
+    """The same by the plan's groups and schedule; returns loss, gradients and the executor's counters."""
+    targets = sum(int((labels != -100).sum()) for _, labels in sequences)
+    model.zero_grad()
+    actions = actions or linear_schedule([len(group.chunks) for group in groups], k)
+    tensors = chunk_tensors(groups, sequences)
+    result = run_actions(model, groups, actions, tensors, max(targets, 1), torch.device("cpu"), lambda: None)
+    return result.loss_sum.item() / max(targets, 1), gradients(model), result
+
+
+def assert_same_gradients(ours, theirs, tolerance):
+    overall = torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
+    for name, expected in theirs.items():
+        scale = expected.norm() if expected.norm() > 0 else overall
+        error = (ours[name] - expected).norm()
+        assert error <= tolerance * scale, f"{name}: {error / scale:.1e}"
+
+
+def random_lengths(rng: random.Random, longest: int) -> list[int]:
+    count = rng.randint(1, 8)
+    return [rng.randint(1, longest) if rng.random() < 0.4 else rng.randint(1, max(1, longest // 5)) for _ in range(count)]

@@ -1,0 +1,153 @@
+"""The product: loss and every gradient of chunked training equal those of whole sequences."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from chunkflow.execution import executor
+from chunkflow.execution.state import KeyValueState
+from chunkflow.planning.chunks import build_groups, whole_sequences
+from chunkflow.planning.planner import live_chunks
+from chunkflow.planning.schedule import Action, Kind, linear_schedule
+from chunkflow.training.parallel import init_weights
+from models import families
+from tests.reference import (
+    assert_same_gradients,
+    chunk_tensors,
+    chunked_gradients,
+    random_lengths,
+    random_sequences,
+    whole_sequence_gradients,
+)
+
+SMALL = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=96)
+
+
+def small_model(family, dtype=torch.float64, **changes):
+    module = families[family]
+    model = module.Transformer(dataclasses.replace(module.flavors["debugmodel"], **{**SMALL, **changes}))
+    init_weights(model, seed=1)
+    with torch.no_grad():  # larger than a real start, so that attention is far from uniform
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+            else:  # norms and biases away from 1 and 0
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("family", families)
+@pytest.mark.parametrize("seed", range(12))
+def test_chunks_give_the_gradients_of_whole_sequences(family, seed):
+    rng = random.Random(f"{family}/{seed}")
+    heads, groups = rng.choice([(4, 4), (4, 2), (4, 1), (6, 3), (2, 1)])
+    model = small_model(family, n_heads=heads, n_kv_heads=groups, head_dim=rng.choice([4, 8, 16]), tied_embeddings=bool(seed % 2))
+    lengths = random_lengths(rng, 90)
+    chunk_size = rng.randint(1, 40)
+    k = rng.choice([1, 2, 3, 100])
+    sequences = random_sequences(lengths, 96, seed, masked=rng.choice([0.0, 0.3, 0.9]))
+    loss, expected = whole_sequence_gradients(model, sequences)
+    chunks = build_groups(lengths, chunk_size, fill_tails=rng.random() < 0.7)
+    rng.shuffle(chunks)
+    ours, got, result = chunked_gradients(model, sequences, chunks, k)
+    assert abs(ours - loss) <= 1e-10 * max(loss, 1e-30)
+    assert_same_gradients(got, expected, 1e-10)
+    assert result.peak_live_chunks <= k
+    ours, got, _ = chunked_gradients(model, sequences, whole_sequences(lengths), 1)  # chunkflow.enable = false
+    assert abs(ours - loss) <= 1e-10 * max(loss, 1e-30)
+    assert_same_gradients(got, expected, 1e-10)
+
+
+@pytest.mark.parametrize("family", families)
+def test_fp32(family):
+    model = small_model(family, torch.float32)
+    lengths = [75, 3, 40, 12]
+    sequences = random_sequences(lengths, 96, 0)
+    loss, expected = whole_sequence_gradients(model, sequences)
+    ours, got, _ = chunked_gradients(model, sequences, build_groups(lengths, 16), 2)
+    assert abs(ours - loss) <= 1e-5 * loss
+    assert_same_gradients(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_bf16_is_as_close_to_fp64_in_chunks_as_whole(k):
+    lengths = [75, 3, 40, 12]
+    sequences = random_sequences(lengths, 96, 0)
+    _, expected = whole_sequence_gradients(small_model("llama3"), sequences)
+
+    def error(groups):
+        _, got, _ = chunked_gradients(small_model("llama3", torch.bfloat16), sequences, groups, k)
+        return {name: ((got[name].double() - g).norm() / g.norm()).item() for name, g in expected.items()}
+
+    chunked, whole = error(build_groups(lengths, 16)), error(whole_sequences(lengths))
+    for name in expected:
+        assert chunked[name] < max(2.0 * whole[name], 0.01), name
+
+
+def test_a_packed_neighbour_does_not_leak():
+    """Other tokens in a neighbour change nothing else: not the loss of a sequence, not the gradients it sends."""
+    model = small_model("llama3")
+    groups = build_groups([30, 9, 7, 16], 20)
+    assert any(len(chunk.segments) > 1 and chunk.prefix for group in groups for chunk in group.chunks), "wants a filled tail"
+
+    def run(seed):
+        sequences = random_sequences([30, 9, 7, 16], 96, 0)
+        for index in (1, 2):  # other tokens, no targets
+            tokens, labels = random_sequences([9, 7], 96, seed)[index - 1]
+            sequences[index] = tokens, torch.full_like(labels, -100)
+        return chunked_gradients(model, sequences, groups, 1)
+
+    (loss, first, _), (other_loss, second, _) = run(1), run(2)
+    assert loss == other_loss
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_no_target_is_lost_at_a_boundary():
+    """The last token of a chunk predicts the first of the next: with every length and chunk size, L - 1 targets stay L - 1."""
+    for length in range(1, 24):
+        for chunk_size in range(1, 26):
+            sequences = random_sequences([length], 96, 0, masked=0.0)
+            groups = build_groups([length], chunk_size)
+            tensors = [chunk for group in chunk_tensors(groups, sequences) for chunk in group]
+            assert torch.equal(torch.cat([chunk.labels for chunk in tensors]), sequences[0][1])
+            assert torch.equal(torch.cat([chunk.positions for chunk in tensors]), torch.arange(length))
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_memory_follows_k(k, monkeypatch):
+    """Counted from outside: graphs that are alive, and K/V states after the step."""
+    states = []
+    monkeypatch.setattr(executor, "KeyValueState", lambda group: states.append(KeyValueState(group)) or states[-1])
+    model = small_model("qwen3")
+    sequences = random_sequences([95, 50, 10], 96, 0)
+    groups = build_groups([95, 50, 10], 10)
+    _, _, result = chunked_gradients(model, sequences, groups, k)
+    assert result.peak_live_chunks == k == live_chunks(linear_schedule([len(g.chunks) for g in groups], k))
+    tokens, layers, per_token = 95 + 50, SMALL["n_layers"], 2 * SMALL["n_kv_heads"] * SMALL["head_dim"] * 8
+    assert len(states) == 2 and result.peak_state_bytes < 2 * 105 * layers * per_token < 2 * tokens * layers * per_token
+    assert all(not gradients for state in states for gradients in state.gradients.values()), "gradients that nobody took"
+
+
+def test_wrong_orders_are_caught():
+    """Recomputing ascending, as the paper prints it, is not exact: the state refuses it."""
+    model = small_model("llama3")
+    sequences = random_sequences([40], 96, 0)
+    ascending = [Action(Kind.FORWARD, 0, chunk) for chunk in range(4)] + [Action(Kind.BACKWARD, 0, chunk) for chunk in range(4)]
+    with pytest.raises(AssertionError, match="backward of chunk 0, but chunk 3 comes first"):
+        chunked_gradients(model, sequences, build_groups([40], 10), 4, ascending)
+
+
+def test_forward_state_skips_what_nobody_reads():
+    model = small_model("qwen2")
+    calls = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, inputs, output, name=name: calls.append(name))
+    groups = build_groups([20], 10)
+    tensors = chunk_tensors(groups, random_sequences([20], 96, 0))[0]
+    chunk, chunk.state, chunk.state_only = tensors[0], KeyValueState(groups[0]), True
+    with torch.no_grad():
+        assert model(chunk.tokens, chunk) is None
+    assert "layers.1.feed_forward" in calls and "layers.2.attention.wk" in calls and sorted(chunk.state.buffers) == [0, 1, 2]
+    assert not {"norm", "output", "layers.2.feed_forward", "layers.2.attention.wq", "layers.2.attention.wo"} & set(calls)
