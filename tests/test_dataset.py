@@ -42,8 +42,8 @@ def write(tmp_path):
     def write(*rows, name="data.jsonl"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows]
-        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        rows = [json.dumps(row) if isinstance(row, dict) else row for row in rows]
+        path.write_bytes(b"".join((row.encode() if isinstance(row, str) else row) + b"\n" for row in rows))
         return path
 
     return write
@@ -77,21 +77,24 @@ def test_text(write, read, tokenizer):
 def test_prompt_and_completion(write, read, tokenizer):
     [(tokens, labels)] = rows_of(read(write({"prompt": "Add 1 and 2: ", "completion": "3"})))
     prompt, completion = tokenizer.encode("Add 1 and 2: "), tokenizer.encode("3")
-    assert tokens == [tokenizer.bos_id, *prompt, *completion, tokenizer.eos_id]
-    assert labels == [-100] * (1 + len(prompt)) + [*completion, tokenizer.eos_id]
+    assert tokens == [*prompt, *completion, tokenizer.eos_id]
+    assert labels == [-100] * len(prompt) + [*completion, tokenizer.eos_id]
 
 
 def test_messages(write, read, tokenizer):
     turns = [("system", "Be brief."), ("user", "1 + 2?"), ("assistant", "3"), ("tool", "ok"), ("assistant", "So it is.")]
     [(tokens, labels)] = rows_of(read(write({"messages": [{"role": role, "content": content} for role, content in turns]})))
-    expected_tokens, expected_labels = [tokenizer.bos_id], [-100]
+    expected_tokens, expected_labels = [], []
     for role, content in turns:
         before, after = tokenizer.encode(f"<|im_start|>{role}\n"), tokenizer.encode("\n")
         answer = tokenizer.encode(content) + tokenizer.encode("<|im_end|>")
         expected_tokens += before + answer + after
-        expected_labels += [-100] * len(before) + (answer if role == "assistant" else [-100] * len(answer)) + [-100] * len(after)
+        expected_labels += [-100] * len(before)
+        expected_labels += answer if role == "assistant" else [-100] * len(answer)
+        expected_labels += [-100] * len(after)
     assert tokens == expected_tokens and labels == expected_labels
-    assert tokenizer.decode(tokens).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1 + 2?<|im_end|>\n")
+    rendered = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1 + 2?<|im_end|>\n<|im_start|>assistant\n3<|im_end|>"
+    assert tokenizer.decode(tokens).startswith(rendered)
     assert tokenizer.decode([label for label in labels if label >= 0]) == "3<|im_end|>So it is.<|im_end|>"
 
 
@@ -126,7 +129,7 @@ def test_a_text_may_be_empty_where_there_are_bos_and_eos(write, read, tokenizer)
     tokenizer = CountingTokenizer()
     tokenizer.bos_id = tokenizer.eos_id = None
     tokenizer.digest = "another"
-    with pytest.raises(ValueError, match=r"data.jsonl:2: the text is empty, and the tokenizer has no BOS or EOS to add: remove"):
+    with pytest.raises(ValueError, match=r"data.jsonl:2: the text is empty, and the tokenizer has no BOS or EOS to add"):
         read(write({"text": "a"}, {"text": ""}), tokenizer=tokenizer)
 
 
@@ -151,8 +154,8 @@ BAD_ROWS = [
     ("[1, 2]", "[1, 2] is not a JSON object: a row is"),
     ('"text"', '"text" is not a JSON object'),
     ("null", "null is not a JSON object"),
-    ("{}", "none of the known keys (its keys: []): a row is"),
-    ('{"Text": "a"}', 'none of the known keys (its keys: ["Text"]): a row is'),
+    ("{}", "none of the known keys (it has []): a row is"),
+    ('{"Text": "a"}', 'none of the known keys (it has ["Text"]): a row is'),
     ('{"text": "a", "input_ids": [1]}', 'has both "text" and "input_ids": a row is'),
     ('{"messages": [], "completion": "a"}', 'has both "messages" and "completion"'),
     ('{"text": "a", "labels": [1]}', 'has both "text" and "labels"'),
@@ -169,8 +172,8 @@ BAD_ROWS = [
     ('{"messages": []}', '"messages" is an empty list'),
     ('{"messages": ["hello"]}', 'messages[0] is "hello": it must be an object with "role" and "content"'),
     ('{"messages": [{"role": "user"}]}', 'messages[0] has the keys ["role"]: it must be an object with'),
-    ('{"messages": [{"role": "user", "content": "a", "weight": 0}]}', 'has the keys ["role", "content", "weight"]: it must'),
-    ('{"messages": [{"role": "user", "content": "a"}, {"role": "gpt", "content": "b"}]}', 'messages[1] has the role "gpt": the role must'),
+    ('{"messages": [{"role": "user", "content": "a", "name": 0}]}', 'has the keys ["role", "content", "name"]: it must'),
+    ('{"messages": [{"role": "user", "content": ""}, {"role": "gpt", "content": "b"}]}', 'messages[1] has the role "gpt": rename'),
     ('{"messages": [{"role": [], "content": "a"}]}', "messages[0] has the role []"),
     ('{"messages": [{"role": "user", "content": null}]}', "messages[0].content is null: it must be a string"),
     ('{"input_ids": []}', '"input_ids" is empty: a sequence has at least one token, remove'),
@@ -182,7 +185,7 @@ BAD_ROWS = [
     ('{"input_ids": [-100]}', "input_ids[0] is -100: a token id is at least 0"),
     ('{"input_ids": [2048]}', "input_ids[0]: token id 2048 is not in the model's vocabulary of 2048 (0 to 2047): choose"),
     ('{"input_ids": [99999999999999999999]}', "token id 99999999999999999999 is not in the model's vocabulary"),
-    ('{"input_ids": [1, 2], "labels": [1]}', '"labels" has 1 entries, "input_ids" 2: give one label a token'),
+    ('{"input_ids": [1, 2], "labels": [1]}', '"labels" has 1 entries and "input_ids" 2: give one label a token'),
     ('{"input_ids": [1], "labels": null}', "labels is null: it must be a list of integers"),
     ('{"input_ids": [1], "labels": [false]}', "labels[0] is false: every entry must be an integer"),
     ('{"input_ids": [1, 2], "labels": [1, -1]}', "labels[1] is -1: a label is a token id, or -100 for no loss"),
@@ -190,8 +193,9 @@ BAD_ROWS = [
 ]
 
 
-@pytest.mark.parametrize("line, *fragments", BAD_ROWS, ids=range(len(BAD_ROWS)))
-def test_a_wrong_row_is_one_sentence_with_its_line(write, read, tmp_path, line, fragments):
+@pytest.mark.parametrize("case", BAD_ROWS, ids=range(len(BAD_ROWS)))
+def test_a_wrong_row_is_one_sentence_with_its_line(write, read, tmp_path, case):
+    line, *fragments = case
     path = write({"text": "good"}, "", line, {"text": "good"}, "{ a later error")
     with pytest.raises(ValueError) as error:
         read(path)
@@ -201,7 +205,7 @@ def test_a_wrong_row_is_one_sentence_with_its_line(write, read, tmp_path, line, 
     assert [entry.suffix for entry in (tmp_path / "cache").iterdir()] == [".lock"]  # nothing half-written stays
 
 
-@pytest.mark.parametrize("row", [{"text": "a"}, {"messages": [{"role": "user", "content": "a"}]}, {"prompt": "a", "completion": "b"}])
+@pytest.mark.parametrize("row", [{"text": "a"}, {"messages": []}, {"prompt": "a", "completion": "b"}])
 def test_text_without_a_tokenizer(write, read, row):
     with pytest.raises(ValueError, match=r"data.jsonl:2: the row has .* there is no tokenizer: set model.tokenizer_path, or give"):
         read(write({"input_ids": [1]}, row), tokenizer=None)
@@ -209,7 +213,7 @@ def test_text_without_a_tokenizer(write, read, row):
 
 def test_a_tokenizer_larger_than_the_model(write, read, tokenizer):
     small, large = {"input_ids": [1, 2]}, {"text": "$ ^ & and other rare things"}
-    with pytest.raises(ValueError, match=r"data.jsonl:2: token id \d+ is not in the model's vocabulary of 300 \(0 to 299\): choose"):
+    with pytest.raises(ValueError, match=r"data.jsonl:2: token id \d+ is not in the model's vocabulary of 300 "):
         read(write(small, large), vocab_size=300)
     # the same where the tokens are there already
     dataset = read(write(small, large, small))
@@ -233,16 +237,16 @@ def test_wrong_names_and_paths(write, read, tmp_path):
         assert "\n" not in str(error.value)
 
     (tmp_path / "empty").mkdir()
-    refused("", r'training.dataset_path is empty: training.dataset "jsonl" needs a \*.jsonl file')
+    refused("", r"training.dataset_path is empty: set it to a \*.jsonl file, a folder")
     refused(tmp_path / "nothing.jsonl", r"nothing.jsonl: no such file or folder")
-    refused("tatsu-lab/alpaca", r"tatsu-lab/alpaca: no such file .* Hugging Face hub are not read by name: save them as JSONL")
+    refused("tatsu-lab/alpaca", r"tatsu-lab/alpaca: no such file .* hub are not read by name: save them as JSONL")
     refused(tmp_path / "*.nothing", r"no file matches it as a pattern")
     refused(tmp_path / "empty", r"empty: no \*.jsonl file in this folder: only JSONL is read")
     for kind in ("parquet", "json", "csv", "jsonl.gz"):
-        refused(write({"text": "a"}, name=f"data.{kind}"), rf"data.{kind}: only \*.jsonl files are read, .* convert it")
+        refused(write({"text": "a"}, name=f"data.{kind}"), rf"data.{kind}: only \*.jsonl files are read, .*: convert it")
     refused(tmp_path / "data.*", r"data.csv: only \*.jsonl files are read")
-    refused(write("", " ", name="blank.jsonl"), r"blank.jsonl: there is no sequence in it to train on: choose another")
-    refused("somewhere", r'training.dataset_path is "somewhere": python_stdlib takes none, remove it', name="python_stdlib")
+    refused(write("", " ", name="blank.jsonl"), r"blank.jsonl: there is no sequence in it: choose another")
+    refused("somewhere", r'training.dataset_path is "somewhere" and python_stdlib takes none: remove it', name="python_stdlib")
     refused("", r'training.dataset is "c4": choose "python_stdlib", "jsonl" or "synthetic"', name="c4")
     with pytest.raises(ValueError, match="python_stdlib is text and there is no tokenizer: set model.tokenizer_path"):
         read("", name="python_stdlib", tokenizer=None)
@@ -275,7 +279,8 @@ def test_files_folders_and_patterns(write, read, tmp_path):
     folder = tmp_path / "in [1]"
     assert jsonl_files(str(folder)) == [str(folder / name) for name in ("a.jsonl", "b.jsonl", "sub/deep/c.jsonl")]
     assert jsonl_files(str(folder / "b.jsonl")) == [str(folder / "b.jsonl")]
-    assert jsonl_files(str(tmp_path / "in*" / "**" / "[bc].jsonl")) == [str(folder / name) for name in ("b.jsonl", "sub/deep/c.jsonl")]
+    pattern = str(tmp_path / "in*" / "**" / "[bc].jsonl")
+    assert jsonl_files(pattern) == [str(folder / name) for name in ("b.jsonl", "sub/deep/c.jsonl")]
     assert [tokens for tokens, _ in rows_of(read(folder))] == [[1], [0], [2]]
     assert read(folder).source(2) == f"{folder / 'sub/deep/c.jsonl'}:1"
 
@@ -297,7 +302,8 @@ def test_the_library_holds_each_file_whole_in_order(stdlib):
     root = sysconfig.get_paths()["stdlib"]
     paths = [Path(stdlib.source(index).removesuffix(":1")).relative_to(root) for index in range(len(stdlib))]
     assert [path.as_posix() for path in paths] == sorted(path.as_posix() for path in paths)
-    assert not {"site-packages", "dist-packages", "test", "tests", "idle_test"} & {part for path in paths for part in path.parts}
+    parts = {part for path in paths for part in path.parts}
+    assert not {"site-packages", "dist-packages", "test", "tests", "idle_test"} & parts
     assert {"abc.py", "json/decoder.py", "asyncio/tasks.py"} <= {path.as_posix() for path in paths}
     tokenizer = Tokenizer()
     for index in range(0, len(stdlib), 40):
@@ -321,7 +327,7 @@ def test_python_files_in_their_own_encoding(tmp_path, read, monkeypatch, tokeniz
     assert tokenizer.decode(rows_of(dataset)[1][0]) == "# coding: latin-1\nname = 'é'\n"
     for content in (b"name = '\xe9'\n", b"# coding: klingon\n", b"\n" * 9 + b"# a coding too late to be declared: \xe9"):
         (root / "package.py").write_bytes(content)
-        with pytest.raises(ValueError, match=r"package.py:1: this file of Python's library cannot be read \(.+\): repair or remove it"):
+        with pytest.raises(ValueError, match=r"package.py:1: this file of Python's library cannot be read \(.+\): repair"):
             read("", name="python_stdlib")
 
 
@@ -358,7 +364,8 @@ def test_where_the_cache_is(write, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("CHUNKFLOW_CACHE", str(tmp_path / "own"))
-    for variable, folder in [("CHUNKFLOW_CACHE", "own"), ("XDG_CACHE_HOME", "xdg/chunkflow"), ("HOME", "home/.cache/chunkflow")]:
+    folders = {"CHUNKFLOW_CACHE": "own", "XDG_CACHE_HOME": "xdg/chunkflow", "HOME": "home/.cache/chunkflow"}
+    for variable, folder in folders.items():  # the first that is set counts
         open_dataset("jsonl", str(path), tokenizer, vocab_size=2048, seed=0)
         assert len(list((tmp_path / folder).glob("*/tokens.bin"))) == 1
         monkeypatch.delenv(variable)
@@ -379,7 +386,8 @@ def test_tokens_are_mapped_and_small(write, read, tmp_path):
 
 
 def test_labels_are_stored_from_the_first_that_differs(write, read, tmp_path):
-    rows = [{"input_ids": [1, 2]}, {"input_ids": [3], "labels": [3]}, {"input_ids": [4, 5], "labels": [-100, 5]}, {"input_ids": [6]}]
+    rows = [{"input_ids": [1, 2]}, {"input_ids": [3], "labels": [3]}]
+    rows += [{"input_ids": [4, 5], "labels": [-100, 5]}, {"input_ids": [6]}]
     dataset = read(write(*rows))
     assert (cache_folder(tmp_path) / "labels.bin").stat().st_size == 4 * 6
     assert [labels for _, labels in rows_of(dataset)] == [[1, 2], [3], [-100, 5], [6]]
@@ -414,7 +422,7 @@ def test_text_goes_to_the_tokenizer_in_small_batches(write, read, tokenizer, mon
     dataset = read(write(*rows))
     assert len(tokenizer.batches) > 10 and max(tokenizer.batches) < 5000 + 400
     expected = [tokenizer.encode(row["prompt"]) for row in rows]
-    assert [tokens[1:-2] for tokens, _ in rows_of(dataset)] == expected  # no row is lost, doubled or moved between batches
+    assert [tokens[:-2] for tokens, _ in rows_of(dataset)] == expected  # no row is lost, doubled or moved between batches
 
 
 PROGRAM = """
@@ -434,7 +442,7 @@ class Slow(Tokenizer):
         batches += 1
         if batches == kill:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.02)
+        time.sleep(0.05)
         return super().encode_batch(texts)
 
 Path(folder, f"ready{index}").touch()
@@ -453,11 +461,11 @@ def start(folder, index, processes, kill=0):
 
 def test_processes_at_once_tokenise_once(write, read, tmp_path):
     path = write(*({"text": f"text number {index} " * 5} for index in range(300)))
-    processes = [start(tmp_path, index, 3) for index in range(3)]
+    processes = [start(tmp_path, index, 2) for index in range(2)]
     outputs = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert [process.returncode for process in processes] == [0, 0]
     assert sum(output.count("tokenised 300 sequences") for output in outputs) == 1
-    assert sum(output.count("another process is tokenising the dataset") for output in outputs) >= 1
+    assert sum(output.count("another process is tokenising the dataset") for output in outputs) == 1
     expected = sum(sum(tokens) for tokens, _ in rows_of(read(path)))
     assert all(output.splitlines()[-1] == f"sum {expected}" for output in outputs)
 

@@ -11,6 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 
 import torch
@@ -46,7 +47,8 @@ class StepData:
     """One optimizer step, as one rank sees it."""
 
     plan: Plan
-    sequences: list[int]  # rows of the dataset, in the order that the plan's segments count
+    rows: list[int]  # of the dataset: which sequences these are, in the order that the plan's segments count
+    lengths: list[int]  # their tokens
     chunks: list[list[ChunkTensors]]  # of this rank: [group][chunk]
     targets: int  # supervised tokens of the global batch
     own_targets: int  # of this rank's share of it
@@ -69,7 +71,7 @@ class ChunkDataLoader:
         self.shuffle, self.seed = shuffle, seed
         self.ledger = Ledger()
         self.cursor = 0  # sequences passed by the steps that were handed out
-        self.waited_seconds = 0.0  # for data, by the step loop, since this was last set to 0
+        self._waited = 0.0
         self.notice = self._check_lengths()  # what the overlong policy did, as a sentence; "" if nothing
         self._order: tuple[int, list[int]] = (-1, [])
 
@@ -115,7 +117,7 @@ class ChunkDataLoader:
             while True:
                 start = time.perf_counter()
                 step = ready.get()
-                self.waited_seconds += time.perf_counter() - start
+                self._waited += time.perf_counter() - start
                 if isinstance(step, BaseException):
                     raise step
                 self.cursor = step.cursor
@@ -123,8 +125,15 @@ class ChunkDataLoader:
                 yield step
         finally:
             stopped.set()
-            while not ready.empty():  # let a worker that waits for room see the event
-                ready.get_nowait()
+            while worker.is_alive():  # it must not be inside torch when the interpreter ends
+                with suppress(queue.Empty):
+                    ready.get_nowait()  # a worker that waits for room sees the event then
+                worker.join(0.01)
+
+    def take_wait(self) -> float:
+        """Seconds that the step loop has waited for data since it last asked."""
+        waited, self._waited = self._waited, 0.0
+        return waited
 
     def step_at(self, cursor: int) -> StepData:
         """The step that begins after `cursor` sequences: depends on nothing else."""
@@ -148,7 +157,8 @@ class ChunkDataLoader:
         own = sorted({s.sequence for group in plan.groups[self.rank] for chunk in group.chunks for s in chunk.segments})
         return StepData(
             plan=plan,
-            sequences=rows,
+            rows=rows,
+            lengths=lengths,
             chunks=self._tensors(plan, rows, lengths, own),
             targets=ledger.trained,
             own_targets=sum(supervised[sequence] for sequence in own),

@@ -1,0 +1,91 @@
+"""Sequences made up on the spot: real length statistics, and content that only long-range attention can predict.
+
+The lengths follow two published mixtures (ChunkFlow, section 2; Llama 3, table 7), so that plans and throughput can be
+studied without the data. The content is a look-up task. Its first tokens, the header, state facts: key j has value v_j, each
+key once, one token a fact. Every later token asks for a key of the header, and its target is the answer. Answers never
+stand in the input, so no local pattern helps: a position 200,000 tokens into a sequence still has to attend to its start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from bisect import bisect_right
+from math import exp, log
+
+DEFAULT_COUNT = 100_000
+KEYS, VALUES = 64, 8
+# token ids, from 0: FACT(j, v) = 8 j + v, then QUERY(j), then ANSWER(v)
+QUERY = KEYS * VALUES
+ANSWER = QUERY + KEYS
+VOCABULARY = ANSWER + VALUES
+
+# Points (share of sequences that are shorter, length in tokens) of each mixture; between them the logarithm of the length is
+# linear in the share. LMSys-Chat-1M: over 99 % < 4K, 0.013 % > 32K, longest about 300K. Llama 3's SFT data: 99.89 % short
+# (< 1K on average), 0.11 % long (37K on average).
+MIXTURES = {
+    "lmsys": [(0.0, 16), (0.5, 320), (0.9, 1024), (0.995, 4096), (0.99987, 32768), (1.0, 300_000)],
+    "llama3_sft": [(0.0, 16), (0.5, 480), (0.9, 1536), (0.9989, 8192), (0.99945, 21_000), (1.0, 131_072)],
+}
+
+
+def synthetic_lengths(mix: str, count: int, seed: int) -> list[int]:
+    """`count` lengths (tokens) of mixture "lmsys" or "llama3_sft", the same for the same seed; imports no torch.
+
+    One length is drawn in each of `count` equal shares of the mixture, then all are shuffled: a hundred thousand have the
+    published statistics whatever the seed.
+    """
+    if mix not in MIXTURES:
+        raise ValueError(f'training.dataset_path is "{mix}": the synthetic dataset is "lmsys" or "llama3_sft", choose one')
+    shares = [share for share, _ in MIXTURES[mix]]
+    logarithms = [log(length) for _, length in MIXTURES[mix]]
+    generator = random.Random(f"{mix}/{seed}")
+    lengths = []
+    for rank in range(count):
+        share = (rank + generator.random()) / count
+        right = min(bisect_right(shares, share), len(shares) - 1)
+        part = (share - shares[right - 1]) / (shares[right] - shares[right - 1])
+        lengths.append(round(exp(logarithms[right - 1] + part * (logarithms[right] - logarithms[right - 1]))))
+    generator.shuffle(lengths)
+    return lengths
+
+
+class SyntheticDataset:
+    """`count` sequences of mixture `mix`, each made when it is asked for, from (seed, index) alone."""
+
+    def __init__(self, mix: str, *, vocab_size: int, seed: int, count: int = DEFAULT_COUNT):
+        if vocab_size < VOCABULARY:
+            raise ValueError(
+                f"the model's vocabulary of {vocab_size} ids is too small for the synthetic dataset, which uses "
+                f"{VOCABULARY}: choose a model (model.flavor) with at least as many"
+            )
+        self.lengths = synthetic_lengths(mix, count, seed)
+        self._mix = mix
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def source(self, index: int) -> str:
+        return f"synthetic/{self._mix}:{index + 1}"
+
+    def row(self, index: int, length: int):
+        """Tokens and labels (int64, aligned) of the first `length` tokens: -100 on the header and the first query."""
+        import torch  # here, since planning uses the lengths of this module and does without torch
+
+        full = self.lengths[index]
+        generator = torch.Generator()
+        digest = hashlib.blake2b(f"{self._seed}/{index}".encode(), digest_size=8).digest()
+        generator.manual_seed(int.from_bytes(digest, "little", signed=True))
+        header = min(KEYS, full // 2)
+        keys = torch.randperm(KEYS, generator=generator)[:header]
+        values = torch.randint(VALUES, (header,), generator=generator)
+        asked = torch.randint(header, (full - header,), generator=generator)  # which fact of the header
+        tokens = torch.cat([keys * VALUES + values, QUERY + keys[asked]])
+        labels = torch.full_like(tokens, -100)
+        labels[header + 1 :] = ANSWER + values[asked[:-1]]  # behind each query its answer
+        return tokens[:length], labels[:length]
+
+    def supervised(self, index: int, length: int) -> int:
+        """How many of the first `length` tokens are a target."""
+        return max(0, length - min(KEYS, self.lengths[index] // 2) - 1)
