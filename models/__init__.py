@@ -1,0 +1,5 @@
+"""Model definitions, one self-contained file a family: copy one to make another."""
+
+from models import llama, qwen2, qwen3
+
+families = {"llama3": llama, "qwen2": qwen2, "qwen3": qwen3}
