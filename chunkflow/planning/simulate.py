@@ -1,9 +1,9 @@
-"""What a pipeline schedule will do: its timeline, bubble and memory, as numbers, a trace and a picture. Pure Python, no torch.
+"""What a pipeline schedule will do: its timeline, bubble and memory as numbers, a trace, a picture. Pure Python, no torch.
 
     python -m chunkflow.planning.simulate --stages 4 --lengths 1,1,2,4 --chunk-size 2 --k 2 --json
 
-prints them for unit costs: on one rank, the forward of a chunk takes as long as it has tokens, a recompute the same, a backward
-twice that; transfers are free. `--virtual V` cuts each rank's layers into V stages, which take 1 / V of that each.
+prints them for unit costs: on one rank, the forward of a chunk takes as long as it has tokens, a recompute the same, a
+backward twice that; transfers are free. `--virtual V` cuts each rank's layers into V stages, which take 1 / V of that each.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Simulation(NamedTuple):
-    """One step of a schedule. Times are in the unit of the costs; a rank with several stages counts chunks and tokens on each."""
+    """One step of a schedule, times in the unit of the costs. A rank with several stages counts chunks and tokens on each."""
 
     timeline: list[list[Timed]]  # rank -> its actions in order
     makespan: float
@@ -110,7 +110,7 @@ COLOURS = {Kind.FORWARD: "#5b8fd1", Kind.FORWARD_STATE: "#b9d3f0", Kind.RECOMPUT
 
 
 def picture(simulation: Simulation) -> Figure:
-    """The timeline as a figure, one line a rank; `group.chunk` is written in each box while there are few. Needs matplotlib."""
+    """The timeline as a figure, one line a rank; while actions are few, each says `group.chunk`. Needs matplotlib."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -137,7 +137,11 @@ def picture(simulation: Simulation) -> Figure:
 
 def in_given_order(groups: list[Group]) -> list[Group]:
     """Standalone chunks first, then the groups of several; each as their first sequences were given."""
-    return sorted(groups, key=lambda group: (len(group.chunks) > 1, min(s.sequence for c in group.chunks for s in c.segments)))
+
+    def place(group: Group) -> tuple[bool, int]:
+        return len(group.chunks) > 1, min(segment.sequence for segment in group.chunks[0].segments)
+
+    return sorted(groups, key=place)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -167,7 +171,7 @@ def _plain(number: float) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = _Parser(prog="python -m chunkflow.planning.simulate", description="Simulates a pipeline schedule.", allow_abbrev=False)
+    parser = _Parser("python -m chunkflow.planning.simulate", description="Simulates a pipeline schedule.", allow_abbrev=False)
     parser.add_argument("--stages", type=_count, required=True, help="pipeline ranks")
     parser.add_argument("--virtual", type=_count, default=1, help="stages a rank (1); more: interleaved")
     parser.add_argument("--lengths", type=_lengths, required=True, help="tokens of each sequence, comma separated")
@@ -206,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.picture:
             figure = picture(simulation)
             if options.picture.rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():
-                parser.error(f"--picture {options.picture} has no ending that names a format of pictures: take .png, .svg or .pdf")
+                parser.error(f"--picture {options.picture} does not end in a format of pictures: take .png, .svg or .pdf")
             figure.savefig(options.picture, dpi=150)
     except OSError as error:
         parser.error(f"{error.filename} cannot be written ({error.strerror}): name a file in a folder that you may write to")

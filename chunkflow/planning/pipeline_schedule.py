@@ -1,0 +1,489 @@
+"""State-aware 1F1B and interleaved 1F1B: the groups of a step -> a list of actions for every pipeline rank. Pure Python.
+
+Stage s lives on rank s % ranks: each rank has one stage for 1F1B, several (virtual stages) for interleaved 1F1B. All stages run
+the groups in one order, forward ascending within a group and backward descending, and recompute from the stage input they
+saved, so that neighbours exchange each chunk's output and its gradient once.
+
+Memory: stage s holds the activations of at most `live_limit` = k + stages - 1 - s chunks. A rank with several stages holds at
+most the sum over them, counted in chunks of one stage (1 / virtual of the rank's layers): for k = 1 about what Megatron's
+interleaved schedule holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import heappop, heappush
+from itertools import zip_longest
+from typing import NamedTuple, Union
+
+from chunkflow.planning.schedule import Kind, linear_schedule
+
+
+class StageAction(NamedTuple):
+    kind: Kind
+    group: int
+    chunk: int  # its place in the group
+    stage: int  # of all stages, not of the rank's
+
+
+class Transfer(NamedTuple):
+    """One end of a message between two ranks: what `stage` made of a chunk, for the next stage or the one before.
+
+    `made_by` is FORWARD (the stage's output; of a FORWARD_STATE too) or BACKWARD (the gradient of the stage's input).
+    """
+
+    send: bool  # or receive
+    made_by: Kind
+    group: int
+    chunk: int
+    stage: int
+    peer: int  # the rank at the other end
+
+
+class Timed(NamedTuple):
+    action: StageAction
+    start: float
+    end: float
+
+
+class Costs(NamedTuple):
+    """Time of each chunk's forward and backward, `[stage][group][chunk]`, above 0, in any unit. A recompute is a forward."""
+
+    forward: Sequence[Sequence[Sequence[float]]]
+    backward: Sequence[Sequence[Sequence[float]]]
+
+
+Schedule = list[list[StageAction]]  # rank -> its actions
+Program = list[list[Union[StageAction, Transfer]]]  # rank -> its actions, and when it sends and receives
+
+
+def equal_stages(forward: Sequence[Sequence[float]], stages: int) -> Costs:
+    """Costs of stages that are all alike, from `forward[group][chunk]`; a backward is two forwards."""
+    backward = [[2 * cost for cost in group] for group in forward]
+    return Costs([forward] * stages, [backward] * stages)
+
+
+def live_limit(k: int, stages: int, stage: int) -> int:
+    """How many chunks may hold activations on a stage: k, and one more for each stage behind it."""
+    return k + stages - 1 - stage
+
+
+def paper_schedule(costs: Costs, k: int, ranks: int) -> Schedule:
+    """The paper's rule (ChunkFlow, section 4.3): groups in the order given, stage s always stages - 1 - s forwards ahead.
+
+    Where every group is one chunk, this is ordinary 1F1B.
+    """
+    stages = len(costs.forward)
+    linear = linear_schedule([len(group) for group in costs.forward[0]], k)
+    forwards = [action for action in linear if action.kind in (Kind.FORWARD, Kind.FORWARD_STATE)]
+    lists: Schedule = []
+    for stage in range(stages):
+        actions: list[StageAction] = []
+        done, due = 0, stages - 1 - stage
+        for action in linear:
+            if action.kind in (Kind.FORWARD, Kind.FORWARD_STATE):
+                due += 1
+                continue
+            actions += [StageAction(*forward, stage) for forward in forwards[done:due]]
+            actions.append(StageAction(*action, stage))
+            done = due
+        lists.append(actions)
+    timeline = play([lists[rank::ranks] for rank in range(ranks)], costs)
+    return [[timed.action for timed in own] for own in timeline]
+
+
+def state_aware_schedule(costs: Costs, k: int, ranks: int) -> Schedule:
+    """The best of a few plans made by `list_schedule`: four orders of the groups, two ways to break ties.
+
+    Longest first is the best single order; none of the others is good throughout, but each wins where it fails.
+    """
+    sizes = [sum(map(sum, group)) for group in zip(*costs.forward)]
+    longest = sorted(range(len(sizes)), key=lambda group: (-sizes[group], group))
+    second = longest[1:2] + longest[:1] + longest[2:]
+    standalone = [group for group in longest if len(costs.forward[0][group]) == 1]
+    dependent = [group for group in longest if len(costs.forward[0][group]) > 1]
+    orders = dict.fromkeys(map(tuple, (longest, second, longest[::-1], dependent[::-1] + standalone)))
+    good_enough = lower_bound(costs, k, ranks) * (1 + 1e-9)  # costs may be fractions
+    best, schedule = float("inf"), None
+    for order in orders:
+        for alternate in (True, False):
+            makespan, candidate = list_schedule(order, costs, k, ranks, alternate)
+            if makespan < best:
+                best, schedule = makespan, candidate
+            if best <= good_enough:
+                return schedule
+    return schedule
+
+
+def list_schedule(order: Sequence[int], costs: Costs, k: int, ranks: int, alternate: bool) -> tuple[float, Schedule]:
+    """Event-driven list scheduling of the groups in this order: (makespan, schedule).
+
+    A rank that has nothing to do takes what is ready, on its deepest stage: if both a forward and a backward are, the other
+    than last time (`alternate`) or the forward. A forward runs ahead of the next backward's group only within the live
+    limit, and leaves a slot for that backward's recompute, which excludes deadlock. FORWARD_STATE keeps no activations, so
+    that limit does not concern it; only the stage inputs it saves are bounded. A rank that would wait recomputes for the
+    backwards to come, as far as slots are free.
+    """
+    stages = len(costs.forward)
+    counts = [len(group) for group in costs.forward[0]]
+    # Forwards and backwards are numbered in the order that all stages run them in.
+    chunks = [(group, chunk) for group in order for chunk in range(counts[group])]
+    kept = [chunk >= counts[group] - k for group, chunk in chunks]
+    forward_of: list[int] = []  # backward -> the same chunk's forward
+    needed: list[int] = []  # backward -> forwards up to the end of its group
+    for group in order:
+        end = len(needed) + counts[group]
+        forward_of += range(end - 1, len(needed) - 1, -1)
+        needed += [end] * counts[group]
+    total, last_stage = len(chunks), stages - 1
+    discarded = [index for index, forward in enumerate(forward_of) if not kept[forward]]  # backwards that need a recompute
+    discarded.append(total)
+    forward_cost = [[cost[group][chunk] for group, chunk in chunks] for cost in costs.forward]
+    backward_cost = [[cost[group][chunk] for group, chunk in chunks] for cost in costs.backward]
+    limits = [live_limit(k, stages, stage) for stage in range(stages)]
+    most_saved = 2 * max(counts) + stages  # of one group alone is too few; more gains nothing
+
+    forwarded: list[list[float]] = [[] for _ in range(stages)]  # when each forward of the stage ends
+    backwarded: list[list[float]] = [[] for _ in range(stages)]
+    live, saved = [0] * stages, [0] * stages
+    recomputed = [0] * stages  # how many of the discarded
+    was_backward, free = [True] * ranks, [0.0] * ranks
+    schedule: Schedule = [[] for _ in range(ranks)]
+    wakes = [(0.0, 0)]
+    while wakes:
+        now, rank = heappop(wakes)
+        if free[rank] > now:
+            continue  # it looks again when its action ends
+        forward = backward = early = -1  # the deepest stage that each is ready on
+        for stage in range(rank, stages, ranks):
+            done = len(backwarded[stage])
+            if done == total:
+                continue
+            ahead = len(forwarded[stage])
+            to_recompute = discarded[recomputed[stage]]
+            missing = to_recompute == done  # the next backward's activations
+            if ahead < total and (stage == 0 or _ended(forwarded[stage - 1], ahead, now)):
+                if ahead < needed[done]:
+                    forward = stage
+                elif live[stage] + 1 + missing <= limits[stage] if kept[ahead] else saved[stage] < most_saved:
+                    forward = stage
+            room = live[stage] < limits[stage]
+            gradient = stage == last_stage or _ended(backwarded[stage + 1], done, now)
+            if gradient and ahead >= needed[done] and (room or not missing):
+                backward = stage
+            elif room and to_recompute < total and ahead >= needed[to_recompute]:
+                early = stage
+        if forward < 0 and backward < 0:
+            backward = early
+        if forward >= 0 and (backward < 0 or not alternate or was_backward[rank]):
+            stage, was_backward[rank] = forward, False
+            index, peer = len(forwarded[stage]), stage + 1
+            end = now + forward_cost[stage][index]
+            forwarded[stage].append(end)
+            if kept[index]:
+                kind = Kind.FORWARD
+                live[stage] += 1
+            else:
+                kind = Kind.FORWARD_STATE
+                saved[stage] += 1
+        elif backward >= 0:
+            stage, was_backward[rank] = backward, True
+            done, to_recompute = len(backwarded[stage]), discarded[recomputed[stage]]
+            if backward == early or to_recompute == done:
+                kind, index, peer = Kind.RECOMPUTE, forward_of[to_recompute], -1
+                end = now + forward_cost[stage][index]
+                recomputed[stage] += 1
+                live[stage] += 1
+                saved[stage] -= 1
+            else:
+                kind, index, peer = Kind.BACKWARD, forward_of[done], stage - 1
+                end = now + backward_cost[stage][index]
+                backwarded[stage].append(end)
+                live[stage] -= 1
+        else:
+            continue
+        schedule[rank].append(StageAction(kind, *chunks[index], stage))
+        free[rank] = end
+        heappush(wakes, (end, rank))
+        if 0 <= peer < stages and free[peer % ranks] < end:
+            heappush(wakes, (end, peer % ranks))
+    assert all(len(ends) == total for ends in backwarded), "the list scheduler came to a halt"
+    return max(free), schedule
+
+
+def _ended(ends: list[float], index: int, now: float) -> bool:
+    return index < len(ends) and ends[index] <= now
+
+
+def play(lists: Sequence[Sequence[Sequence[StageAction]]], costs: Costs) -> list[list[Timed]]:
+    """When each action runs, if every rank runs its lists in their order and each action waits for its input.
+
+    `lists[rank]` is one list, or one for each stage of the rank. Those are merged: of the actions that are ready the rank takes
+    a forward after a backward and the reverse, and that of the deepest stage. Raises ValueError on a deadlock.
+    """
+    stages, ranks = len(costs.forward), len(lists)
+    ended: dict[tuple[bool, int, int, int], float] = {}  # (backward, stage, group, chunk) -> time
+    position = [[0] * len(own) for own in lists]
+    was_backward, free = [True] * ranks, [0.0] * ranks
+    timeline: list[list[Timed]] = [[] for _ in lists]
+    wakes = [(0.0, rank) for rank in range(ranks)]
+    while wakes:
+        now, rank = heappop(wakes)
+        if free[rank] > now:
+            continue
+        best = None
+        for number, actions in enumerate(lists[rank]):
+            if position[rank][number] == len(actions):
+                continue
+            kind, group, chunk, stage = actions[position[rank][number]]
+            if kind is Kind.BACKWARD:
+                ready = stage == stages - 1 or ended.get((True, stage + 1, group, chunk), now + 1) <= now
+            else:
+                saved = stage == 0 or kind is Kind.RECOMPUTE
+                ready = saved or ended.get((False, stage - 1, group, chunk), now + 1) <= now
+            is_backward = kind in (Kind.RECOMPUTE, Kind.BACKWARD)
+            if ready and (best is None or (is_backward != was_backward[rank], stage) > best[:2]):
+                best = is_backward != was_backward[rank], stage, number
+        if best is None:
+            continue
+        number = best[2]
+        action = lists[rank][number][position[rank][number]]
+        kind, group, chunk, stage = action
+        position[rank][number] += 1
+        was_backward[rank] = kind in (Kind.RECOMPUTE, Kind.BACKWARD)
+        cost = costs.backward if kind is Kind.BACKWARD else costs.forward
+        end = now + cost[stage][group][chunk]
+        timeline[rank].append(Timed(action, now, end))
+        free[rank] = end
+        heappush(wakes, (end, rank))
+        if kind is not Kind.RECOMPUTE:
+            ended[kind is Kind.BACKWARD, stage, group, chunk] = end
+            peer = stage - 1 if kind is Kind.BACKWARD else stage + 1
+            if 0 <= peer < stages and free[peer % ranks] < end:
+                heappush(wakes, (end, peer % ranks))
+    for rank, own in enumerate(lists):
+        for number, actions in enumerate(own):
+            if position[rank][number] < len(actions):
+                action = actions[position[rank][number]]
+                raise ValueError(f"deadlock: rank {rank} waits for ever for the input of {describe(action)}")
+    return timeline
+
+
+def lower_bound(costs: Costs, k: int, ranks: int) -> float:
+    """A makespan that no schedule can beat which discards all but the last k chunks of a group.
+
+    The largest of: the work of a rank, with the way of a smallest chunk to it and back; the way of each group through all
+    stages and back; and, on the last stage, the preemptive one-machine bound (Jackson 1955), each chunk being a job that is
+    released when its group's forwards have come so far, and has its group's earlier backwards still before it.
+    """
+    stages = len(costs.forward)
+    bound, jobs = 0.0, []
+    work = [0.0] * ranks
+    for group in range(len(costs.forward[0])):
+        forward = [costs.forward[stage][group] for stage in range(stages)]
+        backward = [costs.backward[stage][group] for stage in range(stages)]
+        discarded = max(0, len(forward[0]) - k)
+        for stage in range(stages):
+            work[stage % ranks] += sum(forward[stage]) + sum(forward[stage][:discarded]) + sum(backward[stage])
+        there, back = _ways(forward), _ways(backward)
+        bound = max(bound, there[-1] + back[-1])
+        for chunk, (own_forward, own_backward) in enumerate(zip(forward[-1], backward[-1])):
+            own = own_forward + own_backward + (own_forward if chunk < discarded else 0)
+            jobs.append((there[chunk] - own_forward, own, back[chunk] - own_backward))
+    chunks = [(group, chunk) for group, own in enumerate(costs.forward[0]) for chunk in range(len(own))]
+    to_rank = back_from_rank = [0.0] * len(chunks)
+    for rank in range(ranks):
+        bound = max(bound, min(to_rank) + work[rank] + min(back_from_rank))
+        to_rank = [way + costs.forward[rank][group][chunk] for way, (group, chunk) in zip(to_rank, chunks)]
+        back_from_rank = [way + costs.backward[rank][group][chunk] for way, (group, chunk) in zip(back_from_rank, chunks)]
+    return max(bound, _one_machine(jobs))
+
+
+def _ways(cost: Sequence[Sequence[float]]) -> list[float]:
+    """When each chunk leaves the last stage if its group has the stages to itself: the longest way, `cost[stage][chunk]`."""
+    ends = [0.0] * len(cost[0])
+    for own in cost:
+        before = 0.0
+        for chunk, time in enumerate(own):
+            ends[chunk] = before = max(before, ends[chunk]) + time
+    return ends
+
+
+def _one_machine(jobs: list[tuple[float, float, float]]) -> float:
+    """The least time in which one machine does all jobs (release, work, time needed after it), if it may interrupt them.
+
+    It always works on the released job that needs most time afterwards.
+    """
+    jobs = sorted(jobs)
+    waiting: list[list[float]] = []  # [-time needed after it, work left]
+    now = latest = 0.0
+    index = 0
+    while index < len(jobs) or waiting:
+        if not waiting:
+            now = max(now, jobs[index][0])
+        while index < len(jobs) and jobs[index][0] <= now:
+            heappush(waiting, [-jobs[index][2], jobs[index][1]])
+            index += 1
+        following = jobs[index][0] if index < len(jobs) else float("inf")
+        job = waiting[0]
+        if now + job[1] <= following:
+            heappop(waiting)
+            now += job[1]
+            latest = max(latest, now - job[0])
+        else:
+            job[1] -= following - now
+            now = following
+    return latest
+
+
+def add_transfers(schedule: Schedule, costs: Costs) -> Program:
+    """The schedule with every message between ranks, as a rank runs it: receives are posted, an action waits for its own.
+
+    Messages are matched by their order between two ranks. So a send, right behind its action, and the receive on the other
+    rank are appended at the same moment, in the order in which actions end with these costs: both ranks see the same order,
+    and since no entry needs a later one, nothing blocks for ever, even if every send waited for its receive.
+    """
+    stages, ranks = len(costs.forward), len(schedule)
+    events: list[tuple[float, bool, int, StageAction]] = []  # (time, starts rather than ends, rank, action)
+    for rank, own in enumerate(play([[actions] for actions in schedule], costs)):
+        for action, start, end in own:
+            events.append((start, True, rank, action))
+            if _receiver(action, stages, ranks) is not None:
+                events.append((end, False, rank, action))
+    events.sort(key=lambda event: event[:3])  # what ends at a moment is sent before anything starts
+    program: Program = [[] for _ in schedule]
+    for _, starts, rank, action in events:
+        if starts:
+            program[rank].append(action)
+            continue
+        peer = _receiver(action, stages, ranks)
+        made_by = Kind.BACKWARD if action.kind is Kind.BACKWARD else Kind.FORWARD
+        program[rank].append(Transfer(True, made_by, action.group, action.chunk, action.stage, peer))
+        program[peer].append(Transfer(False, made_by, action.group, action.chunk, action.stage, rank))
+    return program
+
+
+def _receiver(action: StageAction, stages: int, ranks: int) -> int | None:
+    """The rank that needs what the action makes, if another one does."""
+    if action.kind is Kind.RECOMPUTE:
+        return None
+    stage = action.stage - 1 if action.kind is Kind.BACKWARD else action.stage + 1
+    if not 0 <= stage < stages or stage % ranks == action.stage % ranks:
+        return None
+    return stage % ranks
+
+
+def describe(entry: StageAction | Transfer) -> str:
+    where = f"group {entry.group}, chunk {entry.chunk}, stage {entry.stage}"
+    if isinstance(entry, StageAction):
+        return f"{entry.kind.name} of {where}"
+    return f"{'send' if entry.send else 'receive'} of the {entry.made_by.name} of {where}"
+
+
+def check_schedule(program: Program, chunks_per_group: Sequence[int], k: int, stages: int) -> None:
+    """Raises ValueError, with the action named, unless the program is right and finishes.
+
+    On every stage each chunk runs FORWARD, BACKWARD or FORWARD_STATE, RECOMPUTE, BACKWARD, once; within a group forwards
+    ascend and backwards descend; no more chunks are live than `live_limit`; each action has its input, and what it makes is
+    sent once. Both ends of every pair of ranks see the same transfers in the same order, and the program finishes even where
+    each send and receive blocks until the other end is there.
+    """
+    for rank, entries in enumerate(program):
+        _check_rank(rank, entries, chunks_per_group, k, stages, len(program))
+    for rank in range(len(program)):
+        for peer in range(rank):
+            ours, theirs = _transfers(program[rank], peer), _transfers(program[peer], rank)
+            for own, other in zip_longest(ours, theirs):
+                if own is None or other is None:
+                    lonely = own or other
+                    raise ValueError(f"ranks {peer} and {rank}: the {describe(lonely)} has no other end")
+                if own[1:5] != other[1:5] or own.send == other.send:
+                    raise ValueError(f"the {describe(own)} on rank {rank} meets the {describe(other)} on rank {peer}")
+    position = [0] * len(program)
+    moving = list(range(len(program)))
+    while moving:
+        rank = moving.pop()
+        entries = program[rank]
+        while position[rank] < len(entries) and isinstance(entries[position[rank]], StageAction):
+            position[rank] += 1
+        if position[rank] == len(entries):
+            continue
+        peer = entries[position[rank]].peer
+        facing = program[peer][position[peer]] if position[peer] < len(program[peer]) else None
+        if isinstance(facing, Transfer) and facing.peer == rank:  # the same message, since the order of the pair is the same
+            position[rank] += 1
+            position[peer] += 1
+            moving += (rank, peer)
+    for rank, entries in enumerate(program):
+        if position[rank] < len(entries):
+            raise ValueError(f"deadlock: rank {rank} waits for ever in the {describe(entries[position[rank]])}")
+
+
+def _transfers(entries: list[StageAction | Transfer], peer: int) -> list[Transfer]:
+    return [entry for entry in entries if isinstance(entry, Transfer) and entry.peer == peer]
+
+
+def _check_rank(
+    rank: int, entries: list[StageAction | Transfer], chunks_per_group: Sequence[int], k: int, stages: int, ranks: int
+) -> None:
+    """What can be told from one rank's entries alone."""
+    here: set[tuple[bool, int, int, int]] = set()  # made or received: (gradient, group, chunk, the stage that made it)
+    unsent: dict[tuple[bool, int, int, int], int] = {}  # made, and wanted by this other rank
+    latest: dict[tuple[int, int, int], Kind] = {}  # (stage, group, chunk) -> its last action
+    forwards: dict[tuple[int, int], int] = {}  # (stage, group) -> how many so far
+    backwards: dict[tuple[int, int], int] = {}
+    live = [0] * stages
+
+    def require(condition: bool, trouble: str) -> None:
+        if not condition:
+            raise ValueError(f"rank {rank}: {describe(entry)} {trouble}")
+
+    for entry in entries:
+        group, chunk, stage = entry.group, entry.chunk, entry.stage
+        if isinstance(entry, Transfer):
+            message = (entry.made_by is Kind.BACKWARD, group, chunk, stage)
+            if entry.send:
+                require(unsent.pop(message, None) == entry.peer, f"finds nothing to send to rank {entry.peer}")
+            else:
+                here.add(message)
+            continue
+        require(stage % ranks == rank and 0 <= stage < stages, "is of no stage of this rank")
+        require(0 <= group < len(chunks_per_group) and 0 <= chunk < chunks_per_group[group], "is of no chunk of this step")
+        before, place = latest.get((stage, group, chunk)), (stage, group)
+        latest[stage, group, chunk] = entry.kind
+        if entry.kind is Kind.RECOMPUTE:
+            require(before is Kind.FORWARD_STATE, "does not follow a FORWARD_STATE")
+            live[stage] += 1
+        elif entry.kind is Kind.BACKWARD:
+            require(before in (Kind.FORWARD, Kind.RECOMPUTE), "finds no activations")
+            count = chunks_per_group[group]
+            require(forwards[place] == count, "comes before all chunks of its group went forward")
+            expected = count - 1 - backwards.get(place, 0)
+            require(chunk == expected, f"comes before that of chunk {expected}")
+            require(stage == stages - 1 or (True, group, chunk, stage + 1) in here, "finds no gradient")
+            backwards[place] = count - chunk
+            live[stage] -= 1
+        else:
+            require(before is None, "is its second forward")
+            expected = forwards.get(place, 0)
+            require(chunk == expected, f"comes before that of chunk {expected}")
+            require(stage == 0 or (False, group, chunk, stage - 1) in here, "finds no input")
+            forwards[place] = chunk + 1
+            live[stage] += entry.kind is Kind.FORWARD
+        limit = live_limit(k, stages, stage)
+        require(live[stage] <= limit, f"makes {live[stage]} chunks hold activations; at most {limit} may")
+        if entry.kind is not Kind.RECOMPUTE:
+            message = (entry.kind is Kind.BACKWARD, group, chunk, stage)
+            here.add(message)
+            receiver = _receiver(entry, stages, ranks)
+            if receiver is not None:
+                unsent[message] = receiver
+    for stage in range(rank, stages, ranks):
+        for group, count in enumerate(chunks_per_group):
+            left = count - backwards.get((stage, group), 0)
+            if left:
+                entry = StageAction(Kind.BACKWARD, group, left - 1, stage)
+                require(False, "is missing")
+    for (gradient, group, chunk, stage), peer in unsent.items():
+        entry = Transfer(True, Kind.BACKWARD if gradient else Kind.FORWARD, group, chunk, stage, peer)
+        require(False, "is missing")
