@@ -38,3 +38,14 @@ def learning_rate_factor(step: int, steps: int, warmup: int, decay_ratio: float 
     progress = done / decay
     left = {"linear": 1 - progress, "sqrt": 1 - math.sqrt(progress), "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[decay_type]
     return minimum + (1 - minimum) * left
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config) -> float:
+    """Sets and returns the rate that the update of `step` uses."""
+    schedule = config.lr_scheduler
+    factor = learning_rate_factor(
+        step, config.training.steps, schedule.warmup_steps, schedule.decay_ratio, schedule.decay_type, schedule.min_lr_factor
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = config.optimizer.lr * factor
+    return config.optimizer.lr * factor

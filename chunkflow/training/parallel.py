@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -19,40 +20,53 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
-def compute_dtype(config) -> torch.dtype:
-    """What the model computes in: fp64 parameters stay fp64, others follow training.mixed_precision_param."""
-    return DTYPES["float64" if config.training.dtype == "float64" else config.training.mixed_precision_param]
+def set_seed(config) -> int:
+    """The seed of weights and data order: debug.seed, or 0. With debug.deterministic, only kernels that repeat bit for bit."""
+    seed = config.debug.seed or 0
+    torch.manual_seed(seed)
+    if config.debug.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return seed
 
 
 def init_processes(config) -> tuple[torch.device, DeviceMesh]:
     """Joins the process group that torchrun set up (alone: a group of one) and builds the data-parallel mesh.
 
-    The mesh is (dp_shard,) or, with replicas (HSDP), (dp_replicate, dp_shard).
+    The mesh is (dp_shard,) or, with replicas (HSDP), (dp_replicate, dp_shard). With comm.mode = "fake_backend" this process
+    stands for rank 0 of NGPU x NNODES, on the CPU, and nothing is sent.
     """
-    cuda = torch.cuda.is_available()
+    fake = config.comm.mode == "fake_backend"
+    cuda = torch.cuda.is_available() and not fake
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
-        os.environ.setdefault(name, value)
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", timeout=timedelta(seconds=config.comm.init_timeout_seconds)
-    )
+    if fake:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        world_size = int(os.environ.get("NGPU", 1)) * int(os.environ.get("NNODES", 1))
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    else:
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        timeout = timedelta(seconds=config.comm.init_timeout_seconds)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **alone)
     replicas = config.parallelism.data_parallel_replicate_degree
     shape, names = (dist.get_world_size(),), ("dp_shard",)
     if replicas > 1:
         shape, names = (replicas, dist.get_world_size() // replicas), ("dp_replicate", "dp_shard")
     logger.info(f"Building {len(shape)}-D device mesh with {list(names)}, {list(shape)}")
-    return device, init_device_mesh(device.type, shape, mesh_dim_names=names)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    if not fake:
+        set_timeouts(mesh, config.comm.init_timeout_seconds)
+    return device, mesh
 
 
 def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:
-    """Gives every process group the timeout for training: a rank that stops answering then ends the job, not a hang.
+    """Gives every process group this timeout: a rank that stops answering then ends the job instead of hanging it.
 
     The groups of a mesh do not take init_process_group's timeout by themselves.
     """
-    groups = [dist.group.WORLD, *mesh.get_all_groups()]
-    for group in groups:
+    for group in [dist.group.WORLD, *mesh.get_all_groups()]:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
@@ -67,23 +81,19 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, config, reshard: bool) -> Non
 
     Gradients are summed over ranks, never averaged: each rank's loss is divided by the targets of all ranks already.
     """
+    training = config.training
     policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype(config), reduce_dtype=max_precision(config.training.mixed_precision_reduce, config)
+        param_dtype=DTYPES[training.mixed_precision_param], reduce_dtype=DTYPES[training.mixed_precision_reduce]
     )
     options = dict(mesh=mesh, mp_policy=policy)
-    if config.training.enable_cpu_offload:
-        options["offload_policy"] = CPUOffloadPolicy()
+    if training.enable_cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for layer in model.layers.values():
         fully_shard(layer, reshard_after_forward=reshard, **options)
     fully_shard(model, reshard_after_forward=False, **options)
     for module in _fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-
-
-def max_precision(name: str, config) -> torch.dtype:
-    """`name` as a dtype, but fp64 training reduces in fp64."""
-    return torch.float64 if config.training.dtype == "float64" else DTYPES[name]
 
 
 def begin_step(model: nn.Module, reshard: bool) -> None:
@@ -98,6 +108,31 @@ def before_last_backward(model: nn.Module) -> None:
     """From here on gradients are reduced, layer by layer, and parameters become shards again."""
     model.set_requires_gradient_sync(True)
     model.set_reshard_after_backward(True)
+
+
+class BusyTimer:
+    """How long this rank works on its own chunks before it meets the others, from creation to `stop`."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.begin = self.stop()
+        self.end = self.begin
+
+    def stop(self):
+        """Marks the end, now: an event of the device; on the CPU this thread's time, which stands still in a collective."""
+        if self.cuda:
+            self.end = torch.cuda.Event(enable_timing=True)
+            self.end.record()
+        else:
+            self.end = time.thread_time()
+        return self.end
+
+    def seconds(self) -> float:
+        """From creation to the last `stop`. Waits for the device."""
+        if self.cuda:
+            self.end.synchronize()
+            return self.begin.elapsed_time(self.end) / 1000
+        return self.end - self.begin
 
 
 def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
@@ -138,3 +173,11 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> torch.Ten
         norm = norm.full_tensor()
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def gather_over_ranks(values: list[float], device: torch.device) -> list[list[float]]:
+    """The same list of every rank: [rank][value]. A collective."""
+    own = torch.tensor(values, dtype=torch.float64, device=device)
+    everyone = own.new_empty(dist.get_world_size() * len(values))
+    dist.all_gather_single(everyone, own)
+    return everyone.view(-1, len(values)).tolist()

@@ -1,0 +1,199 @@
+"""All settings there are: one dataclass a section, one field a key, with its default, its line for --help and its rule.
+
+`config.training.steps` is `[training] steps` in TOML and `--training.steps` on the command line. A section may hold sections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Rule(NamedTuple):
+    words: str  # completes "choose a value ..."
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Rule("greater than 0", lambda value: value > 0)
+NOT_NEGATIVE = Rule("of at least 0", lambda value: value >= 0)
+AT_LEAST_1 = Rule("of at least 1", lambda value: value >= 1)
+SHARE = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
+BELOW_1 = Rule("of at least 0 and less than 1", lambda value: 0 <= value < 1)
+DEGREE = Rule("of at least 1, or -1 for all remaining ranks", lambda value: value >= 1 or value == -1)
+SEED = Rule("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
+
+
+def option(
+    default: Any,
+    doc: str,
+    rule: Rule | None = None,
+    *,
+    choices: tuple[str, ...] = (),
+    entries: dict[str, type] | None = None,
+    **more: Any,
+) -> Any:
+    """A key: its default (a list is copied), the line that --help shows, and which values it admits.
+
+    `choices`: of a string, or of each entry of a list. `entries`: what a table may hold, and of which type.
+    """
+    metadata = {"doc": doc, "rule": rule, "choices": choices, "entries": entries}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata, **more)
+    return field(default=default, metadata=metadata, **more)
+
+
+ROPE_SCALING = {
+    "rope_type": str,
+    "factor": float,
+    "original_max_position_embeddings": int,
+    "low_freq_factor": float,
+    "high_freq_factor": float,
+    "attention_factor": float,
+    "beta_fast": float,
+    "beta_slow": float,
+    "mscale": float,
+    "mscale_all_dim": float,
+    "truncate": bool,
+}
+
+
+@dataclass
+class Job:
+    # Where the settings came from is not one of them: a saved config loads as an equal one.
+    config_file: str = option("", "TOML file with the settings below (command line only)", compare=False)
+    dump_folder: str = option("./outputs", "folder for everything that the run leaves")
+    description: str = option("default job", "one line for the log")
+    print_config: bool = option(False, "print the resolved config at the start")
+
+
+@dataclass
+class Model:
+    name: str = option("llama3", "model family, a file of models/", choices=("llama3", "qwen2", "qwen3"))
+    flavor: str = option("debugmodel", "size within the family, one of its `flavors`")
+    tokenizer_path: str = option("", "sentencepiece model; empty: the one shipped for Python sources")
+    rope_theta: float | None = option(None, "base of the rotary angles; unset: the model's", POSITIVE)
+    rope_scaling: dict | None = option(None, "Hugging Face's keys; unset: the model's", entries=ROPE_SCALING)
+
+
+@dataclass
+class Training:
+    dataset: str = option("python_stdlib", "where sequences come from", choices=("python_stdlib", "jsonl", "synthetic"))
+    dataset_path: str = option("", 'jsonl: file, folder or glob; synthetic: "lmsys" or "llama3_sft"')
+    global_batch_size: int = option(16, "sequences per optimizer step over all ranks", AT_LEAST_1)
+    seq_len: int = option(8192, "longest admissible sequence, tokens", AT_LEAST_1)
+    overlong: str = option("error", "what becomes of longer sequences", choices=("error", "truncate", "drop"))
+    shuffle: bool = option(True, "a new order of the sequences in each epoch")
+    steps: int = option(100, "optimizer steps", AT_LEAST_1)
+    max_norm: float = option(1.0, "gradients are scaled down to this global norm", POSITIVE)
+    dtype: str = option("float32", "parameters and optimizer state", choices=("float32", "float64"))
+    mixed_precision_param: str = option(
+        "bfloat16",
+        'what the model computes in; with training.dtype = "float64" that',
+        choices=("bfloat16", "float32", "float64"),
+    )
+    mixed_precision_reduce: str = option(
+        "float32",
+        'what gradients are summed in over ranks; with training.dtype = "float64" that',
+        choices=("float32", "float64"),
+    )
+    gc_freq: int = option(50, "steps between Python's garbage collections", AT_LEAST_1)
+    enable_cpu_offload: bool = option(False, "parameters, gradients and optimizer state live in host memory")
+
+
+@dataclass
+class ChunkFlow:
+    enable: bool = option(True, "false: one whole sequence a micro-batch, the baseline to compare with")
+    chunk_size: int = option(2048, "tokens in a chunk", AT_LEAST_1)
+    k: int = option(1, "chunks of a group that keep their activations", AT_LEAST_1)
+    fill_tails: bool = option(True, "top up the last chunk of a long sequence with short ones")
+    balance: str = option("cost", "what is evened out over data-parallel ranks", choices=("cost", "tokens"))
+
+
+@dataclass
+class Optimizer:
+    name: str = option("AdamW", "optimizer", choices=("AdamW",))
+    lr: float = option(8e-4, "learning rate after warm-up", NOT_NEGATIVE)
+    beta1: float = option(0.9, "decay of the gradient's mean", BELOW_1)
+    beta2: float = option(0.95, "decay of the gradient's mean square", BELOW_1)
+    eps: float = option(1e-8, "added to the denominator", NOT_NEGATIVE)
+    weight_decay: float = option(0.1, "of all parameters", NOT_NEGATIVE)
+    implementation: str = option("fused", "PyTorch's implementation", choices=("fused", "foreach", "for-loop"))
+
+
+@dataclass
+class LrScheduler:
+    warmup_steps: int = option(200, "steps of linear warm-up, at most training.steps", NOT_NEGATIVE)
+    decay_ratio: float | None = option(None, "share of all steps that decay; unset: all after warm-up", SHARE)
+    decay_type: str = option("linear", "shape of the decay", choices=("linear", "sqrt", "cosine"))
+    min_lr_factor: float = option(0.0, "share of the learning rate that is left at the end", SHARE)
+
+
+@dataclass
+class Parallelism:
+    data_parallel_replicate_degree: int = option(1, "replicas of the sharded model (HSDP)", AT_LEAST_1)
+    data_parallel_shard_degree: int = option(-1, "ranks that share one replica's parameters (FSDP2)", DEGREE)
+    fsdp_reshard_after_forward: str = option(
+        "default",
+        'free gathered parameters after each forward (ZeRO-3); "default": with more than one rank',
+        choices=("default", "always", "never"),
+    )
+    pipeline_parallel_degree: int = option(1, "pipeline stages", AT_LEAST_1)
+
+
+@dataclass
+class ActivationCheckpoint:
+    mode: str = option("none", "recomputation inside a chunk, besides k", choices=("none", "selective", "full"))
+    selective_ac_option: str = option("2", "selective: every how many-th layer is recomputed")
+
+
+@dataclass
+class Compile:
+    enable: bool = option(False, "torch.compile")
+    components: list[str] = option(["model"], "what is compiled", choices=("model", "loss"))
+    backend: str = option("inductor", "torch.compile's backend")
+
+
+@dataclass
+class Metrics:
+    log_freq: int = option(10, "steps between logged steps; step 1 is always logged", AT_LEAST_1)
+    enable_tensorboard: bool = option(True, "write TensorBoard events")
+    save_tb_folder: str = option("tb", "their folder in job.dump_folder")
+    disable_color_printing: bool = option(False, "step lines without colours")
+
+
+@dataclass
+class Profiling:
+    enable_profiling: bool = option(False, "write torch.profiler traces")
+    save_traces_folder: str = option("profile_traces", "their folder in job.dump_folder")
+    profile_freq: int = option(10, "steps between traced steps", AT_LEAST_1)
+
+
+@dataclass
+class Comm:
+    init_timeout_seconds: int = option(300, "time limit of collectives up to the first step", AT_LEAST_1)
+    train_timeout_seconds: int = option(100, "time limit of collectives afterwards", AT_LEAST_1)
+    mode: str = option("default", "fake_backend: one process stands for rank 0 of NGPU", choices=("default", "fake_backend"))
+
+
+@dataclass
+class Debug:
+    seed: int | None = option(None, "seed of initial weights and data order", SEED)
+    deterministic: bool = option(False, "only deterministic kernels")
+
+
+@dataclass
+class Config:
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
+    chunkflow: ChunkFlow = field(default_factory=ChunkFlow)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LrScheduler = field(default_factory=LrScheduler)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    metrics: Metrics = field(default_factory=Metrics)
+    profiling: Profiling = field(default_factory=Profiling)
+    comm: Comm = field(default_factory=Comm)
+    debug: Debug = field(default_factory=Debug)

@@ -1,0 +1,43 @@
+"""Plans as pictures for TensorBoard. Needs matplotlib (extra "pictures")."""
+
+from __future__ import annotations
+
+from chunkflow.planning.planner import Plan
+
+SHOWN_RANKS = 16
+
+
+def plan_figure(plan: Plan, chunk_size: int):
+    """A bar a chunk, in the order they run, a panel a rank: standalone sequences in greys, each long sequence in one colour.
+
+    Returns a matplotlib figure; the step line's padding is the white above the bars.
+    """
+    from matplotlib.figure import Figure
+
+    ranks = plan.groups[:SHOWN_RANKS]
+    figure = Figure(figsize=(10, 1.2 + 1.3 * len(ranks)), layout="constrained")
+    panels = figure.subplots(len(ranks), sharex=True, squeeze=False)[:, 0]
+    long_sequences = 0
+    for rank, (groups, panel) in enumerate(zip(ranks, panels)):
+        bars = []  # place, bottom, height, colour
+        place = 0
+        for group in groups:
+            dependent = len(group.chunks) > 1
+            colour = f"C{long_sequences % 10}"
+            long_sequences += dependent
+            for chunk in group.chunks:
+                bottom = 0
+                for number, segment in enumerate(chunk.segments):
+                    grey = "0.75" if number % 2 else "0.6"
+                    bars.append((place, bottom, segment.length, colour if dependent and not number else grey))
+                    bottom += segment.length
+                place += 1
+        if bars:
+            places, bottoms, heights, colours = zip(*bars)
+            panel.bar(places, heights, bottom=bottoms, color=colours, width=0.9)
+        panel.axhline(chunk_size, color="black", linewidth=0.5)
+        panel.set_ylabel(f"rank {rank}\ntokens")
+    panels[-1].set_xlabel("chunk, in running order")
+    shown = f" (the first {len(ranks)} of {len(plan.groups)} ranks)" if len(plan.groups) > len(ranks) else ""
+    figure.suptitle(f"{plan.tokens:,} tokens in {plan.chunks:,} chunks{shown}; colours are sequences longer than a chunk")
+    return figure

@@ -1,0 +1,203 @@
+"""FSDP2 ranks with unequal plans: loss and every gradient equal whole sequences in one process."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from chunkflow.execution.executor import run_actions
+from chunkflow.planning.cost import Cost
+from chunkflow.planning.planner import PlanSettings, plan_step
+from chunkflow.training import parallel
+from chunkflow.training.model import apply_activation_checkpoint
+from models import families
+from tests.distributed import run_ranks
+from tests.reference import (
+    assert_same_gradients,
+    chunk_tensors,
+    random_lengths,
+    random_sequences,
+    whole_sequence_gradients,
+)
+from tests.test_exactness import small_model
+
+
+def settings(**changes):
+    """The part of a config that parallel.py and model.py read."""
+    values = dict(reshard="always", replicas=1, param="float64", mode="none", offload=False) | changes
+    return SimpleNamespace(
+        comm=SimpleNamespace(init_timeout_seconds=60, train_timeout_seconds=60, mode="default"),
+        training=SimpleNamespace(
+            mixed_precision_param=values["param"],
+            mixed_precision_reduce="float64" if values["param"] == "float64" else "float32",
+            enable_cpu_offload=values["offload"],
+        ),
+        parallelism=SimpleNamespace(
+            data_parallel_replicate_degree=values["replicas"], fsdp_reshard_after_forward=values["reshard"]
+        ),
+        activation_checkpoint=SimpleNamespace(mode=values["mode"], selective_ac_option="2"),
+    )
+
+
+def sharded_gradients(model, lengths, sequences, mesh, config, k=1, balance="cost", chunk_size=16):
+    """One step of this rank; returns the global loss and whole gradients."""
+    reshard = config.parallelism.fsdp_reshard_after_forward == "always"
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    plan = plan_step(
+        lengths,
+        PlanSettings(
+            Cost.of_model(model.args), ranks=ranks, chunk_size=chunk_size, k=k, balance=balance, lockstep=reshard
+        ),
+    )
+    targets = sum(int((labels != -100).sum()) for _, labels in sequences)
+    parallel.begin_step(model, reshard)
+    result = run_actions(
+        model,
+        plan.groups[rank],
+        plan.actions[rank],
+        chunk_tensors(plan.groups[rank], sequences),
+        targets,
+        torch.device("cpu"),
+        lambda: parallel.before_last_backward(model),
+    )
+    dist.all_reduce(result.loss_sum)
+    whole = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    assert result.peak_live_chunks <= k
+    return result.loss_sum.item() / targets, whole
+
+
+def cases(replicas):
+    config = settings(replicas=replicas)
+    _, mesh = parallel.init_processes(config)
+    checked = 0
+    for reshard in ("never", "always"):
+        for mode in ("none", "full", "selective"):
+            config = settings(replicas=replicas, reshard=reshard, mode=mode)
+            reference = small_model("llama3")
+            model = small_model("llama3")
+            apply_activation_checkpoint(model, config)
+            parallel.apply_fsdp(model, mesh, config, reshard == "always")
+            for seed in range(4 if mode == "none" else 1):
+                rng = random.Random(f"{reshard}/{mode}/{seed}")
+                lengths = random_lengths(rng, 90) if seed else [70]  # one sequence: other ranks have no chunk
+                sequences = random_sequences(lengths, 96, seed)
+                loss, expected = whole_sequence_gradients(reference, sequences)
+                balance = rng.choice(["cost", "tokens"])
+                got_loss, got = sharded_gradients(model, lengths, sequences, mesh, config, rng.choice([1, 2, 9]), balance)
+                assert abs(got_loss - loss) <= 1e-10 * loss
+                assert_same_gradients(got, expected, 1e-10)
+                checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("world_size, replicas", [(1, 1), (2, 1), (3, 1), (4, 1), (4, 2)])
+def test_ranks_give_the_gradients_of_one_process(world_size, replicas):
+    assert run_ranks(cases, world_size, replicas) == [12] * world_size
+
+
+def other_precisions():
+    _, mesh = parallel.init_processes(settings())
+    lengths = [70, 20, 8, 30]
+    sequences = random_sequences(lengths, 96, 0)
+    _, expected = whole_sequence_gradients(small_model("llama3"), sequences)
+    errors = {}
+    for name, changes in {
+        "float32": dict(param="float32"),
+        "bfloat16": dict(param="bfloat16"),
+        "offload": dict(param="float32", offload=True),
+    }.items():
+        for reshard in ("never", "always"):
+            config = settings(reshard=reshard, **changes)
+            model = small_model("llama3", torch.float32)
+            parallel.apply_fsdp(model, mesh, config, reshard == "always")
+            _, got = sharded_gradients(model, lengths, sequences, mesh, config)
+            assert all(gradient.dtype == torch.float32 for gradient in got.values())
+            errors[name, reshard] = max(float((got[n] - g).norm() / g.norm()) for n, g in expected.items())
+    return errors
+
+
+def test_precisions_and_offload():
+    """fp32 to 1e-5; bf16 compute with fp32 reduction within what bf16 itself costs; CPU offload changes nothing."""
+    errors = run_ranks(other_precisions, 2)[0]
+    assert all(error < (1e-1 if name == "bfloat16" else 1e-5) for (name, _), error in errors.items()), errors
+
+
+def clipped_norms():
+    _, mesh = parallel.init_processes(settings())
+    model = small_model("llama3")
+    parallel.apply_fsdp(model, mesh, settings(), False)
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().clone()
+    norm = parallel.clip_grad_norm(list(model.parameters()), 1.5)
+    after = torch.stack([parameter.grad.full_tensor().norm() for parameter in model.parameters()]).norm()
+    return float(norm), float(after)
+
+
+def test_gradient_clipping_is_global():
+    norm = float(torch.stack([parameter.norm() for parameter in small_model("llama3").parameters()]).norm())
+    for before, after in run_ranks(clipped_norms, 3):
+        assert before == pytest.approx(norm) and after == pytest.approx(1.5)
+
+
+def start_weights(replicas):
+    _, mesh = parallel.init_processes(settings(replicas=replicas))
+    family = families["qwen3"]
+    with torch.device("meta"):
+        model = family.Transformer(family.flavors["debugmodel"])
+    parallel.apply_fsdp(model, mesh, settings(replicas=replicas), True)
+    model.to_empty(device="cpu")
+    parallel.init_weights(model, seed=5)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return {name: float(parameter.full_tensor().double().sum()) for name, parameter in model.named_parameters()}
+
+
+def test_one_start_for_all_layouts():
+    family = families["qwen3"]
+    model = family.Transformer(family.flavors["debugmodel"])
+    parallel.init_weights(model, seed=5)
+    expected = {name: float(parameter.double().sum()) for name, parameter in model.named_parameters()}
+    for world_size, replicas in ((3, 1), (4, 2)):
+        assert run_ranks(start_weights, world_size, replicas) == [expected] * world_size
+
+
+def recorded_collectives(reshard):
+    """The name and size of every collective of this rank over a few random steps, in order."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            if function.namespace in ("c10d", "_c10d_functional"):
+                self.calls.append((str(function), [tuple(a.shape) for a in arguments if isinstance(a, torch.Tensor)]))
+            return function(*arguments, **(kwargs or {}))
+
+    config = settings(reshard=reshard)
+    _, mesh = parallel.init_processes(config)
+    model = small_model("llama3")
+    parallel.apply_fsdp(model, mesh, config, reshard == "always")
+    recorder = Recorder()
+    for seed in range(6):
+        lengths = random_lengths(random.Random(seed), 90)
+        sequences = random_sequences(lengths, 96, seed)
+        with recorder:
+            sharded_gradients(model, lengths, sequences, mesh, config, k=1 + seed % 3)
+    return recorder.calls
+
+
+@pytest.mark.parametrize("reshard", ["never", "always"])
+def test_every_rank_runs_the_same_collectives(reshard):
+    first, *others = run_ranks(recorded_collectives, 3, reshard)
+    assert len(first) > 60 and all(calls == first for calls in others)
+    gathers = sum("allgather" in name.replace("_", "") for name, _ in first)
+    layers = 4  # three and the root
+    if reshard == "never":  # one gather and one reduction a layer and step, however many chunks (full_tensor's aside)
+        assert gathers <= 6 * (layers + len(list(small_model("llama3").parameters())) + 1)
