@@ -102,16 +102,16 @@ def main() -> None:
 
     # Model: built without memory, cut into shards, then filled; each parameter's start depends on its name and the seed alone.
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
-        with torch.device("meta"):
-            model = family.Transformer(args).to(parallel.DTYPES[training.dtype])
+        with torch.device(device if fake else "meta"), parallel.default_dtype(training.dtype):
+            model = family.Transformer(args)
         name = f"{config.model.name} {config.model.flavor}"
         logger.info(f"Building {name} with {args}")
         logger.info(f"Model {name} size: {sum(p.numel() for p in model.parameters()):,} total parameters")
         apply_compile(model, config)
         apply_activation_checkpoint(model, config)
         parallel.apply_fsdp(model, mesh, config, reshard)
-        model.to_empty(device="cpu" if training.enable_cpu_offload else device)
         if not fake:
+            model.to_empty(device="cpu" if training.enable_cpu_offload else device)
             parallel.init_weights(model, seed)
         optimizer = build_optimizer(model, config)
 

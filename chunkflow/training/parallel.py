@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -137,6 +138,17 @@ class BusyTimer:
 
 def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextmanager
+def default_dtype(name: str):
+    """Parameters made inside are of this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[name])
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @torch.no_grad()
