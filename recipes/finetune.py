@@ -39,7 +39,7 @@ def check(config) -> None:
     if config.parallelism.pipeline_parallel_degree > 1:
         raise ConfigError(
             f"parallelism.pipeline_parallel_degree = {config.parallelism.pipeline_parallel_degree}: this recipe has no stages,"
-            " set it to 1"
+            " use recipes/finetune_pipeline.py (TRAIN_FILE), or set it to 1"
         )
     model_args(config, Tokenizer(config.model.tokenizer_path).vocab_size)
     if torch.cuda.is_available() and config.training.mixed_precision_param != "bfloat16":

@@ -287,6 +287,11 @@ def _check_combinations(config: Config, given: dict[str, Any]) -> None:
             f'training.dataset_path = {_show(path)} is not read by training.dataset = "python_stdlib": remove the path, or set'
             ' training.dataset = "jsonl"'
         )
+    if config.model.rope_scaling is not None and "rope_type" not in config.model.rope_scaling:
+        raise ConfigError(
+            f"model.rope_scaling = {_show(config.model.rope_scaling)} has no rope_type: add one, such as"
+            ' { rope_type = "yarn", factor = 4.0 }'
+        )
     selective = config.activation_checkpoint.selective_ac_option
     if not selective.isdecimal() or int(selective) < 1:
         raise ConfigError(
@@ -349,11 +354,11 @@ def main_config(
     first = os.environ.get("RANK", "0") == "0"  # one voice, one look at the file system
     try:
         config = load_config([argument for argument in argv if argument != "--check"])
-        check_processes(config, _processes(planned or only_check or config.comm.mode == "fake_backend"))
         if first:
             check_paths(config)
         if check:
             check(config)
+        check_processes(config, _processes(planned or only_check or config.comm.mode == "fake_backend"))
     except ValueError as error:
         if first:
             print(f"error: {error}", file=sys.stderr)

@@ -16,8 +16,6 @@ LATER: dict[str, str] = {
     "training.max_bad_steps": "is not available in this version: remove the key",
     "chunkflow.kv_offload": "is not available in this version: K/V state stays on the device, remove the key",
     "chunkflow.keep_attention": "is not available in this version: a recomputed chunk repeats its attention, remove the key",
-    "parallelism.pipeline_parallel_schedule": "is not available in this version: no pipeline schedule to choose yet, remove the key",
-    "parallelism.pipeline_parallel_layers_per_stage": "is not available in this version: no pipeline to cut layers for, remove the key",
     "lora": "is not available in this version: all parameters are trained, remove the section",
     "peft": "is not available in this version: all parameters are trained, remove the section",
 }
@@ -133,6 +131,7 @@ VALUE_ANSWERS: dict[str, str] = {
     "optimizer.name=Adam": 'is not there: set optimizer.name = "AdamW" and optimizer.weight_decay = 0',
     "activation_checkpoint.mode=memory_budget": "is not there: chunkflow.chunk_size and chunkflow.k bound the activations,"
     ' set "none", "selective" or "full"',
+    "compile.components=loss": "is not compiled, head and loss run in slices of tokens: set compile.components = [\"model\"]",
     "comm.mode=local_tensor": 'is not there: set "fake_backend" to check a large layout in one process',
     "training.dtype=bfloat16": 'is not admitted, since small updates would be lost: keep "float32" and compute in bfloat16 with'
     " training.mixed_precision_param",

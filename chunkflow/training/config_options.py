@@ -138,7 +138,13 @@ class Parallelism:
         'free gathered parameters after each forward (ZeRO-3); "default": with more than one rank',
         choices=("default", "always", "never"),
     )
-    pipeline_parallel_degree: int = option(1, "pipeline stages", AT_LEAST_1)
+    pipeline_parallel_degree: int = option(1, "ranks that share one replica's layers (pipeline)", AT_LEAST_1)
+    pipeline_parallel_schedule: str = option(
+        "1F1B", "one stage a rank, or several; the state-aware form of each", choices=("1F1B", "Interleaved1F1B")
+    )
+    pipeline_parallel_layers_per_stage: int | None = option(
+        None, "layers of a stage; unset: spread evenly by cost, interleaved over 2 stages a rank", AT_LEAST_1
+    )
 
 
 @dataclass
@@ -150,7 +156,7 @@ class ActivationCheckpoint:
 @dataclass
 class Compile:
     enable: bool = option(False, "torch.compile")
-    components: list[str] = option(["model"], "what is compiled", choices=("model", "loss"))
+    components: list[str] = option(["model"], "what is compiled", choices=("model",))
     backend: str = option("inductor", "torch.compile's backend")
 
 

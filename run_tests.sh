@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Runs the tests, in an environment that it sets up first if need be. Arguments go to pytest: ./run_tests.sh tests/test_config.py -x
+set -e
+
+REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$REPO/.ci/environment.sh" test
+cd "$REPO"
+exec "$PYTHON" -m pytest "$@"

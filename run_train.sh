@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Starts a training run: NGPU=2 CONFIG_FILE=train_configs/debug_model.toml ./run_train.sh --training.steps=20
+#
+#   NGPU         processes on this machine (default: its GPUs; without any, 2 on the CPU)
+#   CONFIG_FILE  settings; arguments of this script override them (--help lists all)
+#   TRAIN_FILE   the recipe, or your edited copy of it
+#   LOG_RANK     ranks whose output is shown, with commas
+#   NNODES, NODE_RANK, RDZV_ENDPOINT   several machines: how many, which one this is, HOST:PORT of the first
+#   COMM_MODE=fake_backend             one process, one step, as rank 0 of NGPU: checks a large layout anywhere
+set -e
+
+REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$REPO/.ci/environment.sh" progress,pictures
+
+# A relative name means the caller's folder, else this repository.
+locate() { if [ ! -e "$1" ] && [ -e "$REPO/$1" ]; then echo "$REPO/$1"; else echo "$1"; fi; }
+TRAIN_FILE=$(locate "${TRAIN_FILE:-recipes/finetune.py}")
+CONFIG_FILE=$(locate "${CONFIG_FILE:-train_configs/debug_model.toml}")
+if [ ! -f "$TRAIN_FILE" ]; then
+    echo "error: TRAIN_FILE = $TRAIN_FILE does not exist: name a recipe" >&2
+    exit 2
+fi
+
+GPUS=0
+if command -v nvidia-smi rocm-smi >/dev/null; then
+    GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+fi
+export NGPU=${NGPU:-$((GPUS > 0 ? GPUS : 2))} NNODES=${NNODES:-1} LOG_RANK=${LOG_RANK:-0}
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+
+set -- --job.config_file "$CONFIG_FILE" "$@"
+if [ -n "$COMM_MODE" ]; then
+    set -- "$@" "--comm.mode=$COMM_MODE" --training.steps=1
+fi
+for argument in "$@"; do
+    case "$argument" in -h | --help | --check) exec "$PYTHON" "$TRAIN_FILE" "$@" ;; esac
+done
+"$PYTHON" "$TRAIN_FILE" --check "$@" >/dev/null
+if [ -n "$COMM_MODE" ]; then
+    exec "$PYTHON" "$TRAIN_FILE" "$@"
+fi
+
+if [ "$GPUS" -eq 0 ]; then
+    CORES=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > NGPU ? CORES / NGPU : 1))}
+fi
+rendezvous=(--rdzv_endpoint localhost:0)
+if [ "$NNODES" -gt 1 ]; then
+    if [ -z "$RDZV_ENDPOINT" ]; then
+        echo "error: NNODES = $NNODES needs RDZV_ENDPOINT: set it to HOST:PORT of the first machine" >&2
+        exit 2
+    fi
+    rendezvous=(--nnodes "$NNODES" --node_rank "${NODE_RANK:-0}" --rdzv_endpoint "$RDZV_ENDPOINT")
+fi
+exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$NGPU" --rdzv_backend c10d "${rendezvous[@]}" \
+    --local-ranks-filter "$LOG_RANK" --role rank --tee 3 "$TRAIN_FILE" "$@"

@@ -1,0 +1,283 @@
+"""What a run leaves: rows, events, the step line, across resumes and torn writes; and the device figures in them."""
+
+import gc
+import json
+import logging
+import math
+import re
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from chunkflow.planning.cost import Cost
+from chunkflow.planning.planner import PlanSettings, plan_step
+from chunkflow.training import metrics
+from chunkflow.training.config import load_config
+from chunkflow.training.metrics import GarbageCollection, MetricsLogger, init_logger, open_rows, peak_flops, peak_memory, reset_peak_memory
+
+CPU = torch.device("cpu")
+PLAN = plan_step([5, 3, 9], PlanSettings(Cost(1.0, 0.0), chunk_size=4))  # 17 tokens in 5 chunks, 2 of 9's and 1 of 5's again
+
+
+@pytest.fixture(autouse=True)
+def known_peak(monkeypatch):
+    monkeypatch.setattr(metrics, "peak_flops", lambda device, dtype: 1e9)
+
+
+def build(folder, *more, **start) -> MetricsLogger:
+    config = load_config([f"--job.dump_folder={folder}", "--metrics.disable_color_printing", *more])
+    return MetricsLogger(config, CPU, torch.float32, **start)
+
+
+def log(run: MetricsLogger, step: int, **more) -> float:
+    figures = dict(loss=2.5, max_loss=3.0, grad_norm=0.5, lr=1e-3, supervised_tokens=14)
+    return run.log(step, PLAN, **{**figures, **more})
+
+
+def run_steps(folder, first: int, last: int, *more, tokens_seen: int = 0) -> MetricsLogger:
+    run = build(folder, *more, start_step=first - 1, tokens_seen=tokens_seen)
+    for step in range(first, last + 1):
+        run.count(PLAN.tokens, 1e6, 0.0)
+        if run.due(step):
+            log(run, step)
+    run.close()
+    return run
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(folder) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_a_row_holds_the_contract(tmp_path):
+    run_steps(tmp_path, 1, 2, "--metrics.log_freq=2")
+    first, second = rows(tmp_path)
+    assert first.keys() >= set(
+        "step loss grad_norm lr tokens supervised_tokens seconds tps chunks padding_percent recomputed_chunks dp_imbalance_percent"
+        " memory_gib".split()
+    )
+    assert (first["step"], second["step"]) == (1, 2)
+    assert (first["tokens"], first["supervised_tokens"], first["chunks"], first["recomputed_chunks"]) == (17, 14, 5, 3)
+    assert first["padding_percent"] == pytest.approx(100 * (1 - 17 / 20))
+    assert second["n_tokens_seen"] == 34
+    assert 0.01 < first["memory_gib"] < 100
+
+
+def test_seconds_and_rates_are_of_the_interval(tmp_path):
+    run = build(tmp_path, "--metrics.log_freq=3", start_step=1)
+    for step in (2, 3):  # a resumed run's first interval is shorter
+        time.sleep(0.1)
+        run.count(100, 2e6, 0.05)
+    log(run, 3)
+    for step in (4, 5, 6):
+        time.sleep(0.1)
+        run.count(10, 1e6, 0.0)
+    log(run, 6)
+    run.close()
+    third, sixth = rows(tmp_path)
+    assert 0.1 <= third["seconds"] < 0.2 and 0.1 <= sixth["seconds"] < 0.2
+    assert third["tps"] == pytest.approx(100 / third["seconds"]) and sixth["tps"] == pytest.approx(10 / sixth["seconds"])
+    assert third["mfu_percent"] == pytest.approx(100 * 2e6 / third["seconds"] / 1e9)
+    scalars = events(tmp_path / "tb")
+    assert scalars.Scalars("time_metrics/data_loading(s)")[0].value == pytest.approx(0.05)
+    assert scalars.Scalars("time_metrics/data_loading(%)")[0].value == pytest.approx(100 * 0.05 / third["seconds"], rel=1e-5)
+    assert scalars.Scalars("time_metrics/end_to_end(s)")[1].value == pytest.approx(sixth["seconds"])
+
+
+def test_step_one_and_every_log_freq_are_logged(tmp_path):
+    run_steps(tmp_path, 1, 25, "--metrics.log_freq=10", "--metrics.no_enable_tensorboard")
+    assert [row["step"] for row in rows(tmp_path)] == [1, 10, 20]
+    assert not (tmp_path / "tb").exists()
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path):
+    run_steps(tmp_path, 1, 3, "--metrics.log_freq=1", "--metrics.no_enable_tensorboard")
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    for torn in (b'{"step": 4, "lo', b'{"step": 4}', b"\x00\x00", b'{"step": 4, "lo\n'):
+        path.write_bytes(whole + torn)
+        open_rows(path, 9).close()
+        assert path.read_bytes() == whole
+    inode = path.stat().st_ino
+    open_rows(path, 9).close()
+    assert path.stat().st_ino == inode, "a whole file is left alone"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_resume_takes_back_rows_and_events_beyond_its_step(tmp_path):
+    run_steps(tmp_path, 1, 6, "--metrics.log_freq=1")
+    run = run_steps(tmp_path, 4, 5, "--metrics.log_freq=1", tokens_seen=51)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
+    assert [row["n_tokens_seen"] for row in rows(tmp_path)] == [17, 34, 51, 68, 85] and run.tokens_seen == 85
+    scalars = events(tmp_path / "tb").Scalars("loss_metrics/global_avg_loss")
+    assert [scalar.step for scalar in scalars] == [1, 2, 3, 4, 5]
+
+
+def test_a_killed_rewrite_leaves_the_old_rows(tmp_path, monkeypatch):
+    run_steps(tmp_path, 1, 3, "--metrics.log_freq=1", "--metrics.no_enable_tensorboard")
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metrics.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_rows(tmp_path / "metrics.jsonl", 1)
+    assert len(rows(tmp_path)) == 3
+
+
+def test_tensorboard_has_torchtitans_tags_and_ours(tmp_path):
+    run = build(tmp_path)
+    run.count(17, 1e6, 0.0)
+    log(run, 1, scalars={"chunkflow/kv_state(GiB)": 0.25})
+    run.add_figure("chunkflow/plan", Figure, 1)
+    run.close()
+    read = events(tmp_path / "tb")
+    expected = """loss_metrics/global_avg_loss loss_metrics/global_max_loss grad_norm lr throughput(tps) tflops mfu(%) n_tokens_seen
+    time_metrics/end_to_end(s) time_metrics/data_loading(s) time_metrics/data_loading(%) memory/max_active(GiB) memory/max_active(%)
+    memory/max_reserved(GiB) memory/max_reserved(%) memory/num_alloc_retries memory/num_ooms chunkflow/chunks chunkflow/padding(%)
+    chunkflow/recomputed_chunks chunkflow/dp_imbalance(%) chunkflow/kv_state(GiB)"""
+    assert set(read.Tags()["scalars"]) >= set(expected.split())
+    assert read.Tags()["images"] == ["chunkflow/plan"]
+    assert read.Scalars("loss_metrics/global_max_loss")[0].value == 3.0
+    assert read.Scalars("chunkflow/kv_state(GiB)")[0].value == 0.25
+
+
+def test_values_that_json_does_not_have_are_null(tmp_path):
+    run = build(tmp_path, "--metrics.no_enable_tensorboard")
+    run.count(17, 1e6, 0.0)
+    log(run, 1, loss=math.nan, grad_norm=math.inf, max_loss=-math.inf)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert row["loss"] is None and row["grad_norm"] is None and row["global_max_loss"] is None
+
+
+@pytest.fixture
+def messages(caplog):
+    caplog.set_level(logging.INFO)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+STEP_LINE = re.compile(
+    r"step: +(\d+)  loss: +([\d.]+)  grad_norm: +([\d.]+)  memory: +[\d.]+GiB\([\d.]+%\)  tps: [\d,]+  tflops: [\d,.]+  mfu: [\d.]+%"
+    r"  chunks: 5  padding: 15.00%  recomputed: 3  imbalance: 0.00%"
+)
+
+
+def test_the_step_line(tmp_path, messages):
+    run = build(tmp_path, "--metrics.no_enable_tensorboard")
+    run.count(17, 1e6, 0.0)
+    log(run, 1)
+    line = messages()[-1]
+    assert line.startswith("step:  1  loss:  2.50000  grad_norm:  0.5000  memory: ")
+    assert STEP_LINE.fullmatch(line)
+    run.colours = metrics.Colours()
+    run.count(17, 1e6, 0.0)
+    log(run, 10)
+    coloured = messages()[-1]
+    assert coloured.count("\033[") == 8 and coloured != line
+    assert STEP_LINE.fullmatch(re.sub(r"\033\[\d+m", "", coloured))
+    assert "Peak FLOPS used for computing MFU: 1.000e+09" in messages()
+
+
+def _rank(rank: int, folder: str) -> None:
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=limit)
+    metrics.peak_flops = lambda device, dtype: 1e9
+    run = build(folder, "--metrics.no_enable_tensorboard")
+    run.count(17, 1e6, 0.0)
+    loss = log(run, 1, loss=[1.0, 0.5][rank], max_loss=[-math.inf, 4.0][rank])
+    assert loss == 1.5
+    assert (run.rows is None) == (rank == 1)
+    run.close()
+    dist.destroy_process_group()
+
+
+def test_figures_of_two_ranks(tmp_path):
+    multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    (row,) = rows(tmp_path)
+    assert (row["loss"], row["global_max_loss"], row["tokens"]) == (1.5, 4.0, 17)
+    assert row["tps"] == pytest.approx(17 / row["seconds"] / 2)
+
+
+def test_the_log_has_torchtitans_shape(capsys):
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    try:
+        init_logger()
+        init_logger()
+        logging.getLogger("chunkflow.somewhere").info("hello")
+    finally:
+        root.handlers[:], level = before
+        root.setLevel(level)
+    out = capsys.readouterr().out
+    assert re.fullmatch(r"\[chunkflow\] \d{4}-\d\d-\d\d [\d:,]+ - chunkflow\.somewhere - INFO - hello\n", out)
+
+
+def test_peak_memory_is_of_the_time_since_its_reset():
+    reset_peak_memory(CPU)
+    before = peak_memory(CPU).reserved_gib
+    block = torch.ones(2**26)  # 256 MiB
+    during = peak_memory(CPU).reserved_gib
+    del block
+    after = peak_memory(CPU).reserved_gib
+    reset_peak_memory(CPU)
+    assert during - before > 0.2 and after == pytest.approx(during, abs=0.02)
+    assert during - peak_memory(CPU).reserved_gib > 0.2
+
+
+def test_peak_memory_without_proc(monkeypatch):
+    def missing(self, *_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(metrics.Path, "read_text", missing)
+    monkeypatch.setattr(metrics.Path, "write_text", missing)
+    reset_peak_memory(CPU)
+    assert 0.01 < peak_memory(CPU).reserved_gib < 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_peak_flops_of_an_unknown_device_are_measured(dtype):
+    start = time.perf_counter()
+    assert 1e8 < peak_flops(CPU, dtype) < 1e15
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    "name, flops",
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("AMD Instinct MI300X", 1300e12),
+    ],
+)
+def test_peak_flops_of_known_devices(name, flops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0), torch.bfloat16) == flops
+
+
+def test_garbage_is_collected_at_the_same_steps_everywhere(monkeypatch, messages):
+    try:
+        collection = GarbageCollection(2)
+        assert not gc.isenabled()
+        collected = []
+        monkeypatch.setattr(metrics.gc, "collect", collected.append)
+        for step in range(1, 6):
+            collection.run(step)
+        assert collected == [1, 1]
+        assert messages()[0].startswith("[GC] Initial GC collection took ")
+    finally:
+        gc.enable()
