@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 REPO = Path(__file__).parent.parent
@@ -31,6 +33,24 @@ def write_rows(path: Path, lengths: list[int], seed: int = 0, masked: float = 0.
     return path
 
 
+def processes_of(argument_part: str) -> dict[int, list[str]]:
+    """Environments of the processes with that text in their arguments. torchrun's workers are sessions of their own."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if argument_part in (folder / "cmdline").read_text():
+                found[int(folder.name)] = (folder / "environ").read_text().split("\0")
+        except OSError:  # it has ended meanwhile, or is another user's
+            continue
+    return found
+
+
+def end_processes(argument_part: str) -> None:
+    for pid in processes_of(argument_part):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def run(tmp_path: Path, *overrides: str, processes: int = 1, seconds: int = 240, **environ: str) -> subprocess.CompletedProcess:
     """`python recipes/finetune.py ...`, or run_train.sh for several processes. Output as text, both streams in one."""
     if processes == 1:
@@ -40,9 +60,11 @@ def run(tmp_path: Path, *overrides: str, processes: int = 1, seconds: int = 240,
         (tmp_path / "empty.toml").touch()
         command = [str(REPO / "run_train.sh"), *overrides]
         environ = {"NGPU": str(processes), "CONFIG_FILE": str(tmp_path / "empty.toml")} | environ
-    return subprocess.run(
-        command, env=environment(tmp_path, **environ), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        return subprocess.run(command, env=environment(tmp_path, **environ), timeout=seconds, **pipes)
+    finally:
+        end_processes(str(tmp_path))  # torchrun's, should it have run out of time
 
 
 def train(tmp_path: Path, name: str, data: Path, *overrides: str, processes: int = 1, **environ: str) -> list[dict]:

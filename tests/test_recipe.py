@@ -6,12 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
-from tests.runs import REPO, RECIPE, assert_same_curves, environment, run, train, write_rows
+from tests.runs import REPO, RECIPE, assert_same_curves, end_processes, environment, processes_of, run, train, write_rows
 
 LENGTHS = [300, 20, 64, 5, 130, 31, 7, 90, 12, 1, 48, 200, 9, 77, 33]
 
@@ -154,17 +152,6 @@ def test_a_rank_that_raises_ends_the_job_with_its_own_message(tmp_path, data):
     assert done.returncode != 0 and "rank 1 stumbles" in done.stdout, done.stdout[-3000:]
 
 
-def process_of_rank(rank: int, argument_part: str) -> int:
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            arguments, environ = (folder / "cmdline").read_text(), (folder / "environ").read_text().split("\0")
-        except OSError:  # it has ended meanwhile, or is another user's
-            continue
-        if argument_part in arguments and f"RANK={rank}" in environ:
-            return int(folder.name)
-    raise AssertionError(f"no process is rank {rank}")
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_dies_or_hangs_ends_the_job(tmp_path, data, how):
     (tmp_path / "empty.toml").touch()
@@ -176,18 +163,17 @@ def test_a_rank_that_dies_or_hangs_ends_the_job(tmp_path, data, how):
         env=environment(tmp_path, NGPU="2", CONFIG_FILE=str(tmp_path / "empty.toml")),
         stdout=log,
         stderr=subprocess.STDOUT,
-        start_new_session=True,
     )
     try:
         rows, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
         while not (rows.exists() and rows.read_text().count("\n") > 2):
             assert time.monotonic() < deadline and job.poll() is None, (log.seek(0), log.read())[1]
             time.sleep(0.2)
-        os.kill(process_of_rank(1, str(tmp_path / "run")), how)
+        (victim,) = (pid for pid, environ in processes_of(str(tmp_path)).items() if "RANK=1" in environ)
+        os.kill(victim, how)
         assert job.wait(timeout=60) != 0
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
+        end_processes(str(tmp_path))
     log.seek(0)
     said = log.read()
     assert ("SIGKILL" if how == signal.SIGKILL else "imed out") in said, said[-3000:]

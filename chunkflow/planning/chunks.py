@@ -44,21 +44,28 @@ class Group(NamedTuple):
         return sum(chunk.tokens for chunk in self.chunks)
 
 
-def whole_sequences(lengths: list[int]) -> list[Group]:
-    """One group of one chunk for each sequence, however long: the baseline that chunks are compared with."""
-    return [Group((Chunk((Segment(index, 0, length),)),)) for index, length in enumerate(lengths)]
+def whole_sequences(lengths: list[int], sequences: list[int] | None = None) -> list[Group]:
+    """One group of one chunk for each sequence, however long: the baseline that chunks are compared with.
+
+    `sequences` are the indices of those wanted; None: all.
+    """
+    indices = range(len(lengths)) if sequences is None else sequences
+    return [Group((Chunk((Segment(index, 0, lengths[index]),)),)) for index in indices]
 
 
-def build_groups(lengths: list[int], chunk_size: int, fill_tails: bool = True) -> list[Group]:
+def build_groups(
+    lengths: list[int], chunk_size: int, fill_tails: bool = True, sequences: list[int] | None = None
+) -> list[Group]:
     """Cuts and packs sequences of the given lengths (tokens, each at least 1) into groups, the longest group first.
 
-    The short sequences are packed by best-fit-decreasing, and by first-fit-decreasing too where that could save a chunk;
+    `sequences` are the indices of those wanted; None: all. The short sequences are packed by best-fit-decreasing, and by first-fit-decreasing too where that could save a chunk;
     the fewer chunks count. Ties are broken by index, so that every rank builds the same groups.
     """
     tails: list[int] = []  # free tokens behind each long sequence
     cut: list[list[Chunk]] = []
     short: list[tuple[int, int]] = []  # (-length, index): sorts longest first, then by index
-    for index, length in enumerate(lengths):
+    for index in range(len(lengths)) if sequences is None else sequences:
+        length = lengths[index]
         if length <= chunk_size:
             short.append((-length, index))
             continue

@@ -1,0 +1,181 @@
+"""A whole step in chunks against whole sequences one by one (chunkflow.enable = false), on this machine.
+
+    python benchmarks/step.py              # time, on a long-tailed mix: ratio, and the share of what bare kernels reach
+    python benchmarks/step.py --memory     # peak memory while the longest sequence grows from 4K to 64K tokens
+
+Time: medians of interleaved runs. "Bare kernels" are the step's own matrix products and flash attention calls, same shapes, run in a
+row with nothing around them; their time over the step's time is the last column. Memory: each figure in a fresh process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import statistics
+import time
+
+import torch
+
+from attention import one_call
+from chunkflow.data.synthetic import synthetic_lengths
+from chunkflow.execution.executor import run_actions
+from chunkflow.execution.state import ChunkTensors
+from chunkflow.planning.chunks import build_groups, whole_sequences
+from chunkflow.planning.cost import Cost
+from chunkflow.planning.schedule import linear_schedule
+from chunkflow.training.metrics import peak_memory, reset_peak_memory
+from chunkflow.training.parallel import init_weights
+from models import llama
+
+CPU = torch.device("cpu")
+
+
+def make_model(dtype: torch.dtype, **changes) -> llama.Transformer:
+    model = llama.Transformer(dataclasses.replace(llama.flavors["debugmodel"], **changes))
+    init_weights(model, 0)
+    return model.to(dtype)
+
+
+def tensors(groups, vocabulary: int) -> list[list[ChunkTensors]]:
+    return [
+        [
+            ChunkTensors(
+                chunk,
+                index,
+                torch.randint(vocabulary, (chunk.tokens,)),
+                torch.randint(vocabulary, (chunk.tokens,)),
+                torch.cat([torch.arange(s.start, s.start + s.length) for s in chunk.segments]),
+            )
+            for index, chunk in enumerate(group.chunks)
+        ]
+        for group in groups
+    ]
+
+
+def step(model, groups, data, k: int):
+    actions = linear_schedule([len(group.chunks) for group in groups], k)
+    model.zero_grad()
+    return run_actions(model, groups, actions, data, sum(group.tokens for group in groups), CPU, lambda: None)
+
+
+def bare_kernels(args: llama.ModelArgs, groups, k: int, dtype: torch.dtype) -> float:
+    """Seconds of the step's matrix products and attention calls alone: forward, backward, and the forwards of recomputation."""
+    attention = args.n_heads * args.head_dim
+    keys = args.n_kv_heads * args.head_dim
+    layer = [(args.dim, attention), *[(args.dim, keys)] * 2, (attention, args.dim), *[(args.dim, args.hidden_dim)] * 2]
+    layer.append((args.hidden_dim, args.dim))
+    products = [shape for shape in layer for _ in range(args.n_layers)]
+    weights = {shape: torch.randn(*shape, dtype=dtype) for shape in {*products, (args.dim, args.vocab_size)}}
+    inputs = {width: torch.randn(1 << 16, width, dtype=dtype) for shape in weights for width in shape}
+    seconds = 0.0
+    for group in groups:
+        for index, chunk in enumerate(group.chunks):
+            forwards = 2 if index < len(group.chunks) - k else 1
+            start = time.perf_counter()
+            for rows, columns in products:
+                weight, x, y = weights[rows, columns], inputs[rows][: chunk.tokens], inputs[columns][: chunk.tokens]
+                for _ in range(forwards):
+                    x @ weight
+                y @ weight.t(), x.t() @ y
+            weight, x, y = weights[args.dim, args.vocab_size], inputs[args.dim][: chunk.tokens], None
+            y = x @ weight
+            y @ weight.t(), x.t() @ y
+            seconds += time.perf_counter() - start
+    # Attention: each sequence once, whole, in one call; its forward counts again for the share that is recomputed.
+    longest = max(group.tokens for group in groups)
+    q, k_, v, dout = (torch.randn(longest, heads, args.head_dim, dtype=dtype) for heads in (args.n_heads, *[args.n_kv_heads] * 2, args.n_heads))
+    for group in groups:
+        ends: dict[int, int] = {}
+        for chunk in group.chunks:
+            for s in chunk.segments:
+                ends[s.sequence] = s.start + s.length
+        for length in ends.values():
+            start = time.perf_counter()
+            one_call(*(x[:length] for x in (q, k_, v, dout)))
+            seconds += args.n_layers * (time.perf_counter() - start)
+        repeated = group.chunks[max(0, len(group.chunks) - k)].prefix
+        if repeated:
+            start = time.perf_counter()
+            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            flash(*(x[:repeated].transpose(0, 1).unsqueeze(0) for x in (q, k_, v)), 0.0, True)
+            seconds += args.n_layers * (time.perf_counter() - start)
+    return seconds
+
+
+def compare_time(arguments) -> None:
+    dtype = getattr(torch, arguments.dtype)
+    model = make_model(dtype)
+    lengths = [min(length, arguments.longest) for length in synthetic_lengths(arguments.mix, arguments.sequences, arguments.seed)]
+    cost = Cost.of_model(model.args)
+    useful = sum(cost.training(length) for length in lengths)
+    print(f"{len(lengths)} sequences, {sum(lengths):,} tokens, longest {max(lengths):,}; {arguments.dtype}, {torch.get_num_threads()} threads")
+    ways = {"whole sequences": (whole_sequences(lengths), 1)}
+    for k in arguments.k:
+        ways[f"chunks of {arguments.chunk_size}, k = {k}"] = build_groups(lengths, arguments.chunk_size), k
+    data = {name: tensors(groups, model.args.vocab_size) for name, (groups, _) in ways.items()}
+    seconds, bare = {name: [] for name in ways}, {name: [] for name in ways}
+    for run in range(arguments.runs + 1):
+        for name, (groups, k) in ways.items():
+            start = time.perf_counter()
+            step(model, groups, data[name], k)
+            if run:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+                bare[name].append(bare_kernels(model.args, groups, k, dtype))
+    base = statistics.median(seconds["whole sequences"])
+    for name in ways:
+        median = statistics.median(seconds[name])
+        print(
+            f"{name:28}: {median:6.2f} s  {base / median:5.2f} x as fast  {useful / median / 1e9:5.0f} useful GFLOP/s"
+            f"  {statistics.median(bare[name]) / median:.2f} of bare kernels"
+        )
+
+
+def measure_memory(longest: int, chunk_size: int | None, results) -> None:
+    """Peak of one step above what the process held before it, and the K/V state's share of it, in MiB."""
+    model = make_model(torch.float32, n_layers=2, dim=128, n_heads=2, n_kv_heads=1, hidden_dim=344)
+    lengths = [longest, *[400] * 10]
+    groups = build_groups(lengths, chunk_size) if chunk_size else whole_sequences(lengths)
+    step(model, build_groups([256], 256), tensors(build_groups([256], 256), 2048), 1)  # gradients exist
+    data = tensors(groups, model.args.vocab_size)
+    reset_peak_memory(CPU)
+    before = peak_memory(CPU).active_gib
+    result = step(model, groups, data, 1)
+    results.put((1024 * (peak_memory(CPU).active_gib - before), result.peak_state_bytes / 2**20))
+
+
+def compare_memory(arguments) -> None:
+    context = multiprocessing.get_context("spawn")
+    for longest in (4096, 8192, 16384, 32768, 65536):
+        figures = []
+        for chunk_size in (arguments.chunk_size, None) if longest <= 16384 else (arguments.chunk_size,):
+            results = context.Queue()
+            process = context.Process(target=measure_memory, args=(longest, chunk_size, results))
+            process.start()
+            peak, state = results.get()
+            process.join()
+            figures.append(
+                f"chunks of {chunk_size}: {peak:6.0f} MiB, of which K/V {state:4.0f} (rest {peak - state:5.0f})"
+                if chunk_size
+                else f"whole: {peak:6.0f} MiB"
+            )
+        print(f"longest {longest:6}:  " + ";  ".join(figures), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--mix", default="lmsys", choices=("lmsys", "llama3_sft"))
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--longest", type=int, default=16384, help="longer ones are cut to this")
+    parser.add_argument("--chunk-size", type=int, default=2048)
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=int, default=3)
+    arguments = parser.parse_args()
+    compare_memory(arguments) if arguments.memory else compare_time(arguments)
+
+
+if __name__ == "__main__":
+    main()
