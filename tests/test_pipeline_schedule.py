@@ -8,9 +8,6 @@ import pytest
 from chunkflow.planning.pipeline_schedule import (
     Costs,
     StageAction,
-    Transfer,
-    add_transfers,
-    check_schedule,
     equal_stages,
     list_schedule,
     live_limit,
@@ -19,6 +16,7 @@ from chunkflow.planning.pipeline_schedule import (
     play,
     state_aware_schedule,
 )
+from chunkflow.planning.pipeline_transfers import Transfer, add_transfers, check_schedule
 from chunkflow.planning.schedule import Kind
 
 EIGHT = [[1] * 8] * 8

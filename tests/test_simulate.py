@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from chunkflow.planning.chunks import build_groups
 from chunkflow.planning.pipeline_schedule import (
     Costs,
     StageAction,
@@ -22,7 +23,7 @@ from chunkflow.planning.simulate import chrome_trace, in_given_order, main, pict
 
 EXAMPLE = "--stages 4 --lengths 1,1,2,4 --chunk-size 2"
 EIGHT = "--stages 8 --lengths 8,8,8,8,8,8,8,8 --chunk-size 1"
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "pipeline_simulation.py"
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "pipeline.py"
 
 
 def command(line, capsys):
@@ -142,7 +143,7 @@ def test_trace_and_picture_files(tmp_path, capsys):
 
 def test_picture_shows_every_action():
     costs = equal_stages([[2, 2], [2]], 2)
-    figure = picture(simulate(paper_schedule(costs, 1, 2), costs, [4, 2]))
+    figure = picture({"paper": simulate(paper_schedule(costs, 1, 2), costs, [4, 2]).timeline})
     (axes,) = figure.axes
     assert sum(len(bars.get_paths()) for bars in axes.collections) == 2 * (3 + 3 + 1)
 
@@ -158,7 +159,7 @@ def test_one_stage_worked_by_hand():
     assert result.makespan == 23 == lower_bound(costs, 1, 1)
     assert result.bubble == pytest.approx(3 / 23) and result.idle == 0
     assert result.peak_kept_chunks == [1] and result.peak_kv_tokens == [5]
-    assert chrome_trace(result)["traceEvents"][1]["name"] == "S 0.0"
+    assert [event["name"] for event in chrome_trace({"paper": result.timeline})["traceEvents"]][1:3] == ["thread_name", "S 0.0"]
 
 
 def test_a_schedule_that_cannot_go_on_is_an_error():
@@ -174,8 +175,8 @@ def test_random_mixes_are_within_five_percent_of_the_bound_on_average():
         for mix in ("lmsys", "long_heavy"):
             for k, cost in ((1, "LINEAR"), (2, "ATTENTION"), (4, "LINEAR")):
                 generator = random.Random(f"{stages} {mix} {k}")
-                groups = in_given_order(benchmark["random_groups"](generator, benchmark[mix]))
-                costs = equal_stages(benchmark["chunk_costs"](groups, benchmark[cost]), stages)
+                groups = in_given_order(build_groups(*benchmark["random_batch"](generator, benchmark[mix])))
+                costs = benchmark["stage_costs"](groups, benchmark[cost], stages)
                 tokens = [group.tokens for group in groups]
                 ours, paper = (
                     simulate(schedule(costs, k, stages), costs, tokens).makespan

@@ -6,11 +6,12 @@ own sequences. The data state is therefore one number, the same on all ranks: th
 
 from __future__ import annotations
 
+import functools
 import queue
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
 
@@ -61,12 +62,25 @@ class ChunkDataLoader:
     """Iterates over steps, without end: past the end of the data a new epoch begins, shuffled anew.
 
     `overlong` says what becomes of sequences longer than `seq_len` tokens: "error" (ValueError here), "truncate" or "drop".
+    `rank` counts data-parallel ranks; the ranks of one pipeline share theirs, and read the same chunks. `make_plan` is `plan_step` with
+    the settings, in the loader's thread, unless given.
     """
 
     def __init__(
-        self, dataset, settings: PlanSettings, *, rank: int, global_batch_size: int, seq_len: int, overlong: str, shuffle: bool, seed: int
+        self,
+        dataset,
+        settings: PlanSettings,
+        *,
+        rank: int,
+        global_batch_size: int,
+        seq_len: int,
+        overlong: str,
+        shuffle: bool,
+        seed: int,
+        make_plan: Callable[[list[int]], Plan] | None = None,
     ):
-        self.dataset, self.settings, self.rank = dataset, settings, rank
+        self.dataset, self.rank = dataset, rank
+        self.make_plan = make_plan or functools.partial(plan_step, settings=settings)
         self.global_batch_size, self.seq_len, self.overlong = global_batch_size, seq_len, overlong
         self.shuffle, self.seed = shuffle, seed
         self.ledger = Ledger()
@@ -153,7 +167,7 @@ class ChunkDataLoader:
         supervised = [dataset.supervised(row, length) for row, length in zip(rows, lengths)]
         ledger.trained = sum(supervised)
         ledger.masked = sum(lengths) - ledger.trained
-        plan = plan_step(lengths, self.settings)
+        plan = self.make_plan(lengths)
         own = sorted({s.sequence for group in plan.groups[self.rank] for chunk in group.chunks for s in chunk.segments})
         return StepData(
             plan=plan,

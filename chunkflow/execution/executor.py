@@ -46,7 +46,7 @@ def run_actions(
             before_last_backward()
         if group == DUMMY:
             if kind is Kind.FORWARD:
-                dummy = _dummy_chunk().to(device)
+                dummy = dummy_chunk().to(device)
                 dummies.append(model(dummy.tokens, dummy))
             else:
                 dummies.pop().backward()
@@ -75,7 +75,7 @@ def run_actions(
     return result
 
 
-def _dummy_chunk() -> ChunkTensors:
+def dummy_chunk() -> ChunkTensors:
     """One token without a target: it costs next to nothing, and its gradients are exactly zero."""
     zero = torch.zeros(1, dtype=torch.int64)
     return ChunkTensors(Chunk((Segment(0, 0, 1),)), 0, zero, torch.full_like(zero, IGNORE), zero)

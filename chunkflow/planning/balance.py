@@ -1,4 +1,5 @@
-"""Which data-parallel rank trains which sequences. Pure Python; every rank computes the same answer, so nothing is sent."""
+"""Which data-parallel rank trains which sequences, which stage has which layers. Pure Python; every rank computes the same
+answer, so nothing is sent."""
 
 from __future__ import annotations
 
@@ -22,3 +23,23 @@ def assign(costs: list[float], ranks: int) -> list[list[int]]:
         members[rank].append(index)
         heapreplace(loads, (load + costs[index], rank))
     return members
+
+
+def split_layers(layers: int, head: float, stages: int) -> list[int]:
+    """How many layers each pipeline stage gets, so that the costliest is as cheap as can be.
+
+    `head` is what the last stage computes behind its layers, in units of a layer; embeddings cost nothing. Where the head outweighs a
+    stage's share of layers, the last stage has none. Later stages get the odd layers: they hold fewer activations.
+    """
+    if stages == 1:
+        return [layers]
+
+    def split(last: int) -> list[int]:
+        each, odd = divmod(layers - last, stages - 1)
+        return [each + (stage >= stages - 1 - odd) for stage in range(stages - 1)] + [last]
+
+    def costs(counts: list[int]) -> tuple[float, float]:
+        own = [*counts[:-1], counts[-1] + head]
+        return max(own), sum(cost * cost for cost in own)
+
+    return min((split(last) for last in range(layers - stages + 2)), key=costs)

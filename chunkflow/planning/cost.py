@@ -14,10 +14,15 @@ class Cost(NamedTuple):
     @classmethod
     def of_model(cls, args) -> Cost:
         """From a model's sizes (`models.*.ModelArgs`): every weight matrix counts 2 FLOPs an element, embeddings none."""
+        return cls.of_layers(args, args.n_layers, head=True)
+
+    @classmethod
+    def of_layers(cls, args, layers: int, head: bool) -> Cost:
+        """Of so many of the model's layers, with or without the head: a pipeline stage."""
         attention = args.n_heads * args.head_dim
         keys_values = 2 * args.n_kv_heads * args.head_dim
         layer = args.dim * (2 * attention + keys_values + 3 * args.hidden_dim)
-        return cls(2.0 * (args.n_layers * layer + args.dim * args.vocab_size), 4.0 * args.n_layers * attention)
+        return cls(2.0 * (layers * layer + head * args.dim * args.vocab_size), 4.0 * layers * attention)
 
     def forward(self, tokens: int, prefix: int = 0) -> float:
         """Forward FLOPs of `tokens` that follow `prefix` others of their sequence."""

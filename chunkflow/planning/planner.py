@@ -5,9 +5,20 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from chunkflow.planning.balance import assign
-from chunkflow.planning.chunks import Group, build_groups, whole_sequences
+from chunkflow.planning.chunks import Chunk, Group, build_groups, whole_sequences
 from chunkflow.planning.cost import Cost
+from chunkflow.planning.pipeline_schedule import Costs, paper_schedule, state_aware_schedule
+from chunkflow.planning.pipeline_transfers import Program, add_transfers, check_schedule
 from chunkflow.planning.schedule import DUMMY, Action, Kind, linear_schedule, lockstep
+from chunkflow.planning.simulate import Simulation, simulate
+
+
+class PipelineSettings(NamedTuple):
+    """The pipeline that one data-parallel replica is: stage s lives on its rank s % ranks."""
+
+    stages: list[Cost]  # of each stage's layers
+    ranks: int
+    replica: int  # the one to plan for, among PlanSettings.ranks
 
 
 class PlanSettings(NamedTuple):
@@ -17,17 +28,26 @@ class PlanSettings(NamedTuple):
     """
 
     cost: Cost
-    ranks: int = 1  # data-parallel ranks
+    ranks: int = 1  # data-parallel ranks; with a pipeline, its replicas
     enable: bool = True  # False: one whole sequence a micro-batch
     chunk_size: int = 2048
     k: int = 1
     fill_tails: bool = True
     balance: str = "cost"  # or "tokens"
     lockstep: bool = False
+    pipeline: PipelineSettings | None = None
+
+
+class PipelinePlan(NamedTuple):
+    """What the ranks of one replica's pipeline do in a step. A unit of cost is a token on a mean stage, attention aside."""
+
+    program: Program  # pipeline rank -> its actions, sends and receives
+    simulation: Simulation
 
 
 class Plan(NamedTuple):
-    """One optimizer step: each rank's groups and actions, and what they amount to."""
+    """One optimizer step: each rank's groups and actions, and what they amount to. With a pipeline, ranks are its replicas, and
+    `pipeline` has the actions."""
 
     groups: list[list[Group]]  # rank -> its groups, in the order they run; segments name sequences of the whole batch
     actions: list[list[Action]]  # rank -> its actions; `Action.group` counts that rank's groups, DUMMY is none of them
@@ -37,6 +57,7 @@ class Plan(NamedTuple):
     padding_percent: float
     imbalance_percent: float  # slowest rank / mean - 1, in the planner's cost
     template_overhead_percent: float  # slots of the common template / slots of the rank with the most - 1
+    pipeline: PipelinePlan | None = None
 
 
 def plan_step(lengths: list[int], settings: PlanSettings) -> Plan:
@@ -49,15 +70,16 @@ def plan_step(lengths: list[int], settings: PlanSettings) -> Plan:
         costs = [cost.chunked_training(length, chunk_size, k) for length in lengths]
     members = assign(costs, settings.ranks)
 
-    groups = []
-    for sequences in members:
-        own = [lengths[index] for index in sequences]
-        built = build_groups(own, chunk_size, settings.fill_tails) if settings.enable else whole_sequences(own)
-        groups.append([_renumber(group, sequences) for group in built] if settings.ranks > 1 else built)
+    if settings.enable:
+        groups = [build_groups(lengths, chunk_size, settings.fill_tails, own) for own in members]
+    else:
+        groups = [whole_sequences(lengths, own) for own in members]
     counts = [[len(group.chunks) for group in own] for own in groups]
     actions = [linear_schedule(own, k) for own in counts]
-    busiest = max(map(len, actions))
-    if settings.lockstep:
+    busiest, pipeline = max(map(len, actions)), None
+    if settings.pipeline:
+        actions, pipeline = [], _plan_pipeline(groups[settings.pipeline.replica], settings)
+    elif settings.lockstep:
         actions = lockstep(counts, k)
     else:  # a rank without work still takes part in the reduction of gradients
         actions = [own or [Action(Kind.FORWARD, DUMMY, 0), Action(Kind.BACKWARD, DUMMY, 0)] for own in actions]
@@ -73,17 +95,31 @@ def plan_step(lengths: list[int], settings: PlanSettings) -> Plan:
         padding_percent=100 * (1 - tokens / (chunks * chunk_size)) if settings.enable else 0.0,
         imbalance_percent=100 * (max(loads) * len(loads) / sum(loads) - 1),
         template_overhead_percent=100 * (len(actions[0]) / busiest - 1) if settings.lockstep else 0.0,
+        pipeline=pipeline,
     )
 
 
-def _renumber(group: Group, sequences: list[int]) -> Group:
-    """The same group, its segments naming sequences of the whole batch instead of the rank's share of it."""
-    return Group(
-        tuple(
-            chunk._replace(segments=tuple(s._replace(sequence=sequences[s.sequence]) for s in chunk.segments))
-            for chunk in group.chunks
-        )
-    )
+def _plan_pipeline(groups: list[Group], settings: PlanSettings) -> PipelinePlan:
+    """Schedules a replica's groups, and checks the result; without any, the one token that keeps its collectives in step."""
+    stages, ranks, _ = settings.pipeline
+    k = settings.k if settings.enable else 1
+    amounts = [[_tokens_and_pairs(chunk) for chunk in group.chunks] for group in groups] or [[(1, 1)]]
+    unit = sum(cost.per_token for cost in stages) / len(stages)
+    forward = [
+        [[(tokens * cost.per_token + pairs * cost.per_pair) / unit for tokens, pairs in group] for group in amounts]
+        for cost in stages
+    ]
+    costs = Costs(forward, [[[2 * cost for cost in group] for group in stage] for stage in forward])
+    make = state_aware_schedule if settings.enable else paper_schedule  # ordinary 1F1B is the baseline's
+    schedule = make(costs, k, ranks)
+    program = add_transfers(schedule, costs)
+    check_schedule(program, [len(group) for group in amounts], k, len(stages))
+    return PipelinePlan(program, simulate(schedule, costs, [group.tokens for group in groups] or [1]))
+
+
+def _tokens_and_pairs(chunk: Chunk) -> tuple[int, float]:
+    """A chunk's tokens, and its pairs of a query and a key that attend."""
+    return chunk.tokens, sum(s.length * (s.start + (s.length + 1) / 2) for s in chunk.segments)
 
 
 def live_chunks(actions: list[Action]) -> int:

@@ -48,20 +48,23 @@ def simulate(schedule: Schedule, costs: Costs, group_tokens: Sequence[int]) -> S
     A group of several chunks holds the K/V of all its `group_tokens` from its first forward to its last backward.
     """
     timeline = play([[actions] for actions in schedule], costs)
-    makespan = max(own[-1].end for own in timeline)
-    work = useful = 0.0
-    for own in timeline:
-        for action, start, end in own:
-            work += end - start
-            useful += end - start if action.kind is not Kind.RECOMPUTE else 0
+    makespan, bubbles, idle = shares(timeline)
     return Simulation(
         timeline=timeline,
         makespan=makespan,
-        bubble=1 - useful / (len(schedule) * makespan),
-        idle=1 - work / (len(schedule) * makespan),
+        bubble=sum(bubbles) / len(bubbles),
+        idle=sum(idle) / len(idle),
         peak_kept_chunks=[_peak_kept_chunks(own) for own in schedule],
         peak_kv_tokens=[_peak_kv_tokens(own, costs, group_tokens) for own in schedule],
     )
+
+
+def shares(timeline: Sequence[Sequence[Timed]]) -> tuple[float, list[float], list[float]]:
+    """Makespan, and each rank's bubble and idle share of it, of a timeline that was planned or measured."""
+    makespan = max(own[-1].end for own in timeline)
+    work = [sum(end - start for _, start, end in own) for own in timeline]
+    again = [sum(end - start for action, start, end in own if action.kind is Kind.RECOMPUTE) for own in timeline]
+    return makespan, [1 - (w - r) / makespan for w, r in zip(work, again)], [1 - w / makespan for w in work]
 
 
 def _peak_kept_chunks(actions: Sequence) -> int:
@@ -85,53 +88,48 @@ def _peak_kv_tokens(actions: Sequence, costs: Costs, group_tokens: Sequence[int]
     return peak
 
 
-def chrome_trace(simulation: Simulation) -> dict:
-    """The timeline as an object for `json.dump`: open it in ui.perfetto.dev or chrome://tracing. A unit of cost is 1 us."""
+def chrome_trace(timelines: dict[str, Sequence[Sequence[Timed]]]) -> dict:
+    """Timelines by name, as an object for `json.dump`: open it in ui.perfetto.dev or chrome://tracing. A unit of time is 1 us."""
     events: list[dict] = []
-    for rank, own in enumerate(simulation.timeline):
-        events.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": rank, "args": {"name": f"rank {rank}"}})
-        for (kind, group, chunk, stage), start, end in own:
-            events.append(
-                {
-                    "name": f"{kind.value} {group}.{chunk}",
-                    "cat": kind.name,
-                    "ph": "X",
-                    "pid": 0,
-                    "tid": rank,
-                    "ts": start,
-                    "dur": end - start,
-                    "args": {"group": group, "chunk": chunk, "stage": stage},
-                }
-            )
+    for process, (name, timeline) in enumerate(timelines.items()):
+        events.append({"name": "process_name", "ph": "M", "pid": process, "args": {"name": name}})
+        for rank, own in enumerate(timeline):
+            place = {"pid": process, "tid": rank}
+            events.append({"name": "thread_name", "ph": "M", **place, "args": {"name": f"rank {rank}"}})
+            for (kind, group, chunk, stage), start, end in own:
+                what = {"name": f"{kind.value} {group}.{chunk}", "cat": kind.name, "ph": "X", **place}
+                events.append(
+                    {**what, "ts": start, "dur": end - start, "args": {"group": group, "chunk": chunk, "stage": stage}}
+                )
     return {"traceEvents": events}
 
 
 COLOURS = {Kind.FORWARD: "#5b8fd1", Kind.FORWARD_STATE: "#b9d3f0", Kind.RECOMPUTE: "#f0b357", Kind.BACKWARD: "#7dbb75"}
 
 
-def picture(simulation: Simulation) -> Figure:
-    """The timeline as a figure, one line a rank; while actions are few, each says `group.chunk`. Needs matplotlib."""
+def picture(timelines: dict[str, Sequence[Sequence[Timed]]]) -> Figure:
+    """Timelines by name as a figure, one line a rank; while actions are few, each says `group.chunk`. Needs matplotlib."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    ranks = len(simulation.timeline)
-    figure = Figure(figsize=(16, 1.5 + 0.5 * ranks), layout="constrained")
-    axes = figure.subplots()
-    for rank, own in enumerate(simulation.timeline):
-        boxes = [(start, end - start) for _, start, end in own]
-        colours = [COLOURS[action.kind] for action, _, _ in own]
-        axes.broken_barh(boxes, (rank - 0.45, 0.9), facecolors=colours, edgecolor="white", linewidth=0.3)
-        if len(own) <= 60:
-            for action, start, end in own:
-                axes.text((start + end) / 2, rank, f"{action.group}.{action.chunk}", ha="center", va="center", fontsize=7)
-    axes.set(xlim=(0, simulation.makespan), xlabel="time", yticks=range(ranks), ylabel="rank")
-    axes.invert_yaxis()
-    figure.legend(
-        handles=[Patch(color=colour, label=kind.name) for kind, colour in COLOURS.items()],
-        loc="outside upper right",
-        ncols=len(COLOURS),
-        title=f"makespan {simulation.makespan:g}, bubble {simulation.bubble:.1%}, idle {simulation.idle:.1%}",
-    )
+    ranks = max(map(len, timelines.values()))
+    figure = Figure(figsize=(16, 0.5 + (1 + 0.5 * ranks) * len(timelines)), layout="constrained")
+    for (name, timeline), axes in zip(timelines.items(), figure.subplots(len(timelines), squeeze=False)[:, 0]):
+        for rank, own in enumerate(timeline):
+            boxes = [(start, end - start) for _, start, end in own]
+            colours = [COLOURS[action.kind] for action, _, _ in own]
+            axes.broken_barh(boxes, (rank - 0.45, 0.9), facecolors=colours, edgecolor="white", linewidth=0.3)
+            if len(own) <= 60:
+                for action, start, end in own:
+                    axes.text((start + end) / 2, rank, f"{action.group}.{action.chunk}", ha="center", va="center", fontsize=7)
+        makespan, bubbles, idle = shares(timeline)
+        axes.set(xlim=(0, makespan), yticks=range(ranks), ylabel="rank")
+        axes.invert_yaxis()
+        bubble, idle = sum(bubbles) / len(bubbles), sum(idle) / len(idle)
+        axes.set_title(f"{name}: makespan {makespan:,.6g}, bubble {bubble:.1%}, idle {idle:.1%}", loc="left", fontsize=10)
+    axes.set_xlabel("time")
+    patches = [Patch(color=colour, label=kind.name) for kind, colour in COLOURS.items()]
+    figure.legend(handles=patches, loc="outside upper right", ncols=len(COLOURS))
     return figure
 
 
@@ -206,9 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.trace:
             with open(options.trace, "w", encoding="utf-8") as file:
-                json.dump(chrome_trace(simulation), file)
+                json.dump(chrome_trace({options.schedule: simulation.timeline}), file)
         if options.picture:
-            figure = picture(simulation)
+            figure = picture({options.schedule: simulation.timeline})
             if options.picture.rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():
                 parser.error(f"--picture {options.picture} does not end in a format of pictures: take .png, .svg or .pdf")
             figure.savefig(options.picture, dpi=150)

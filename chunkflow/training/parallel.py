@@ -31,11 +31,11 @@ def set_seed(config) -> int:
     return seed
 
 
-def init_processes(config) -> tuple[torch.device, DeviceMesh]:
-    """Joins the process group that torchrun set up (alone: a group of one) and builds the data-parallel mesh.
+def init_processes(config, pipeline_ranks: int = 1) -> tuple[torch.device, DeviceMesh]:
+    """Joins the process group that torchrun set up (alone: a group of one) and builds the device mesh.
 
-    The mesh is (dp_shard,) or, with replicas (HSDP), (dp_replicate, dp_shard). With comm.mode = "fake_backend" this process
-    stands for rank 0 of NGPU x NNODES, on the CPU, and nothing is sent.
+    The mesh is (dp_shard,) or, with replicas (HSDP), (dp_replicate, dp_shard); a pipeline puts "pp" before them. With comm.mode =
+    "fake_backend" this process stands for rank 0 of NGPU x NNODES, on the CPU, and nothing is sent.
     """
     fake = config.comm.mode == "fake_backend"
     cuda = torch.cuda.is_available() and not fake
@@ -52,9 +52,10 @@ def init_processes(config) -> tuple[torch.device, DeviceMesh]:
         timeout = timedelta(seconds=config.comm.init_timeout_seconds)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **alone)
     replicas = config.parallelism.data_parallel_replicate_degree
-    shape, names = (dist.get_world_size(),), ("dp_shard",)
-    if replicas > 1:
-        shape, names = (replicas, dist.get_world_size() // replicas), ("dp_replicate", "dp_shard")
+    degrees = {"pp": pipeline_ranks, "dp_replicate": replicas}
+    degrees = {name: degree for name, degree in degrees.items() if degree > 1}
+    degrees["dp_shard"] = dist.get_world_size() // (pipeline_ranks * replicas)
+    shape, names = tuple(degrees.values()), tuple(degrees)
     logger.info(f"Building {len(shape)}-D device mesh with {list(names)}, {list(shape)}")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     if not fake:
@@ -95,6 +96,14 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, config, reshard: bool) -> Non
     for module in _fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    whole_gib = sum(parameter.numel() for parameter in model.parameters()) * policy.param_dtype.itemsize / 2**30
+    layer_gib = whole_gib / (len(model.layers) + 1)
+    cost = (
+        f"ZeRO-3: about {layer_gib:.2f}GiB, a layer, is gathered at a time, for every chunk; ranks run one template of slots"
+        if reshard
+        else f"all {whole_gib:.2f}GiB are gathered once a step and stay; ranks need not agree on their chunks"
+    )
+    logger.info(f"Applied FSDP to the model, reshard_after_forward = {reshard} ({cost})")
 
 
 def begin_step(model: nn.Module, reshard: bool) -> None:
@@ -154,8 +163,10 @@ def default_dtype(name: str):
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int) -> None:
     """Fills all parameters. Each is drawn whole from a generator seeded by (seed, its name), then cut: the same start on any
-    layout, whichever parameters this rank or stage has."""
+    layout, whichever parameters this rank or stage has. A last stage's copy of tied embeddings goes by their name."""
     for name, parameter in model.named_parameters():
+        if name == "output.weight" and model.args.tied_embeddings:
+            name = "tok_embeddings.weight"
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         whole = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")

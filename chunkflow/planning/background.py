@@ -1,0 +1,61 @@
+"""Plans made in a process of their own.
+
+Planning is pure Python. A thread that plans holds Python's lock, and whatever the training thread starts meanwhile waits for it: a plan
+of 600 chunks on 16 stages takes 1.4 s, and a step beside it as much longer. A process of its own costs the step nothing.
+"""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import subprocess
+import sys
+
+from chunkflow.planning.planner import PipelinePlan, Plan, PlanSettings, plan_step
+
+
+class PlanProcess:
+    """`plan_step` with these settings, elsewhere. What comes back has the program of one pipeline rank, and no timeline.
+
+    The process imports no torch, and ends with this one.
+    """
+
+    def __init__(self, settings: PlanSettings, pipeline_rank: int):
+        command = [sys.executable, "-m", "chunkflow.planning.background"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._send((settings, pipeline_rank))
+
+    def _send(self, message) -> None:
+        pickle.dump(message, self.process.stdin)
+        self.process.stdin.flush()
+
+    def __call__(self, lengths: list[int]) -> Plan:
+        self._send(lengths)
+        answer = pickle.load(self.process.stdout)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the training process decides
+    questions, answers = sys.stdin.buffer, sys.stdout.buffer
+    settings, rank = pickle.load(questions)
+    while True:
+        try:
+            lengths = pickle.load(questions)
+        except EOFError:  # the training process has ended
+            return
+        try:
+            plan = plan_step(lengths, settings)
+            program, simulation = plan.pipeline
+            program = [entries if place == rank else [] for place, entries in enumerate(program)]
+            answer = plan._replace(pipeline=PipelinePlan(program, simulation._replace(timeline=[])))
+        except Exception as error:
+            answer = error
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

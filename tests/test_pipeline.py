@@ -1,0 +1,268 @@
+"""Pipelines, alone and times FSDP2: loss and every gradient equal whole sequences in one process, within the memory bounds."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, _PipelineScheduleRuntime
+from torch.distributed.pipelining.stage import _RecvInfo
+from torch.distributed.tensor import DTensor
+
+from chunkflow.execution.pipeline import ChunkStage, StateAwareSchedule
+from chunkflow.execution.state import KeyValueState
+from chunkflow.planning.cost import Cost
+from chunkflow.planning.pipeline_schedule import StageAction, live_limit
+from chunkflow.planning.pipeline_transfers import torch_csv
+from chunkflow.planning.planner import PipelineSettings, PlanSettings, plan_step
+from chunkflow.training import parallel, stages
+from models import families
+from tests.distributed import run_ranks
+from tests.reference import assert_same_gradients, chunk_tensors, random_lengths, random_sequences, whole_sequence_gradients
+from tests.test_data_parallel import settings
+from tests.test_exactness import small_model
+
+
+class Pipeline:
+    """This rank's stages of a small model, with the weights of `small_model`, on a ("pp", "dp_shard") mesh."""
+
+    def __init__(self, family, mesh, virtual, whole, dtype=torch.float64):
+        self.mesh, self.whole = mesh, whole
+        self.rank, self.ranks = mesh.get_local_rank("pp"), mesh.size(0)
+        self.replica, self.replicas = mesh.get_local_rank("dp_shard"), mesh.size(1)
+        args, count = whole.args, self.ranks * virtual
+        bounds = [stage * args.n_layers // count for stage in range(count + 1)]
+        self.layers = [range(*pair) for pair in zip(bounds, bounds[1:])]
+        self.models = stages.build_stages(families[family], args, self.layers, self.rank, self.ranks)
+        weights = whole.state_dict()
+        chunk_stages = []
+        for stage, model in self.models.items():
+            model.to(dtype)
+            model.load_state_dict({name: weights[name] for name in model.state_dict()})
+            parallel.apply_fsdp(model, mesh["dp_shard"], settings(), False)
+            chunk_stages.append(
+                ChunkStage(model, stage, count, torch.device("cpu"), mesh.get_group("pp"), dtype, parallel.before_last_backward)
+            )
+        self.schedule = StateAwareSchedule(chunk_stages)
+
+    def plan(self, lengths, k, enable=True, balance="cost", chunk_size=16):
+        costs = stages.stage_costs(self.whole.args, self.layers)
+        pipeline = PipelineSettings(costs, self.ranks, self.replica)
+        cost = Cost.of_model(self.whole.args)
+        return plan_step(
+            lengths, PlanSettings(cost, self.replicas, enable, chunk_size, k, balance=balance, pipeline=pipeline)
+        )
+
+    def step(self, plan, sequences):
+        """Loss of all replicas, this rank's gradients by name, and the counters."""
+        targets = sum(int((labels != -100).sum()) for _, labels in sequences)
+        for model in self.models.values():
+            model.zero_grad()
+            parallel.begin_step(model, False)
+        groups = plan.groups[self.replica]
+        result = self.schedule.step(
+            plan.pipeline.program[self.rank], groups, chunk_tensors(groups, sequences), max(targets, 1)
+        )
+        stages.sum_tied_gradients(self.models, self.mesh, torch.device("cpu"))
+        dist.all_reduce(result.loss_sum)
+        gradients = {}
+        for model in self.models.values():
+            for name, parameter in model.named_parameters():
+                assert isinstance(parameter.grad, DTensor)
+                tied = name == "output.weight" and model.args.tied_embeddings
+                gradients["tok_embeddings.weight" if tied else name] = parameter.grad.full_tensor()
+        return result.loss_sum.item() / max(targets, 1), gradients, result
+
+
+def cases(shape, virtual, seeds):
+    parallel.init_processes(settings())
+    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("pp", "dp_shard"))
+    checked = 0
+    for family in families:
+        whole = small_model(family, n_layers=5, tied_embeddings=family != "llama3")
+        pipeline = Pipeline(family, mesh, virtual, whole)
+        count = len(pipeline.layers)
+        for seed in range(seeds):
+            rng = random.Random(f"{family}/{seed}")
+            # one sequence leaves other replicas without work; many short ones are many chunks in flight
+            lengths = [70] if seed == 0 else [15] * 20 if seed == 1 else random_lengths(rng, 130)
+            k, enable = 1 if seed == 1 else rng.choice([1, 2, 99]), seed != 2
+            sequences = random_sequences(lengths, 96, seed)
+            loss, expected = whole_sequence_gradients(whole, sequences)
+            plan = pipeline.plan(lengths, k, enable, rng.choice(["cost", "tokens"]))
+            got_loss, got, result = pipeline.step(plan, sequences)
+            assert abs(got_loss - loss) <= 1e-10 * max(loss, 1e-30)
+            assert_same_gradients(got, {name: expected[name] for name in got}, 1e-10)
+            longest = max((len(group.chunks) for group in plan.groups[pipeline.replica]), default=1)
+            k = k if enable else 1
+
+            def in_flight(stage):  # a standalone chunk is never discarded
+                return live_limit(k, count, stage) + (2 * longest + count if longest > 1 else 0)
+
+            for place, stage in enumerate(pipeline.models):
+                assert 1 <= result.live_chunks[place] <= live_limit(k, count, stage)
+                assert result.stage_inputs[place] <= (in_flight(stage - 1) if stage else 0)
+            arriving = [(in_flight(stage - 1) if stage else 0) + in_flight(stage) for stage in pipeline.models]
+            assert result.receive_buffers <= sum(arriving)
+            checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("shape, virtual", [((2, 1), 1), ((2, 1), 2), ((4, 1), 1), ((2, 2), 1)])
+def test_stages_give_the_gradients_of_whole_sequences(shape, virtual):
+    assert run_ranks(cases, shape[0] * shape[1], shape, virtual, 8) == [24] * (shape[0] * shape[1])
+
+
+def tied_steps(shape):
+    """Three clipped AdamW steps of a tied model; this rank's norms, and what it holds of the embeddings' weight and the others."""
+    parallel.init_processes(settings())
+    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("pp", "dp_shard"))
+    whole = small_model("qwen3", n_layers=4, tied_embeddings=True)
+    pipeline = Pipeline("qwen3", mesh, 1, whole)
+    optimizer = torch.optim.AdamW([p for model in pipeline.models.values() for p in model.parameters()], lr=1e-2)
+    norms = []
+    for seed in range(3):
+        lengths = random_lengths(random.Random(seed), 130)
+        pipeline.step(pipeline.plan(lengths, 1), random_sequences(lengths, 96, seed))
+        norms.append(stages.clip_grad_norm(pipeline.models, 0.5, mesh).item())
+        optimizer.step()
+    (model,) = pipeline.models.values()
+    return norms, {name: parameter.full_tensor().detach().numpy() for name, parameter in model.named_parameters()}
+
+
+def test_tied_embeddings_and_the_gradient_norm_over_stages():
+    whole = small_model("qwen3", n_layers=4, tied_embeddings=True)
+    optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-2)
+    norms = []
+    for seed in range(3):
+        lengths = random_lengths(random.Random(seed), 130)
+        whole_sequence_gradients(whole, random_sequences(lengths, 96, seed))
+        norms.append(torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.5).item())
+        optimizer.step()
+    for shape in ((3, 1), (2, 2)):
+        answers = run_ranks(tied_steps, shape[0] * shape[1], shape)
+        assert all(answer[0] == pytest.approx(norms, rel=1e-9) for answer in answers)
+        first, last = answers[0][1], answers[-1][1]
+        assert (first["tok_embeddings.weight"] == last["output.weight"]).all(), "both copies stay the same"
+        for name, weight in whole.named_parameters():
+            got = next(answer[1][name] for answer in answers if name in answer[1])
+            torch.testing.assert_close(torch.from_numpy(got), weight.detach(), rtol=0, atol=1e-8)
+
+
+def by_torchs_own_runtime(virtual, folder):
+    """The exported order under torch's runtime, which splits nothing here: chunks and metadata are given one by one."""
+    parallel.init_processes(settings())
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("pp", "dp_shard"))
+    whole = small_model("llama3", n_layers=5)
+    pipeline = Pipeline("llama3", mesh, virtual, whole)
+    count, rank = len(pipeline.layers), pipeline.rank
+    lengths = [64, 16, 32, 16, 48, 16, 16]  # all chunks are full: torch's buffers have one size
+    for k in (99, 1):
+        sequences = random_sequences(lengths, 96, k)
+        targets = sum(int((labels != -100).sum()) for _, labels in sequences)
+        plan = pipeline.plan(lengths, k)
+        (groups,) = plan.groups
+        path = folder / f"{k}_{rank}.csv"
+        path.write_text(torch_csv(plan.pipeline.program))
+        hidden = torch.empty(16, whole.args.dim, dtype=torch.float64, device="meta", requires_grad=True)
+        loss = torch.empty((), dtype=torch.float64, device="meta", requires_grad=True)
+        models = stages.build_stages(families["llama3"], whole.args, pipeline.layers, rank, pipeline.ranks)
+        torch_stages = []
+        for stage, model in models.items():
+            model.to(torch.float64).load_state_dict({name: whole.state_dict()[name] for name in model.state_dict()})
+            ends = dict(
+                input_args=hidden if stage else torch.empty(16, dtype=torch.int64, device="meta"),
+                output_args=hidden if stage < count - 1 else loss,
+            )
+            stage_of_model = PipelineStage(Keywords(model), stage, count, torch.device("cpu"), group=mesh.get_group("pp"), **ends)
+            torch_stages.append(stage_of_model)
+        chunks = chunk_tensors(groups, sequences)
+        first = plan.pipeline.program[0][0].stage
+        order = [
+            entry[1:3]
+            for entry in plan.pipeline.program[0]
+            if isinstance(entry, StageAction) and entry.stage == first and entry.kind.value in "FS"
+        ]
+        states = {group: KeyValueState(groups[group]) for group in range(len(groups)) if len(groups[group].chunks) > 1}
+        ordered = []
+        for group, number in order:
+            chunks[group][number].state = states.get(group)  # of all stages of this rank: layers differ
+            ordered.append(chunks[group][number])
+        runtime = _PipelineScheduleRuntime(
+            torch_stages, n_microbatches=len(ordered), loss_fn=lambda output, target: output / targets, scale_grads=False
+        )
+        runtime._load_csv(str(path))
+        for stage_of_model in torch_stages:
+            stage_of_model.has_backward = True
+            stage_of_model.clear_runtime_states()
+        losses = []
+        runtime._step_microbatches(
+            [(chunk.tokens,) for chunk in ordered],
+            [{"chunk": chunk} for chunk in ordered],
+            [None] * len(ordered),
+            losses,
+            return_outputs=False,
+        )
+        _, ours, _ = pipeline.step(plan, sequences)
+        theirs = {name: p.grad for model in models.values() for name, p in model.named_parameters()}
+        assert theirs.keys() == ours.keys()
+        assert_same_gradients(theirs, ours, 1e-12)
+        _, expected = whole_sequence_gradients(whole, sequences)
+        assert_same_gradients(theirs, {name: expected[name] for name in theirs}, 1e-10)
+    return True
+
+
+class Keywords(torch.nn.Module):
+    """A stage of a model, for torch's runtime."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, chunk):
+        return self.model(x, copy.copy(chunk))
+
+
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_torchs_own_runtime_gives_the_same_gradients(virtual, tmp_path):
+    assert run_ranks(by_torchs_own_runtime, 2, virtual, tmp_path) == [True] * 2
+
+
+# What ChunkStage and StateAwareSchedule rely on, besides what torch documents.
+PRIVATE_PARTS = {
+    (PipelineStage, "forward_one_chunk"): "self, fwd_chunk_id, args, kwargs, save_forward_output",
+    (PipelineStage, "backward_one_chunk"): "self, bwd_chunk_id, loss, full_backward, last_backward",
+    (PipelineStage, "backward_maybe_with_nosync"): "self, backward_type, bwd_kwargs, last_backward",
+    (PipelineStage, "get_fwd_recv_ops"): "self, fwd_chunk_id",
+    (PipelineStage, "get_bwd_recv_ops"): "self, bwd_chunk_id",
+    (PipelineStage, "get_fwd_send_ops"): "self, fwd_chunk_id",
+    (PipelineStage, "get_bwd_send_ops"): "self, bwd_chunk_id",
+    (PipelineStage, "clear_runtime_states"): "self",
+    (PipelineStage, "_setup_forward_send_info"): "self",
+    (PipelineScheduleMulti, "__init__"): "self, stages, n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec,"
+    " output_merge_spec, use_full_backward, scale_grads, backward_requires_autograd",
+    (_RecvInfo, "__init__"): "self, input_name, source, buffer, tensor_meta, is_root_arg",
+}
+
+
+def test_this_torch_has_the_private_parts_that_the_runtime_uses():
+    assert torch.__version__.startswith("2.13."), "another torch: read what changed in torch/distributed/pipelining/stage.py"
+    for (owner, name), expected in PRIVATE_PARTS.items():
+        found = ", ".join(inspect.signature(getattr(owner, name)).parameters) if hasattr(owner, name) else "gone"
+        assert found == expected, f"torch {torch.__version__}: {owner.__name__}.{name} has changed"
+    parallel.init_processes(settings())
+    try:
+        model = small_model("llama3")
+        stage = ChunkStage(model, 0, 2, torch.device("cpu"), dist.group.WORLD, torch.float64, parallel.before_last_backward)
+        attributes = "args_recv_info grad_recv_info fwd_cache bwd_cache act_send_info grad_send_info chunks has_backward"
+        for name in attributes.split() + ["_user_meta", "_stage_meta", "_runtime_validate"]:
+            assert name in vars(PipelineStage(model, 0, 2, torch.device("cpu"))) or hasattr(PipelineStage, name), name
+        assert stage._stage_meta.outputs[0].requires_grad, "received activations would not get a gradient"
+        assert stage.act_send_info == {0: [1]}
+    finally:
+        dist.destroy_process_group()
