@@ -1,0 +1,75 @@
+"""What holds the house together: rooms import downwards, recipes stay short, the README names what exists."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parent.parent
+FLOORS = {  # room -> the project's rooms that it may import
+    "chunkflow.planning": {"chunkflow.planning"},
+    "chunkflow.execution": {"chunkflow.planning", "chunkflow.execution"},
+    "models": {"chunkflow.execution", "models"},
+    "chunkflow.data": {"chunkflow.planning", "chunkflow.execution", "chunkflow.data"},
+    "chunkflow.training": {"chunkflow.planning", "chunkflow.execution", "chunkflow.data", "chunkflow.training", "models"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_lower_floors_never_import_higher_ones(room):
+    paths = list((REPO / room.replace(".", "/")).glob("*.py"))
+    assert paths
+    for path in paths:
+        for name in imports(path):
+            if name.split(".")[0] in ("chunkflow", "models", "recipes", "tests", "benchmarks"):
+                allowed = any(name == floor or name.startswith(floor + ".") for floor in FLOORS[room])
+                assert allowed, f"{path.relative_to(REPO)} imports {name}"
+            if room == "chunkflow.planning":
+                assert name.split(".")[0] not in ("torch", "numpy"), f"{path.name} imports {name}"
+
+
+def test_recipes_are_short_and_copyable(tmp_path):
+    recipes = list((REPO / "recipes").glob("*.py"))
+    assert recipes
+    for recipe in recipes:
+        assert len(recipe.read_text().splitlines()) < 350, recipe.name
+        assert not {name for name in imports(recipe) if name.split(".")[0] in ("recipes", "tests")}, recipe.name
+
+
+def test_the_readme_names_what_exists():
+    readme = (REPO / "README.md").read_text()
+    tree = re.search(r"```text\n(.*?)```", readme, re.DOTALL)[1]
+    folder, named = "", set()
+    for line in tree.splitlines():
+        entry = line.split("  ")[0] if not line.startswith(" ") else line.strip().split("  ")[0]
+        folder = folder if line.startswith(" ") else (entry if entry.endswith("/") else "")
+        path = REPO / (folder + entry if line.startswith(" ") else entry)
+        assert path.exists(), f"the file tree names {path}"
+        named.add(str(path.relative_to(REPO)))
+    listed = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split()
+    for file in listed:
+        if file.split("/")[0] in ("recipes", "chunkflow", "models", "train_configs", "benchmarks", "docs") and not file.endswith("__init__.py"):
+            assert file in named, f"the file tree of the README lacks {file}"
+    for path in re.findall(r"(?:train_configs|recipes|benchmarks|docs|tests|chunkflow)/[\w/.]+\.(?:py|toml|md|slurm)", readme):
+        assert (REPO / path).exists(), f"the README names {path}"
+
+
+@pytest.mark.parametrize("benchmark", sorted(path.name for path in (REPO / "benchmarks").glob("*.py")))
+def test_benchmarks_start(benchmark):
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{benchmark}", "--help"], cwd=REPO, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
