@@ -19,14 +19,13 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from chunkflow.data.dataloader import ChunkDataLoader
 from chunkflow.data.dataset import open_dataset
-from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.execution.executor import run_actions
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings
-from chunkflow.training import parallel
+from chunkflow.training import hf, parallel
 from chunkflow.training.config import ConfigError, main_config, to_toml, user_errors
 from chunkflow.training.metrics import GarbageCollection, MetricsLogger, init_logger
-from chunkflow.training.model import apply_activation_checkpoint, apply_compile, model_args
+from chunkflow.training.model import apply_activation_checkpoint, apply_compile, model_args, open_tokenizer
 from chunkflow.training.optimizer import build_optimizer, set_learning_rate
 from chunkflow.training.pictures import plan_figure
 from chunkflow.training.profiling import profiler
@@ -35,13 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 def check(config) -> None:
-    """What the config and the tokenizer alone can tell. Raises ValueError before any process starts."""
+    """What the config and the folders it names can tell. Raises ValueError before any process starts."""
     if config.parallelism.pipeline_parallel_degree > 1:
         raise ConfigError(
             f"parallelism.pipeline_parallel_degree = {config.parallelism.pipeline_parallel_degree}: this recipe has no stages,"
             " use recipes/finetune_pipeline.py (TRAIN_FILE), or set it to 1"
         )
-    model_args(config, Tokenizer(config.model.tokenizer_path).vocab_size)
+    tokenizer = open_tokenizer(config)
+    hf.check(config, *model_args(config, tokenizer.vocab_size if tokenizer else 0))
     if torch.cuda.is_available() and config.training.mixed_precision_param != "bfloat16":
         raise ConfigError(
             f"training.mixed_precision_param = {config.training.mixed_precision_param} cannot be used on CUDA, whose variable-length"
@@ -59,8 +59,8 @@ def main() -> None:
     training = config.training
     logger.info(f"Preparing {training.dataset} dataset from {training.dataset_path or 'its default place'}")
     with user_errors():
-        tokenizer = Tokenizer(config.model.tokenizer_path)
-        family, args = model_args(config, tokenizer.vocab_size)
+        tokenizer = open_tokenizer(config)
+        family, args = model_args(config, tokenizer.vocab_size if tokenizer else 0)
         dataset = open_dataset(training.dataset, training.dataset_path, tokenizer, vocab_size=args.vocab_size, seed=seed)
     logger.info(f"{len(dataset):,} sequences, {sum(dataset.lengths):,} tokens, the longest has {max(dataset.lengths):,}")
 
@@ -100,7 +100,8 @@ def main() -> None:
     if loader.notice:
         logger.info(loader.notice)
 
-    # Model: built without memory, cut into shards, then filled; each parameter's start depends on its name and the seed alone.
+    # Model: built without memory, cut into shards, then filled: from a folder, or at random, which depends on each parameter's name
+    # and the seed alone.
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
         with torch.device(device if fake else "meta"), parallel.default_dtype(training.dtype):
             model = family.Transformer(args)
@@ -112,7 +113,11 @@ def main() -> None:
         parallel.apply_fsdp(model, mesh, config, reshard)
         if not fake:
             model.to_empty(device="cpu" if training.enable_cpu_offload else device)
-            parallel.init_weights(model, seed)
+            if weights := hf.weights_folder(config):
+                with user_errors():
+                    hf.load_weights(model, family, weights)
+            else:
+                parallel.init_weights(model, seed)
         optimizer = build_optimizer(model, config)
 
     metrics = None if fake else MetricsLogger(config, device, parallel.DTYPES[training.mixed_precision_param])
@@ -173,6 +178,10 @@ def main() -> None:
 
     if metrics:
         metrics.close()
+    if config.checkpoint.last_save_in_hf and not fake:
+        parallel.set_timeouts(mesh, config.comm.init_timeout_seconds)  # ranks wait while rank 0 writes
+        with user_errors():
+            hf.save_model(folder / "checkpoint" / f"step-{step}-hf", [model], family, config, device)
     logger.info(f"Tokens: {loader.ledger}")
     if config.metrics.enable_tensorboard and not fake:
         logger.info(f"See the curves: tensorboard --logdir {folder / config.metrics.save_tb_folder}")

@@ -172,7 +172,7 @@ BAD_ROWS = [
     ('{"messages": []}', '"messages" is an empty list'),
     ('{"messages": ["hello"]}', 'messages[0] is "hello": it must be an object with "role" and "content"'),
     ('{"messages": [{"role": "user"}]}', 'messages[0] has the keys ["role"]: it must be an object with'),
-    ('{"messages": [{"role": "user", "content": "a", "name": 0}]}', 'has the keys ["role", "content", "name"]: it must'),
+    ('{"messages": [{"role": "user", "content": "a", "name": 0}]}', 'messages[0] has "name", which the plain ChatML of a tokenizer'),
     ('{"messages": [{"role": "user", "content": ""}, {"role": "gpt", "content": "b"}]}', 'messages[1] has the role "gpt": rename'),
     ('{"messages": [{"role": [], "content": "a"}]}', "messages[0] has the role []"),
     ('{"messages": [{"role": "user", "content": null}]}', "messages[0].content is null: it must be a string"),

@@ -29,23 +29,24 @@ from typing import NamedTuple
 import torch
 from torch.hub import tqdm  # the real one where it is installed, else torch's small stand-in
 
+from chunkflow.data.chat import RenderedChat, checked_text, labels_of, plain_spans, read_messages, show
 from chunkflow.data.synthetic import SyntheticDataset
 from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.execution.loss import IGNORE
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 1  # to be raised whenever the same files and tokenizer give other tokens, or other files in the cache
+CACHE_FORMAT = 2  # to be raised whenever the same files and tokenizer give other tokens, or other files in the cache
 BATCH_CHARACTERS = 1 << 20  # tokenised at once; bounds the memory that tokenising takes
 
-ROLES = ("system", "user", "assistant", "tool")
 FORMS = {  # of a row, and the keys of each
     "text": ("text",),
     "messages": ("messages",),
+    "conversations": ("conversations",),
     "prompt": ("prompt", "completion"),
     "input_ids": ("input_ids", "labels"),
 }
-FORMS_SENTENCE = 'a row is {"text"}, {"messages"}, {"prompt", "completion"} or {"input_ids"[, "labels"]}'
+FORMS_SENTENCE = 'a row is {"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"} or {"input_ids"[, "labels"]}'
 
 
 class Row(NamedTuple):
@@ -53,6 +54,7 @@ class Row(NamedTuple):
 
     spans: list[tuple[str | list[int], bool]]  # in order: text or ready ids, and whether they are supervised
     labels: list[int] | None = None  # where the row brings its own
+    chat: RenderedChat | None = None  # in place of spans, where a template makes one text of all
     file: int = 0  # index into the list of files
     line: int = 1
     size: int = 0  # bytes in the file
@@ -218,11 +220,11 @@ def _parse_line(line: bytes, tokenizer: Tokenizer | None, vocab_size: int) -> Ro
     except RecursionError:
         raise ValueError(f"the JSON is nested too deeply: {FORMS_SENTENCE}") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{_show(row)} is not a JSON object: {FORMS_SENTENCE}, write one a line")
+        raise ValueError(f"{show(row)} is not a JSON object: {FORMS_SENTENCE}, write one a line")
     forms = [(form, [key for key in keys if key in row]) for form, keys in FORMS.items()]
     forms = [(form, keys) for form, keys in forms if keys]
     if not forms:
-        raise ValueError(f"the row has none of the known keys (it has {_show(list(row))}): {FORMS_SENTENCE}, rename its keys")
+        raise ValueError(f"the row has none of the known keys (it has {show(list(row))}): {FORMS_SENTENCE}, rename its keys")
     form, keys = forms[0]
     if len(forms) > 1:
         other = forms[1][1][0]
@@ -244,11 +246,12 @@ def _parse_line(line: bytes, tokenizer: Tokenizer | None, vocab_size: int) -> Ro
     if tokenizer is None:
         raise ValueError(f'the row has "{form}" and there is no tokenizer: set model.tokenizer_path, or give "input_ids"')
     if form == "text":
-        return Row(_text_spans(_checked_text(row["text"], "text"), tokenizer))
+        return Row(_text_spans(checked_text(row["text"], "text"), tokenizer))
     if form == "prompt":
-        prompt, completion = (_checked_text(row[key], key) for key in ("prompt", "completion"))
+        prompt, completion = (checked_text(row[key], key) for key in ("prompt", "completion"))
         return Row([(prompt, False), (completion, True), (_one(tokenizer.eos_id), True)])
-    return Row(_message_spans(row["messages"], tokenizer))
+    chat = read_messages(row, form)
+    return Row(plain_spans(chat)) if tokenizer.chat is None else Row([], chat=tokenizer.chat.turns(chat))
 
 
 def _one(special: int | None) -> list[int]:
@@ -260,48 +263,13 @@ def _text_spans(text: str, tokenizer: Tokenizer) -> list[tuple[str | list[int], 
     return [(_one(tokenizer.bos_id), True), (text, True), (_one(tokenizer.eos_id), True)]
 
 
-def _message_spans(messages, tokenizer: Tokenizer) -> list[tuple[str | list[int], bool]]:
-    """ChatML: for each message `<|im_start|>role`, a line break, the content, `<|im_end|>`, a line break.
-
-    Loss on what the assistant has to write, its content and the marker that ends it. Each span is tokenised by itself, so no
-    token has a part in two of them.
-    """
-    if not isinstance(messages, list):
-        raise ValueError(f'"messages" is {_show(messages)}: it must be a list of {{"role", "content"}} objects')
-    if not messages:
-        raise ValueError('"messages" is an empty list: a sequence has at least one message, remove the row')
-    spans: list[tuple[str | list[int], bool]] = []
-    for place, message in enumerate(messages):
-        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-            shown = f"has the keys {_show(list(message))}" if isinstance(message, dict) else f"is {_show(message)}"
-            raise ValueError(f'messages[{place}] {shown}: it must be an object with "role" and "content" and no other key')
-        role = message["role"]
-        if role not in ROLES:
-            raise ValueError(f"messages[{place}] has the role {_show(role)}: rename it to one of {', '.join(ROLES)}")
-        content = _checked_text(message["content"], f"messages[{place}].content")
-        answer = role == "assistant"
-        spans += [(f"<|im_start|>{role}\n", False), (content, answer), ("<|im_end|>", answer), ("\n", False)]
-    return spans
-
-
-def _checked_text(text, name: str) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"{name} is {_show(text)}: it must be a string, write it in quotes")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        lone = f"\\u{ord(text[error.start]):04x}"
-        raise ValueError(f"{name} has {lone} at position {error.start}, which is half a character: repair it") from None
-    return text
-
-
 def _checked_ids(ids, name: str, vocab_size: int) -> list[int]:
     """Token ids below `vocab_size`; where they are labels, -100 is one more."""
     if not isinstance(ids, list):
-        raise ValueError(f"{name} is {_show(ids)}: it must be a list of integers, write token ids")
+        raise ValueError(f"{name} is {show(ids)}: it must be a list of integers, write token ids")
     if not set(map(type, ids)) <= {int}:  # true and false are no integers here
         place = next(place for place, token in enumerate(ids) if type(token) is not int)
-        raise ValueError(f"{name}[{place}] is {_show(ids[place])}: every entry must be an integer, write token ids")
+        raise ValueError(f"{name}[{place}] is {show(ids[place])}: every entry must be an integer, write token ids")
     if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
         return ids
     for place, token in enumerate(ids):
@@ -322,12 +290,6 @@ def _beyond(token: int, vocab_size: int) -> str:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not valid JSON: write null, or remove it")
-
-
-def _show(value) -> str:
-    """A value as JSON has it, cut to a length that fits into a sentence."""
-    shown = json.dumps(value, ensure_ascii=False)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 # ---------------------------------------------------------------------------------------------------------- token cache
@@ -386,7 +348,7 @@ def _build_once(folder: Path, files: list[str], read: Callable, tokenizer: Token
             try:
                 size = sum(map(os.path.getsize, files))
                 with tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", mininterval=1) as bar:
-                    rows = _tokenised(read(files, tokenizer, vocab_size), tokenizer, bar)
+                    rows = _tokenised(read(files, tokenizer, vocab_size), files, tokenizer, bar)
                     meta = _write_cache(temporary, rows, files, vocab_size)
                 shutil.rmtree(folder, ignore_errors=True)  # incomplete, or it would have been used
                 os.rename(temporary, folder)
@@ -404,30 +366,43 @@ def _build_once(folder: Path, files: list[str], read: Callable, tokenizer: Token
     return meta
 
 
-def _tokenised(rows: Iterable[Row], tokenizer: Tokenizer | None, bar) -> Iterator[tuple[Row, list[int], list[int]]]:
+def _tokenised(
+    rows: Iterable[Row], files: list[str], tokenizer: Tokenizer | None, bar
+) -> Iterator[tuple[Row, list[int], list[int]]]:
     """Each row with its tokens and labels; texts are handed to the tokenizer in batches."""
     batch, characters = [], 0
     for row in rows:
         batch.append(row)
-        characters += sum(len(content) for content, _ in row.spans)
+        characters += sum(len(content) for content, _ in row.spans) + (len(row.chat.text) if row.chat else 0)
         if characters >= BATCH_CHARACTERS:
-            yield from _tokenised_batch(batch, tokenizer)
+            yield from _tokenised_batch(batch, files, tokenizer)
             bar.update(sum(row.size for row in batch))
             batch, characters = [], 0
-    yield from _tokenised_batch(batch, tokenizer)
+    yield from _tokenised_batch(batch, files, tokenizer)
     bar.update(sum(row.size for row in batch))
 
 
-def _tokenised_batch(batch: list[Row], tokenizer: Tokenizer | None) -> Iterator[tuple[Row, list[int], list[int]]]:
+def _tokenised_batch(
+    batch: list[Row], files: list[str], tokenizer: Tokenizer | None
+) -> Iterator[tuple[Row, list[int], list[int]]]:
     texts = [content for row in batch for content, _ in row.spans if isinstance(content, str)]
     encoded = iter(tokenizer.encode_batch(texts) if texts else [])
+    chats = [row.chat for row in batch if row.chat]
+    encoded_chats = iter(tokenizer.encode_chats(chats) if chats else [])
     for row in batch:
-        tokens, labels = [], []
+        tokens, labels = [], row.labels or []
+        if row.chat:
+            tokens, offsets = next(encoded_chats)
+            try:
+                labels = labels_of(row.chat, tokens, offsets)
+            except ValueError as error:
+                raise ValueError(f"{files[row.file]}:{row.line}: {error}") from None
         for content, supervised in row.spans:
             ids = next(encoded) if isinstance(content, str) else content
             tokens += ids
-            labels += ids if supervised else [IGNORE] * len(ids)
-        yield row, tokens, labels if row.labels is None else row.labels
+            if row.labels is None:
+                labels += ids if supervised else [IGNORE] * len(ids)
+        yield row, tokens, labels
 
 
 def _write_cache(

@@ -1,7 +1,7 @@
-"""Text <-> token ids, by a sentencepiece model.
+"""Text <-> token ids, by a tokenizer.json of Hugging Face or a sentencepiece model, and the chat template that belongs to it.
 
-The shipped model, `python_2048.model`, has 2048 ids (256 of them single bytes, so that nothing is ever unknown) and was
-trained on the sources of Python's own library. Training takes seconds, draws nothing at random, and is repeated by
+The shipped sentencepiece model, `python_2048.model`, has 2048 ids (256 of them single bytes, so that nothing is ever unknown)
+and was trained on the sources of Python's own library. Training takes seconds, draws nothing at random, and is repeated by
 
     import sentencepiece, tokenize
     from chunkflow.data.dataset import python_files
@@ -17,52 +17,181 @@ trained on the sources of Python's own library. Training takes seconds, draws no
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from chunkflow.data.chat import BUILT_IN, NOTHING, ChatTemplate, RenderedChat, built_in_template
+
 SHIPPED_MODEL = Path(__file__).with_name("python_2048.model")
 SPACE_MARK = "\u2581"  # "▁", which sentencepiece writes for a space
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+REMEDY = "set model.tokenizer_path to a tokenizer.json, a sentencepiece model (tokenizer.model), or a folder with one of them"
 
 
 class Tokenizer:
-    """A sentencepiece model. `bos_id` and `eos_id` are None where the model has none; `digest` changes with its content.
+    """A tokenizer, from a file, or from a folder with a tokenizer.json (which counts first) or a tokenizer.model; "": the
+    shipped one.
 
-    Raises ValueError where `path` (of the model file; "": the shipped model) is not a sentencepiece model.
+    Beside it may lie a tokenizer_config.json (bos_token, eos_token, chat_template, special tokens), a special_tokens_map.json,
+    an added_tokens.json, and a chat_template.jinja, which wins over chat_template, as in transformers.
+
+    `vocab_size`: one more than the largest id. `bos_id` and `eos_id`: None where there is none. `chat`: the model's own chat
+    template, else the built-in one that its special tokens are made for, else None: plain ChatML. `digest` changes with all
+    that changes the tokens of a row.
+
+    Raises ValueError, one sentence with the file, for whatever cannot be read.
     """
 
     def __init__(self, path: str = ""):
-        path = Path(path).expanduser() if path else SHIPPED_MODEL
-        remedy = "set model.tokenizer_path to a sentencepiece model (tokenizer.model), which is what is read"
-        if path.suffix == ".json":
-            raise ValueError(f"{path}: tokenizer.json files are not read: {remedy}")
+        file = _tokenizer_file(Path(path).expanduser()) if path else SHIPPED_MODEL
         try:
-            content = path.read_bytes()
+            content = file.read_bytes()
         except OSError as error:
-            raise ValueError(f"{path}: the tokenizer cannot be read ({error.strerror}): {remedy}") from None
+            raise ValueError(f"{file}: the tokenizer cannot be read ({error.strerror}): {REMEDY}") from None
+        config = file.with_name("tokenizer_config.json")
+        settings = _read_json(file.with_name("special_tokens_map.json")) | _read_json(config)
+        if file.suffix == ".json":
+            self._codec = HuggingFaceCodec(file, content)
+        else:
+            self._codec = SentencePieceCodec(file, content, _added_tokens(file, settings))
+        self.vocab_size: int = self._codec.vocab_size
+        special = self._codec.special
+        named = {name: _token_text(settings[name], name, config) for name in NAMED_TOKENS if name in settings}
+        tokens = {name: text for name, text in (self._codec.tokens | named).items() if text is not None}
+        self.bos_id: int | None = self._id(tokens, "bos_token", config)
+        self.eos_id: int | None = self._id(tokens, "eos_token", config)
+        templates, origin = _templates(file, settings)
+        if templates:
+            self.chat = ChatTemplate(templates, tokens, list(special), origin)
+        else:
+            self.chat = built_in_template(tokens, list(special))
+        self._named = {number: text for text, number in special.items()}
+        parts = [hashlib.blake2b(content).hexdigest(), special, tokens, templates, BUILT_IN]
+        self.digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+    def _id(self, tokens: dict[str, str], name: str, config: Path) -> int | None:
+        if name not in tokens:
+            return None
+        number = self._codec.special.get(tokens[name], self._codec.id(tokens[name]))
+        if number is None:
+            raise ValueError(f'{config}: {name} is "{tokens[name]}", which the tokenizer does not have: correct one of the two')
+        return number
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text` alone: no BOS, no EOS.
+
+        A tokenizer.json takes the text of a special token for that token, as in transformers; sentencepiece for mere text.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, computed on all cores."""
+        return self._codec.encode_batch(texts)
+
+    def encode_chats(self, chats: list[RenderedChat]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """The ids of each rendered chat, special tokens in it found, and the characters [start, end) of each id."""
+        return self._codec.encode_chats(chats)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`; BOS and EOS leave no trace in it."""
+        return self._codec.decode([number for number in ids if number not in (self.bos_id, self.eos_id)])
+
+    def pieces(self, ids: list[int]) -> Iterator[str]:
+        """What each id adds to the text, special tokens by their names. A character of several ids comes with the last."""
+        start = told = 0  # decoded anew from `start`, since a token may read otherwise behind another; told: what was yielded
+        for place, number in enumerate(ids):
+            if number in self._named:
+                start, told = place, place + 1
+                yield self._named[number]
+                continue
+            before, text = self._codec.decode(ids[start:told]), self._codec.decode(ids[start : place + 1])
+            if text.endswith("\ufffd") and place + 1 < len(ids) and place - told < 8:
+                yield ""
+                continue
+            yield text[len(before) :]
+            start, told = told, place + 1
+
+
+class HuggingFaceCodec:
+    """A tokenizer.json, by the package tokenizers."""
+
+    tokens: dict[str, str] = {}  # it does not say which token is BOS or EOS
+
+    def __init__(self, file: Path, content: bytes):
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(
+                f"{file}: a tokenizer.json is read by the package tokenizers, which is not installed: pip install"
+                " 'chunkflow[hf]', or set model.tokenizer_path to a sentencepiece model"
+            ) from None
+        try:
+            self._model = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # the package raises nothing narrower
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{file}: this file is not a tokenizer.json of Hugging Face ({reason}): {REMEDY}") from None
+        # A file may bring along the settings of its last use. BOS and EOS are added by who wants them; and the post-processor,
+        # which would add them, also cuts white space off the offsets.
+        self._model.no_truncation()
+        self._model.no_padding()
+        self._model.post_processor = None
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ValueError(f"{file}: this tokenizer has no tokens: {REMEDY}")
+        self.vocab_size = max(vocabulary.values()) + 1
+        added = self._model.get_added_tokens_decoder()
+        self.special: dict[str, int] = {token.content: number for number, token in sorted(added.items()) if token.special}
+
+    def id(self, text: str) -> int | None:
+        return self._model.token_to_id(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_chats(self, chats: list[RenderedChat]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        encodings = self._model.encode_batch([chat.text for chat in chats], add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids, skip_special_tokens=False)
+
+
+class SentencePieceCodec:
+    """A sentencepiece model, and tokens added to it: text -> id."""
+
+    def __init__(self, file: Path, content: bytes, added: dict[str, int]):
         try:
             self._model = SentencePieceProcessor(model_proto=content)
         except RuntimeError:
             content = b""
         if not content:  # an empty file is taken for no file by sentencepiece
-            raise ValueError(f"{path}: this file is not a sentencepiece model: {remedy}")
-        self.digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-        self.vocab_size: int = self._model.get_piece_size()
-        self.bos_id: int | None = self._model.bos_id() if self._model.bos_id() >= 0 else None
-        self.eos_id: int | None = self._model.eos_id() if self._model.eos_id() >= 0 else None
+            raise ValueError(f"{file}: this file is not a sentencepiece model: {REMEDY}")
+        self._size = self._model.get_piece_size()
+        control = {self._model.id_to_piece(number): number for number in range(self._size) if self._model.is_control(number)}
+        self.special: dict[str, int] = control | added
+        self.vocab_size = max([self._size - 1, *added.values()]) + 1
+        self._texts = {number: text for text, number in self.special.items()}
+        named = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}
+        self.tokens = {name: self._model.id_to_piece(number) for name, number in named.items() if number >= 0}
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self._special = re.compile(f"({'|'.join(map(re.escape, longest_first)) or NOTHING})")
         # Sentencepiece takes a real "▁" for a space and gives back a space (its issue 863). A model that has bytes can spell
         # the real one, in three ids. Not so a model that puts a space in front of every text: it would add one behind too.
         spelled = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         has_bytes = self._model.decode(spelled) == SPACE_MARK
         adds_space = self._model.encode("a", out_type=str)[0].startswith(SPACE_MARK)
         self._space_mark_ids = spelled if has_bytes and not adds_space else None
+        self._continuing = _without_added_space(content) if adds_space else None
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text` alone: no BOS, no EOS."""
-        return self.encode_batch([text])[0]
+    def id(self, text: str) -> int | None:
+        number = self._model.piece_to_id(text)
+        return number if self._model.id_to_piece(number) == text else None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, computed on all cores."""
         parts = [[text] if self._space_mark_ids is None else text.split(SPACE_MARK) for text in texts]
         encoded = iter(self._model.encode([part for of_text in parts for part in of_text]))
         batch = []
@@ -73,6 +202,111 @@ class Tokenizer:
             batch.append(ids)
         return batch
 
+    def encode_chats(self, chats: list[RenderedChat]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Text between special tokens and the cuts of a chat is tokenised by itself: a token never reaches over a cut."""
+        return [self._encode_chat(chat) for chat in chats]
+
+    def _encode_chat(self, chat: RenderedChat) -> tuple[list[int], list[tuple[int, int]]]:
+        ids, offsets = [], []
+        bounds = [0, *chat.cuts, len(chat.text)]
+        for first, last in zip(bounds, bounds[1:]):
+            start = first
+            for part in self._special.split(chat.text[first:last]):
+                if part in self.special:
+                    new = [self.special[part]]
+                elif start == 0 or self._continuing is None:
+                    new = self.encode_batch([part])[0]
+                else:
+                    new = self._continuing.encode(part)
+                ids += new
+                offsets += [(start, start + len(part))] * len(new)
+                start += len(part)
+        return ids, offsets
+
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`; BOS and EOS leave no trace in it."""
-        return self._model.decode(ids)
+        parts, model, run = [], self._model, []
+        for number in ids:
+            if number in self._texts:
+                parts += [model.decode(run), self._texts[number]]
+                model, run = self._continuing or model, []
+            else:
+                run.append(number)
+        return "".join([*parts, model.decode(run)])
+
+
+def _without_added_space(content: bytes) -> SentencePieceProcessor:
+    """The model for text that continues: it puts no space in front."""
+    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which tensorboard brings
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(content)
+    model.normalizer_spec.add_dummy_prefix = False
+    return SentencePieceProcessor(model_proto=model.SerializeToString())
+
+
+# ----------------------------------------------------------------------------------------------------------- the folder
+
+
+def _tokenizer_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (path / name).is_file():
+            return path / name
+    raise ValueError(f"{path}: there is neither a tokenizer.json nor a tokenizer.model in this folder: {REMEDY}")
+
+
+def _read_json(file: Path) -> dict:
+    """The object in a JSON file; empty where there is no such file."""
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_bytes().decode())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise ValueError(f"{file}: this file cannot be read ({reason}): repair it, or take it away") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: this file does not hold one JSON object: repair it, or take it away")
+    return content
+
+
+def _token_text(value, name: str, file: Path) -> str | None:
+    """A token as a string, or as transformers writes it with its settings."""
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is not None and not isinstance(text, str) or text is None and value is not None:
+        raise ValueError(f"{file}: {name} is {json.dumps(value)}: it must be a string or null, correct it")
+    return text
+
+
+def _added_tokens(file: Path, settings: dict) -> dict[str, int]:
+    """Text -> id of the tokens that a folder adds to a sentencepiece model."""
+    config, other = file.with_name("tokenizer_config.json"), file.with_name("added_tokens.json")
+    added = dict(_read_json(other))
+    for number, token in (settings.get("added_tokens_decoder") or {}).items():
+        text = _token_text(token, f"added_tokens_decoder.{number}", config)
+        added[text] = int(number) if number.isdecimal() else number
+    for text, number in added.items():
+        if type(number) is not int or number < 0 or not text:
+            raise ValueError(f"{config}: the added token {json.dumps(text)} has the id {json.dumps(number)}: write a token id")
+    return added
+
+
+def _templates(file: Path, settings: dict) -> tuple[dict[str, str], str]:
+    """The chat templates of a folder by name, none where it has none, and what to call them in errors."""
+    jinja = file.with_name("chat_template.jinja")
+    if jinja.exists():
+        try:
+            return {"default": jinja.read_bytes().decode()}, f"the chat template {jinja}"
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{jinja}: the chat template cannot be read ({error}): repair it, or take it away") from None
+    given, config = settings.get("chat_template"), file.with_name("tokenizer_config.json")
+    origin = f"the chat template of {config}"
+    if isinstance(given, list) and all(isinstance(entry, dict) for entry in given):
+        given = {entry.get("name"): entry.get("template") for entry in given}
+    elif given is not None:
+        given = {"default": given}
+    if given is None or given == {}:
+        return {}, origin
+    if "default" not in given or not all(isinstance(text, str) for pair in given.items() for text in pair):
+        rule = 'it must be a string, or a list of {"name", "template"} with a "default"'
+        raise ValueError(f"{config}: chat_template is {json.dumps(settings['chat_template'])[:60]}: {rule}, correct it")
+    return given, origin

@@ -77,6 +77,14 @@ def load_config(argv: list[str]) -> Config:
         section, _, name = key.rpartition(".")
         setattr(_section(config, section), name, value)
     _check_combinations(config, values)
+    if config.model.hf_assets_path:
+        from chunkflow.training.hf import model_of  # here, since it imports torch: a mistyped key is answered at once
+
+        try:
+            config.model.name, _ = model_of(config.model.hf_assets_path)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        config.model.flavor = Path(config.model.hf_assets_path).expanduser().resolve().name
     return config
 
 
@@ -291,6 +299,16 @@ def _check_combinations(config: Config, given: dict[str, Any]) -> None:
         raise ConfigError(
             f"model.rope_scaling = {_show(config.model.rope_scaling)} has no rope_type: add one, such as"
             ' { rope_type = "yarn", factor = 4.0 }'
+        )
+    checkpoint = config.checkpoint
+    if checkpoint.initial_load_in_hf and not (checkpoint.initial_load_path or config.model.hf_assets_path):
+        raise ConfigError(
+            "checkpoint.initial_load_in_hf = true has no folder: set checkpoint.initial_load_path or model.hf_assets_path to one"
+        )
+    if checkpoint.initial_load_path and not checkpoint.initial_load_in_hf:
+        raise ConfigError(
+            f"checkpoint.initial_load_path = {_show(checkpoint.initial_load_path)} is only read as a Hugging Face folder in this"
+            " version: set checkpoint.initial_load_in_hf"
         )
     selective = config.activation_checkpoint.selective_ac_option
     if not selective.isdecimal() or int(selective) < 1:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 # Keys and sections that are planned but not in this version. Looked up first: delete an entry when its key arrives.
 LATER: dict[str, str] = {
-    "checkpoint": "is not available in this version: a run starts at step 1 and leaves metrics only; remove the key",
+    "checkpoint": "is not available in this version: a run starts at step 1, and all it can save is its last step"
+    " (checkpoint.last_save_in_hf); remove the key",
     "validation": "is not available in this version: training is not interrupted for validation; remove the key",
     "quantize": "is not available in this version: set training.mixed_precision_param to choose what the model computes in",
-    "model.hf_assets_path": "is not available in this version: set model.name and model.flavor, weights start random;"
-    " a sentencepiece model goes into model.tokenizer_path",
     "model.converters": "is not available in this version: no float8 or int8 training yet, remove the key",
     "training.max_bad_steps": "is not available in this version: remove the key",
     "chunkflow.kv_offload": "is not available in this version: K/V state stays on the device, remove the key",

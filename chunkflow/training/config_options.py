@@ -71,7 +71,10 @@ class Job:
 class Model:
     name: str = option("llama3", "model family, a file of models/", choices=("llama3", "qwen2", "qwen3"))
     flavor: str = option("debugmodel", "size within the family, one of its `flavors`")
-    tokenizer_path: str = option("", "sentencepiece model; empty: the one shipped for Python sources")
+    hf_assets_path: str = option(
+        "", "Hugging Face model folder: name, flavor and sizes are read from it, and its safetensors and tokenizer if it has them"
+    )
+    tokenizer_path: str = option("", "tokenizer; empty: that of hf_assets_path, without it the one shipped for Python sources")
     rope_theta: float | None = option(None, "base of the rotary angles; unset: the model's", POSITIVE)
     rope_scaling: dict | None = option(None, "Hugging Face's keys; unset: the model's", entries=ROPE_SCALING)
 
@@ -148,6 +151,16 @@ class Parallelism:
 
 
 @dataclass
+class Checkpoint:
+    initial_load_path: str | None = option(None, "folder that initial weights come from; unset: model.hf_assets_path, or random")
+    initial_load_in_hf: bool = option(
+        False, "initial weights are a Hugging Face folder's: initial_load_path, else model.hf_assets_path, which then has to have some"
+    )
+    last_save_in_hf: bool = option(False, "after the last step, write a Hugging Face folder: checkpoint/step-N-hf in job.dump_folder")
+    export_dtype: str = option("float32", "what it is written in", choices=("float16", "bfloat16", "float32"))
+
+
+@dataclass
 class ActivationCheckpoint:
     mode: str = option("none", "recomputation inside a chunk, besides k", choices=("none", "selective", "full"))
     selective_ac_option: str = option("2", "selective: every how many-th layer is recomputed")
@@ -197,6 +210,7 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LrScheduler = field(default_factory=LrScheduler)
     parallelism: Parallelism = field(default_factory=Parallelism)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
     metrics: Metrics = field(default_factory=Metrics)

@@ -6,12 +6,15 @@ import dataclasses
 import difflib
 import functools
 import logging
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from chunkflow.data.tokenizer import Tokenizer
+from chunkflow.training.hf import model_of
 from models import families
 
 logger = logging.getLogger(__name__)
@@ -25,15 +28,10 @@ def model_args(config, vocab_size: int):
     """
     settings = config.model
     family: ModuleType = families[settings.name]
-    if settings.flavor not in family.flavors:
-        near = difflib.get_close_matches(settings.flavor, family.flavors, n=1, cutoff=0.3)
-        raise ValueError(
-            f'model.flavor = "{settings.flavor}" is not a {settings.name} model: use one of {", ".join(family.flavors)}'
-            + (f'; did you mean "{near[0]}"?' if near else "")
-        )
-    args = family.flavors[settings.flavor]
-    if settings.flavor == "debugmodel":
-        args = dataclasses.replace(args, vocab_size=vocab_size)
+    if settings.hf_assets_path:
+        _, args = model_of(settings.hf_assets_path)
+    else:
+        args = _flavor(settings, family, vocab_size)
     if vocab_size > args.vocab_size:
         raise ValueError(
             f"the tokenizer has {vocab_size:,} tokens, but {settings.name} {settings.flavor} embeds {args.vocab_size:,}: set"
@@ -43,14 +41,44 @@ def model_args(config, vocab_size: int):
         args = dataclasses.replace(args, rope_theta=settings.rope_theta)
     if settings.rope_scaling is not None:
         args = dataclasses.replace(args, rope_scaling=settings.rope_scaling)
-    elif config.training.seq_len > args.max_positions:
+    elif config.training.seq_len > _positions(args):
         raise ValueError(
-            f"training.seq_len = {config.training.seq_len:,} is beyond the {args.max_positions:,} positions of {settings.name}"
+            f"training.seq_len = {config.training.seq_len:,} is beyond the {_positions(args):,} positions of {settings.name}"
             f" {settings.flavor}: lower it, or extend the context with model.rope_scaling, for example"
             f' {{ rope_type = "yarn", factor = {-(-config.training.seq_len // args.max_positions)}.0,'
             f" original_max_position_embeddings = {args.max_positions} }}"
         )
     return family, args
+
+
+def _flavor(settings, family: ModuleType, vocab_size: int):
+    if settings.flavor not in family.flavors:
+        near = difflib.get_close_matches(settings.flavor, family.flavors, n=1, cutoff=0.3)
+        raise ValueError(
+            f'model.flavor = "{settings.flavor}" is not a {settings.name} model: use one of {", ".join(family.flavors)}'
+            + (f'; did you mean "{near[0]}"?' if near else "")
+        )
+    args = family.flavors[settings.flavor]
+    return dataclasses.replace(args, vocab_size=vocab_size) if settings.flavor == "debugmodel" else args
+
+
+def _positions(args) -> int:
+    """How far a model reaches. Qwen's folders keep max_position_embeddings when they turn on YaRN."""
+    scaling = args.rope_scaling or {}
+    extended = scaling.get("original_max_position_embeddings", 0) * scaling["factor"] if args.rope_type == "yarn" else 0
+    return max(args.max_positions, int(extended))
+
+
+def open_tokenizer(config) -> Tokenizer | None:
+    """That of model.tokenizer_path, else of model.hf_assets_path, else the shipped one. None: the folder has none, and ready
+    token ids are all that can be read."""
+    path, folder = config.model.tokenizer_path, config.model.hf_assets_path
+    if folder and not path:
+        files = [Path(folder).expanduser() / name for name in ("tokenizer.json", "tokenizer.model")]
+        if not any(file.is_file() for file in files):
+            return None
+        path = folder
+    return Tokenizer(path)
 
 
 def apply_activation_checkpoint(model: nn.Module, config) -> None:

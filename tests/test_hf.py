@@ -1,0 +1,574 @@
+"""Hugging Face folders in and out, against transformers: same logits, gradients and training; bad folders are a sentence each."""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from chunkflow.execution.state import ChunkTensors
+from chunkflow.planning.chunks import Chunk, Segment
+from chunkflow.training import hf, stages
+from chunkflow.training.config import ConfigError, load_config
+from chunkflow.training.model import model_args
+from models import families
+from tests.distributed import run_ranks
+from tests.runs import REPO, environment, run, train, write_rows
+
+CONVERT = REPO / "recipes" / "convert.py"
+KINDS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # names: the classes load slowly, which not every rank needs
+ROPES = {
+    "default": {},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    "yarn of DeepSeek": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.707, "mscale_all_dim": 1.0, "beta_fast": 16},
+}  # fmt: skip
+
+
+def theirs(kind="llama", rope="default", seed=0, **changes):
+    """A tiny model of transformers: random weights that make every part count."""
+    sizes = dict(
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32 if kind == "qwen3" else 16,
+        intermediate_size=112, vocab_size=2048, rms_norm_eps=1e-5, max_position_embeddings=512, tie_word_embeddings=kind == "qwen3",
+        rope_parameters={"rope_theta": 20000.0, "rope_type": "default"} | ROPES[rope],
+    )  # fmt: skip
+    make_config, make_model = (getattr(transformers, KINDS[kind] + part) for part in ("Config", "ForCausalLM"))
+    torch.manual_seed(seed)
+    model = make_model(make_config(**sizes | changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, parameter.size(1) ** -0.5)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 0.5)
+    return model
+
+
+def rewrite(folder, **changes):
+    """Changes keys of a folder's config.json; None removes one."""
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def as_transformers_4(folder):
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    theta = rope.pop("rope_theta")
+    if rope.get("rope_type") == "linear":
+        rope["type"] = rope.pop("rope_type")
+    scaling = rope if len(rope) > 1 else None
+    rewrite(folder, rope_parameters=None, rope_theta=theta, rope_scaling=scaling, torch_dtype="float32", dtype=None)
+
+
+def ours(folder):
+    name, args = hf.model_of(folder)
+    with torch.device("meta"):
+        model = families[name].Transformer(args)
+    model.to_empty(device="cpu")
+    hf.load_weights(model, families[name], folder)
+    return model
+
+
+def whole(tokens, labels=None):
+    tokens_only = Chunk((Segment(0, 0, len(tokens)),))
+    return ChunkTensors(tokens_only, 0, tokens, tokens if labels is None else labels, torch.arange(len(tokens)))
+
+
+def logits_of(model, tokens):
+    head, model.output = model.output, None
+    logits = model(tokens, whole(tokens)) @ head.weight.t()
+    model.output = head
+    return logits
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("kind, tied", [("llama", False), ("llama", True), ("qwen2", False), ("qwen2", True), ("qwen3", True)])
+def test_logits_and_gradients_are_those_of_transformers(tmp_path, kind, tied, rope):
+    reference = theirs(kind, rope, tie_word_embeddings=tied)
+    reference.save_pretrained(tmp_path)
+    if rope != "yarn":
+        as_transformers_4(tmp_path)
+    model = ours(tmp_path)
+    tokens = torch.randint(2048, (200,))
+    expected = reference(tokens[None]).logits[0]
+    assert (logits_of(model, tokens) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+    targets = torch.cat([tokens[1:], torch.tensor([-100])])
+    F.cross_entropy(expected, targets, reduction="sum").backward()
+    model(tokens, whole(tokens, targets)).backward()
+    gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    for name, parameter in model.named_parameters():
+        gradient = gradients.pop(hf.hf_name(name))
+        assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm(), name
+    assert not gradients
+
+
+# ------------------------------------------------------------------------------------------------------------- the recipe
+
+LENGTHS = [300, 20, 64, 5, 130, 31, 7, 90, 12, 2, 48, 200, 9, 77, 33, 15, 6, 260, 41, 8]
+
+
+def transformers_run(model, rows, steps, batch):
+    """The losses of plain training by whole sequences: AdamW at a constant rate, gradients clipped."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    losses = []
+    for step in range(steps):
+        of_step = [torch.tensor([row["input_ids"], row["labels"]]) for row in rows[step * batch : (step + 1) * batch]]
+        targets = sum(int((labels[1:] != -100).sum()) for _, labels in of_step)
+        optimizer.zero_grad()
+        total = 0.0
+        for tokens, labels in of_step:
+            logits = model(tokens[None]).logits[0, :-1]
+            loss = F.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100) / targets
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(total)
+    return losses
+
+
+@pytest.mark.parametrize("kind, processes", [("llama", 1), ("qwen2", 1), ("qwen3", 2)])
+def test_a_training_run_is_that_of_transformers(tmp_path, kind, processes):
+    reference = theirs(kind, "yarn")
+    reference.save_pretrained(tmp_path / "model", max_shard_size="300KB")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "model" / name).write_text("{}")
+    assert (tmp_path / "model" / "model.safetensors.index.json").exists()
+    data = write_rows(tmp_path / "rows.jsonl", LENGTHS)
+    rows = train(
+        tmp_path, "run", data, f"--model.hf_assets_path={tmp_path / 'model'}", "--training.steps=5", "--training.no_shuffle",
+        "--training.seq_len=400",
+        "--training.global_batch_size=4", "--training.mixed_precision_param=float32", "--optimizer.lr=1e-3",
+        "--lr_scheduler.warmup_steps=0", "--lr_scheduler.min_lr_factor=1.0", "--chunkflow.k=2", "--checkpoint.last_save_in_hf",
+        processes=processes,
+    )  # fmt: skip
+    expected = transformers_run(reference, [json.loads(line) for line in data.read_text().splitlines()], 5, 4)
+    assert [row["loss"] for row in rows] == pytest.approx(expected, rel=1e-4)
+
+    # What the run leaves is a folder that transformers loads: the model it has trained itself, to rounding that AdamW amplifies.
+    saved = tmp_path / "run" / "checkpoint" / "step-5-hf"
+    assert {path.name for path in saved.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json", "chat_template.jinja"
+    }  # fmt: skip
+    again = transformers.AutoModelForCausalLM.from_pretrained(saved)
+    tokens = torch.randint(2048, (1, 200))
+    logits = reference(tokens).logits
+    assert (again(tokens).logits - logits).abs().max() <= 1e-2 * logits.abs().max()
+    assert (logits_of(ours(saved), tokens[0]) - again(tokens).logits[0]).abs().max() <= 1e-5 * logits.abs().max()
+
+
+def test_in_and_out_is_bitwise(tmp_path):
+    """A step without targets changes nothing. Weights come from another folder than the sizes, in bfloat16."""
+    theirs("qwen2", tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(tmp_path / "weights", max_shard_size="100KB")
+    theirs("qwen2", tie_word_embeddings=True, seed=1).save_pretrained(tmp_path / "model")
+    data = write_rows(tmp_path / "rows.jsonl", [30, 40, 20], masked=1.1)
+    options = [
+        f"--model.hf_assets_path={tmp_path / 'model'}", f"--checkpoint.initial_load_path={tmp_path / 'weights'}",
+        "--checkpoint.initial_load_in_hf", "--training.steps=1", "--checkpoint.last_save_in_hf", "--checkpoint.export_dtype=bfloat16",
+        "--training.mixed_precision_param=float32", "--model.rope_theta=5e5", "--model.rope_scaling={rope_type='yarn', factor=8.0}",
+    ]  # fmt: skip
+    train(tmp_path, "run", data, *options)
+    saved = tmp_path / "run" / "checkpoint" / "step-1-hf"
+    before = {name: tensor for file in (tmp_path / "weights").glob("*.safetensors") for name, tensor in load_file(file).items()}
+    after = load_file(saved / "model.safetensors")
+    assert before.keys() == after.keys() and "lm_head.weight" not in after
+    assert all(torch.equal(before[name], after[name]) and after[name].dtype == torch.bfloat16 for name in before)
+    config = transformers.AutoConfig.from_pretrained(saved)
+    assert config.rope_parameters == {
+        "rope_type": "yarn", "factor": 8.0, "rope_theta": 5e5, "original_max_position_embeddings": 512
+    }  # fmt: skip
+    assert config.dtype == torch.bfloat16
+    config_toml = (tmp_path / "run" / "config.toml").read_text()
+    assert 'name = "qwen2"' in config_toml and 'flavor = "model"' in config_toml
+
+
+def test_bad_weights_end_a_run_with_a_sentence(tmp_path):
+    model = theirs()
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    data = write_rows(tmp_path / "rows.jsonl", [30, 40, 20])
+    options = [f"--training.dataset_path={data}", "--training.dataset=jsonl", "--training.seq_len=400"]
+    refused = run(tmp_path, *options, f"--job.dump_folder={tmp_path / 'run'}", f"--model.hf_assets_path={tmp_path / 'model'}")
+    assert refused.returncode == 1 and "Traceback" not in refused.stdout
+    assert "error: " in refused.stdout and "model.norm.weight has values that are not finite" in refused.stdout, refused.stdout
+
+
+# ------------------------------------------------------------------------------------------------------- shards and stages
+
+
+class Watched:
+    """A safetensors file that counts the elements read, of each tensor."""
+
+    opened, read = staticmethod(safetensors.safe_open), {}
+
+    def __init__(self, file, framework):
+        self.file = self.opened(file, framework)
+
+    def __enter__(self):
+        self.tensors = self.file.__enter__()
+        self.keys = self.tensors.keys
+        return self
+
+    def __exit__(self, *error):
+        self.file.__exit__(*error)
+
+    def get_slice(self, name):
+        return WatchedSlice(name, self.tensors.get_slice(name))
+
+
+class WatchedSlice:
+    def __init__(self, name, part):
+        self.name, self.part, self.get_shape, self.get_dtype = name, part, part.get_shape, part.get_dtype
+
+    def __getitem__(self, rows):
+        Watched.read[self.name] = Watched.read.get(self.name, 0) + self.part[rows].numel()
+        return self.part[rows]
+
+
+LAYOUTS = {"dp_shard": (4,), "dp_replicate dp_shard": (2, 2), "pp dp_shard": (2, 2)}
+
+
+def load_on_this_rank(folder):
+    """For each layout: elements read, elements this rank has, and whether all values are right, here and gathered on rank 0."""
+    dist.init_process_group("gloo")
+    safetensors.safe_open = Watched
+    name, args = hf.model_of(folder)
+    family, answers = families[name], []
+    written = {key: value.float() for file in Path(folder).glob("*.safetensors") for key, value in load_file(file).items()}
+    for names, shape in LAYOUTS.items():
+        names = names.split()
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        with torch.device("meta"):
+            if names[0] == "pp":
+                (model,) = stages.build_stages(family, args, [range(1), range(1, 3)], mesh.get_local_rank("pp"), 2).values()
+                mesh = mesh["dp_shard"]
+            else:
+                model = family.Transformer(args)
+        for layer in model.layers.values():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model.to_empty(device="cpu")
+        Watched.read.clear()
+        hf.load_weights(model, family, folder)
+        right = True
+        for name, parameter in model.named_parameters():
+            name = "tok_embeddings.weight" if name == "output.weight" else name
+            right &= torch.equal(parameter.full_tensor(), written[hf.hf_name(name)])
+        shapes = hf.parameter_shapes(family, args)
+        wholes = hf.gathered_parameters([model], shapes, torch.float32, torch.device("cpu"))
+        for name, whole in zip(shapes, wholes, strict=True):
+            right &= torch.equal(whole, written[hf.hf_name(name)]) if dist.get_rank() == 0 else whole is None
+        own = sum(parameter.to_local().numel() for parameter in model.parameters())
+        answers.append((sum(Watched.read.values()), own, right))
+    return answers
+
+
+def test_each_rank_reads_its_own_rows_only(tmp_path):
+    """Shards (uneven ones), replicas of shards, and stages of shards, with tied embeddings, from files of float16."""
+    model = theirs("qwen3", vocab_size=301).to(torch.float16)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    once, embeddings = sum(parameter.numel() for parameter in model.parameters()), 301 * 64
+    for layout, expected in zip(zip(*run_ranks(load_on_this_rank, 4, str(tmp_path))), (once, 2 * once, once + embeddings)):
+        assert all(right and read == own for read, own, right in layout)
+        assert sum(own for _, own, _ in layout) == expected
+
+
+def test_memory_stays_that_of_one_tensor(tmp_path):
+    """A model of 150 MB, read into meta-sized shards and written again: peaks far below it."""
+    script = f"""
+import sys, torch
+from pathlib import Path
+from chunkflow.training import hf
+from models import families
+def peak():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines["VmHWM"].split()[0]) / 1024
+folder = {str(tmp_path)!r}
+name, args = hf.model_of(folder)
+sources = hf.check_weights(folder, families[name], args)
+shapes = hf.parameter_shapes(families[name], args)
+for tensor in hf.read_parameters(list(sources.values())[:1]): pass
+del tensor
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+named = {{hf.hf_name(parameter): shape for parameter, shape in shapes.items()}}
+hf.write_folder(Path(folder) / "out", named, hf.read_parameters(sources.values()), torch.float32, {{}}, None, max_file_bytes=20_000_000)
+print("rose by", peak() - before)
+"""
+    args = dict(hidden_size=256, intermediate_size=4096, num_hidden_layers=12, vocab_size=512)
+    model = theirs(**args)
+    size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
+    model.save_pretrained(tmp_path, max_shard_size="20MB")
+    done = subprocess.run([sys.executable, "-c", script], env=environment(tmp_path), capture_output=True, text=True)
+    rose = float(re.search(r"rose by ([\d.]+)", done.stdout)[1]) if done.returncode == 0 else pytest.fail(done.stderr)
+    assert size > 130 and rose < 60, (size, rose)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")}
+    assert set(index["weight_map"].values()) == set(files) and max(files.values()) < 20_100_000 and len(files) > 6
+    assert index["metadata"]["total_size"] == sum(parameter.nbytes for parameter in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------------ writing
+
+
+def test_convert(tmp_path):
+    model = theirs("llama", "llama3")
+    model.save_pretrained(tmp_path / "in", max_shard_size="200KB")
+    (tmp_path / "in" / "tokenizer.json").write_text("{}")
+    (tmp_path / "in" / "generation_config.json").unlink()
+    (tmp_path / "in" / "modeling_llama.py").write_text("raise SystemExit('executed')")
+    command = [sys.executable, str(CONVERT), str(tmp_path / "in"), str(tmp_path / "out"), "--dtype=bfloat16"]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0 and "Wrote llama3 with" in done.stdout, done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert again.dtype == torch.bfloat16 and again.config.rope_parameters == model.config.rope_parameters
+    for before, after in zip(model.parameters(), again.parameters()):
+        assert torch.equal(before.to(torch.bfloat16), after)
+    with pytest.raises(ValueError, match="out exists: name another folder, or remove it"):
+        runpy.run_path(str(CONVERT))["convert"](tmp_path / "in", tmp_path / "out", "float32")
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    target, shapes = tmp_path / "step-3-hf", {"a": torch.Size([2]), "b": torch.Size([2])}
+    good = [torch.ones(2), torch.ones(2)]
+    hf.write_folder(target, shapes, iter(good), torch.float16, {}, None)
+    with pytest.raises(ValueError, match="b, written as float16, has values that are not finite"):
+        hf.write_folder(target, shapes, iter([torch.zeros(2), torch.full((2,), 1e5)]), torch.float16, {}, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3-hf"]
+    assert torch.equal(load_file(target / "model.safetensors")["a"], torch.ones(2).half())
+    hf.write_folder(target, shapes, iter([torch.zeros(2), torch.zeros(2)]), torch.float16, {}, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3-hf"]
+    assert torch.equal(load_file(target / "model.safetensors")["a"], torch.zeros(2).half())
+
+
+@pytest.mark.parametrize("name", families)
+def test_config_json_of_every_flavor_is_read_back_and_is_what_transformers_builds(tmp_path, name):
+    for flavor, args in families[name].flavors.items():
+        (tmp_path / "config.json").write_text(json.dumps(hf.config_json(name, args, "bfloat16")))
+        again = hf.model_of(tmp_path)
+        assert again == (name, args), flavor
+        config = transformers.AutoConfig.from_pretrained(tmp_path)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        parameters = {key: value.shape for key, value in model.named_parameters()}
+        assert parameters == {hf.hf_name(key): shape for key, shape in hf.parameter_shapes(families[name], args).items()}, flavor
+
+
+# -------------------------------------------------------------------------------------------------------------- bad folders
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good")
+    theirs("qwen2").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"model_type": "mistral"}, "model_type = 'mistral' is not one of the models here: use a folder of llama, qwen2, qwen3"),
+        ({"model_type": None}, "model_type = None"),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, "architectures = ['Qwen2ForSequenceClassification']"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' asks for another activation"),
+        ({"mlp_bias": True}, "mlp_bias = True asks for biases in the MLP"),
+        ({"model_type": "llama", "architectures": None, "attention_bias": True}, "attention_bias = True"),
+        ({"attention_dropout": 0.1}, "attention_dropout = 0.1 asks for dropout"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4} asks for quantised weights"),
+        ({"num_experts": 8}, "num_experts = 8 asks for a mixture of experts"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "code of its own, which is never run"),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "layer_types": None}, "sliding_window = 64"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types has ['sliding_attention']"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic': use one of default, linear, llama3, yarn"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "needs 'factor', a number above 0"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "rope_parameters has factor '4', which is not a number above 0"),
+        (
+            dict.fromkeys(("architectures", "layer_types", "use_sliding_window", "max_window_layers"))
+            | {"model_type": "llama", "sliding_window": 64},
+            "sliding_window = 64",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters = {'full_attention'"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "rope_parameters has 'mrope_section'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters has partial_rotary_factor 0.5"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling and rope_parameters are both there"),
+        ({"rope_parameters": None, "rope_theta": -1}, "rope_theta = -1"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"vocab_size": "2048"}, "vocab_size = '2048' is not a whole number"),
+        ({"num_key_value_heads": 3}, "num_attention_heads = 4 is not a multiple of num_key_value_heads = 3"),
+        ({"head_dim": 15}, "head_dim = 15 is odd"),
+        ({"hidden_size": 66, "head_dim": None}, "hidden_size = 66 is not a multiple of num_attention_heads = 4"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes' is not true or false"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps = 0 is not a number above 0"),
+    ],
+)
+def test_what_cannot_be_honoured_is_named(copy, changes, said):
+    rewrite(copy, **changes)
+    with pytest.raises(ValueError) as refused:
+        hf.model_of(copy)
+    sentence = str(refused.value)
+    assert sentence.startswith(f"{copy / 'config.json'}: ") and said in sentence and "\n" not in sentence, sentence
+
+
+def test_files_that_are_no_config(tmp_path):
+    with pytest.raises(ValueError, match="config.json cannot be read .No such file"):
+        hf.model_of(tmp_path)
+    for text, said in (("{", "is not JSON"), ("[]", "is not a JSON object")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            hf.model_of(tmp_path)
+
+
+def test_keys_that_say_what_is_so_anyway(copy):
+    plain = hf.model_of(copy)
+    rewrite(
+        copy, use_sliding_window=False, sliding_window=4096, attention_bias=True, quantization_config=None, partial_rotary_factor=1.0,
+        rope_scaling=None, attention_dropout=0.0, use_mrope=False, num_experts=0, architectures=None,
+    )  # fmt: skip
+    assert hf.model_of(copy) == plain
+    rewrite(copy, use_sliding_window=True, max_window_layers=3, layer_types=None)
+    assert hf.model_of(copy) == plain
+
+
+def broken(folder, **tensors):
+    """The folder's weights with some replaced (None: removed), in a single file."""
+    weights = load_file(folder / "model.safetensors") | {name.replace("/", "."): value for name, value in tensors.items()}
+    save_file({name: value for name, value in weights.items() if value is not None}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "tensors, said",
+    [
+        ({"model/layers/1/mlp/up_proj/weight": None}, "has no tensor model.layers.1.mlp.up_proj.weight, which its model needs"),
+        ({"model/layers/0/self_attn/q_proj/bias": None}, "has no tensor model.layers.0.self_attn.q_proj.bias"),
+        ({"lm_head/weight": None}, "has no tensor lm_head.weight"),
+        ({"model/layers/3/mlp/up_proj/weight": torch.ones(2)}, "model.layers.3.mlp.up_proj.weight is no tensor of the model"),
+        ({"x": torch.ones(2), "y": torch.ones(2)}, "x and 1 more is no tensor of the model"),
+        ({"model/norm/weight": torch.ones(65)}, "model.norm.weight has shape [65], but the model needs [64]"),
+        ({"model/norm/weight": torch.ones(64, dtype=torch.float64)}, "model.norm.weight is of type F64"),
+        ({"model/norm/weight": torch.ones(64).to(torch.float8_e4m3fn)}, "model.norm.weight is of type F8_E4M3"),
+    ],
+)
+def test_bad_tensors_are_named(copy, tensors, said):
+    broken(copy, **tensors)
+    with pytest.raises(ValueError) as refused:
+        ours(copy)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_bad_files_are_named(copy):
+    file = copy / "model.safetensors"
+    content = file.read_bytes()
+    for bad in (content[:-7], content[:20], b"", b"\xff" * 100):
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"model.safetensors is truncated or damaged \(.*\): copy it again"):
+            ours(copy)
+    file.unlink()
+    with pytest.raises(ValueError, match="name a folder with model.safetensors"):
+        ours(copy)
+    index = copy / "model.safetensors.index.json"
+    for weight_map, said in (
+        ({"a": "../model.safetensors"}, "no weight_map of file names"),
+        (None, "no weight_map of file names"),
+        ({"a": "part.safetensors"}, "part.safetensors cannot be read: copy the folder again"),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ValueError, match=said):
+            ours(copy)
+    (copy / "part.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="part.safetensors has no tensor a, though model.safetensors.index.json says so"):
+        ours(copy)
+
+
+def test_old_rotary_buffers_and_copies_of_tied_embeddings(copy):
+    rewrite(copy, tie_word_embeddings=True)
+    weights = load_file(copy / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight, but config.json ties them"):
+        ours(copy)
+    embeddings = weights["model.embed_tokens.weight"]
+    broken(copy, **{"lm_head/weight": embeddings.clone(), "model/layers/0/self_attn/rotary_emb/inv_freq": torch.ones(8)})
+    assert torch.equal(ours(copy).output.weight, embeddings)
+    broken(copy, **{"model/embed_tokens/weight": None})
+    assert torch.equal(ours(copy).output.weight, embeddings)
+
+
+def test_a_folder_without_weights_starts_random_unless_they_are_asked_for(copy, caplog):
+    caplog.set_level("INFO")
+    (copy / "model.safetensors").unlink()
+    config = load_config([f"--model.hf_assets_path={copy}", "--training.seq_len=100"])
+    assert hf.weights_folder(config) == "" and "parameters start random" in caplog.text
+    hf.check(config, *model_args(config, 0))
+    config.checkpoint.initial_load_in_hf = True
+    with pytest.raises(ValueError, match="model.safetensors cannot be read: name a folder with"):
+        hf.check(config, *model_args(config, 0))
+
+
+def test_weights_that_could_run_code_are_not_passed_over(copy):
+    (copy / "model.safetensors").unlink()
+    (copy / "pytorch_model.bin").touch()
+    config = load_config([f"--model.hf_assets_path={copy}"])
+    with pytest.raises(ValueError, match="pytorch_model.bin: weights are read from safetensors only"):
+        hf.weights_folder(config)
+
+
+def test_the_folder_decides_and_the_config_overrides_its_angles(copy):
+    config = load_config([f"--model.hf_assets_path={copy}", "--model.name=llama3", "--model.flavor=8B", "--training.seq_len=512"])
+    assert (config.model.name, config.model.flavor) == ("qwen2", copy.name)
+    family, args = model_args(config, 100)
+    assert family is families["qwen2"] and (args.dim, args.vocab_size, args.rope_theta) == (64, 2048, 20000.0)
+    with pytest.raises(ValueError, match="the tokenizer has 2,049 tokens"):
+        model_args(config, 2049)
+    config.training.seq_len = 513
+    with pytest.raises(ValueError, match="beyond the 512 positions"):
+        model_args(config, 100)
+    config.model.rope_theta, config.model.rope_scaling = 1e6, {"rope_type": "linear", "factor": 2.0}
+    _, args = model_args(config, 100)
+    assert (args.rope_theta, args.rope_scaling) == (1e6, {"rope_type": "linear", "factor": 2.0})
+    # Qwen's way to extend: YaRN is turned on, max_position_embeddings stays.
+    config.model.rope_theta = config.model.rope_scaling = None
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    rewrite(copy, rope_parameters=None, rope_theta=1e6, rope_scaling=yarn)
+    config.training.seq_len = 2048
+    _, args = model_args(config, 100)
+    assert (args.rope_theta, args.rope_scaling, args.max_positions) == (1e6, yarn, 512)
+
+
+def test_initial_weights_need_a_folder():
+    with pytest.raises(ConfigError, match="set checkpoint.initial_load_path or model.hf_assets_path"):
+        load_config(["--checkpoint.initial_load_in_hf"])
+    with pytest.raises(ConfigError, match="set checkpoint.initial_load_in_hf"):
+        load_config(["--checkpoint.initial_load_path=somewhere"])
+
+
+def test_without_the_package_a_sentence(monkeypatch, copy):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ValueError, match="pip install safetensors"):
+        ours(copy)
