@@ -10,7 +10,7 @@
 set -e
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-source "$REPO/.ci/environment.sh" progress,pictures
+source "$REPO/.ci/environment.sh" progress,pictures,hf
 
 # A relative name means the caller's folder, else this repository.
 locate() { if [ ! -e "$1" ] && [ -e "$REPO/$1" ]; then echo "$REPO/$1"; else echo "$1"; fi; }

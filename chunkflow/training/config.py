@@ -339,8 +339,10 @@ def check_processes(config: Config, processes: int) -> None:
 def check_paths(config: Config) -> None:
     """That named files exist and that the run can write its folder. Leaves nothing behind."""
     tokenizer = config.model.tokenizer_path
-    if tokenizer and not Path(tokenizer).is_file():
-        raise ConfigError(f"model.tokenizer_path = {_show(tokenizer)} is not a file: name a sentencepiece model")
+    if tokenizer and not Path(tokenizer).exists():
+        raise ConfigError(
+            f"model.tokenizer_path = {_show(tokenizer)} does not exist: name a tokenizer.json, a sentencepiece model, or a folder with one"
+        )
     if config.training.dataset == "jsonl":
         from chunkflow.data.dataset import jsonl_files  # here, since it imports torch: a mistyped key is answered at once
 
