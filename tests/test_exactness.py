@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from chunkflow.execution import executor
+from chunkflow.execution import executor, loss
 from chunkflow.execution.state import KeyValueState
 from chunkflow.planning.chunks import build_groups, whole_sequences
 from chunkflow.planning.planner import live_chunks
@@ -17,6 +17,7 @@ from tests.reference import (
     assert_same_gradients,
     chunk_tensors,
     chunked_gradients,
+    naive_cross_entropy,
     random_lengths,
     random_sequences,
     whole_sequence_gradients,
@@ -151,3 +152,15 @@ def test_forward_state_skips_what_nobody_reads():
         assert model(chunk.tokens, chunk) is None
     assert "layers.1.feed_forward" in calls and "layers.2.attention.wk" in calls and sorted(chunk.state.buffers) == [0, 1, 2]
     assert not {"norm", "output", "layers.2.feed_forward", "layers.2.attention.wq", "layers.2.attention.wo"} & set(calls)
+
+
+def test_the_loss_in_slices_is_that_of_all_logits(monkeypatch):
+    monkeypatch.setitem(loss._SLICE_ELEMENTS, "cpu", 1000)  # slices of 128 tokens, the least there is
+    hidden = torch.randn(300, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(96, 16, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(96, (300,))
+    labels[::3] = -100
+    ours, theirs = loss.sliced_cross_entropy(hidden, weight, labels), naive_cross_entropy(hidden, weight, labels)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+    for a, b in zip(torch.autograd.grad(0.3 * ours, (hidden, weight)), torch.autograd.grad(0.3 * theirs, (hidden, weight))):
+        assert (a - b).norm() <= 1e-12 * b.norm()
