@@ -252,5 +252,5 @@ class StateAwareSchedule(PipelineScheduleMulti):
                 chunk.state = self.states[stage, group]
         return self.in_flight[key]
 
-    def _step_microbatches(self, *args, **kwargs):
+    def _step_microbatches(self, *args, **kwargs):  # abstract in torch's base class, and never right here
         raise NotImplementedError("torch's way, for a batch that it splits: call step")
