@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.forks import Forks
-from tests.runs import REPO, environment, rows_of, write_rows
+from tests.runs import REPO, environment, forks, rows_of, write_rows
 
 LAYOUTS = {
     "one process": (1, "finetune.py", []),
@@ -41,9 +41,9 @@ def outcome(folder: Path, steps: int) -> tuple[list, dict, dict]:
 
 
 class KillLoop:
-    def __init__(self, place: Path, steps: int, seed: int = 0):
+    def __init__(self, place: Path, steps: int, forks: Forks, seed: int = 0):
         self.place, self.steps, self.random = place, steps, random.Random(seed)
-        self.forks, self.environ = Forks(), environment(place)
+        self.forks, self.environ = forks, environment(place)
         self.data = write_rows(place / "rows.jsonl", [100, 20, 64, 5, 70, 31, 7, 12, 1, 48])
         self.kills = self.in_saves = 0
 
@@ -101,14 +101,13 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=tuple(LAYOUTS), default=list(LAYOUTS))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        loop = KillLoop(Path(folder), arguments.steps, arguments.seed)
+        loop = KillLoop(Path(folder), arguments.steps, forks(), arguments.seed)
         for place, name in enumerate(arguments.layouts):
             own = arguments.kills // len(arguments.layouts) + (place < arguments.kills % len(arguments.layouts))
             begin, before = time.perf_counter(), loop.in_saves
             loop.run(name, own)
             seconds = time.perf_counter() - begin
             print(f"{name}: {own} kills, {loop.in_saves - before} of them in a save: bit for bit the same ({seconds:.0f} s)", flush=True)
-        loop.forks.close()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
@@ -10,6 +11,8 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+
+from tests.forks import Forks
 
 REPO = Path(__file__).parent.parent
 RECIPE = REPO / "recipes" / "finetune.py"
@@ -51,8 +54,28 @@ def end_processes(argument_part: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def run(tmp_path: Path, *overrides: str, processes: int = 1, seconds: int = 240, **environ: str) -> subprocess.CompletedProcess:
-    """`python recipes/finetune.py ...`, or run_train.sh for several processes. Output as text, both streams in one."""
+_forks: Forks | None = None
+
+
+def forks() -> Forks:
+    """One server of forks for all tests of this process; it ends with it."""
+    global _forks
+    if _forks is None:
+        _forks = Forks()
+        atexit.register(_forks.close)
+    return _forks
+
+
+def run(
+    tmp_path: Path, *overrides: str, processes: int = 1, seconds: int = 240, forked: bool = False, **environ: str
+) -> subprocess.CompletedProcess:
+    """`python recipes/finetune.py ...`, or run_train.sh for several processes; `forked`: the recipe itself (TRAIN_FILE, as for
+    run_train.sh), in forks. Output as text, both streams in one."""
+    if forked:
+        recipe, log = environ.pop("TRAIN_FILE", str(RECIPE)), tmp_path / "forked.log"
+        log.unlink(missing_ok=True)
+        statuses = forks().start(recipe, list(overrides), environment(tmp_path, **environ), log, processes).wait(seconds)
+        return subprocess.CompletedProcess([recipe, *overrides], max(statuses, key=abs), log.read_text())
     if processes == 1:
         command = [sys.executable, str(RECIPE), *overrides]
     else:
@@ -81,7 +104,7 @@ def train(tmp_path: Path, name: str, data: Path, *overrides: str, processes: int
         "--metrics.log_freq=1",
         *overrides,
     ]
-    done = run(tmp_path, *settings, processes=processes, **environ)
+    done = run(tmp_path, *settings, processes=processes, forked=True, **environ)
     assert done.returncode == 0, done.stdout[-3000:]
     return rows_of(folder)
 

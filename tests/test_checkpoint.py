@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kill_loop import LAYOUTS, TIMING, KillLoop, outcome
-from tests.forks import Forks
-from tests.runs import REPO, assert_same_curves, end_processes, environment, rows_of, write_rows
+from tests.runs import REPO, assert_same_curves, end_processes, environment, forks as fork_server, rows_of, write_rows
 
 LENGTHS = [100, 20, 64, 5, 70, 31, 7, 12, 1, 48]
 FINETUNE, PIPELINE = REPO / "recipes" / "finetune.py", REPO / "recipes" / "finetune_pipeline.py"
@@ -21,9 +20,7 @@ FINETUNE, PIPELINE = REPO / "recipes" / "finetune.py", REPO / "recipes" / "finet
 
 @pytest.fixture(scope="module")
 def forks():
-    forks = Forks()
-    yield forks
-    forks.close()
+    return fork_server()
 
 
 @pytest.fixture
@@ -52,9 +49,9 @@ def place(tmp_path, forks):
             assert set(statuses) == {status}, said[-3000:]
             return said
 
-        def recipe(self, *edits, source=FINETUNE):
-            """An edited copy of the recipe."""
-            text = source.read_text()
+        def recipe(self, *edits):
+            """An edited copy of recipes/finetune.py."""
+            text = FINETUNE.read_text()
             for old, new in edits:
                 assert text.count(old) == 1, old
                 text = text.replace(old, new)
@@ -85,12 +82,12 @@ BEFORE_STEP = "            garbage.run(step)\n"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
+def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, forks, layout):
     """Through run_train.sh, stopped by SIGTERM or SIGUSR1 at steps of its own choice, TensorBoard's curves included."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     steps = 12
-    loop = KillLoop(tmp_path, steps)
+    loop = KillLoop(tmp_path, steps, forks)
     expected = loop.finish(layout, tmp_path / "undisturbed")
     processes, recipe, options = LAYOUTS[layout]
     (tmp_path / "empty.toml").touch()
@@ -123,16 +120,14 @@ def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
     curve = events.Scalars("loss_metrics/global_avg_loss")
     assert [event.step for event in curve] == list(range(1, steps + 1)), "no step twice, none missing"
     assert [event.value for event in curve] == pytest.approx([row["loss"] for row in rows])
-    loop.forks.close()
 
 
-def test_twenty_kills_come_to_the_undisturbed_run(tmp_path):
+def test_twenty_kills_come_to_the_undisturbed_run(tmp_path, forks):
     """SIGKILL for all processes at random moments, saves included; the rest of 200 is benchmarks/kill_loop.py's."""
-    loop = KillLoop(tmp_path, steps=9)
+    loop = KillLoop(tmp_path, 9, forks)
     for layout in LAYOUTS:
         loop.run(layout, kills=5)
     assert loop.kills == 20 and loop.in_saves >= 2
-    loop.forks.close()
 
 
 def test_another_layout_goes_on_with_the_next_sample(place):

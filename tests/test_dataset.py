@@ -416,6 +416,27 @@ def test_a_damaged_cache_is_made_anew(write, read, tmp_path, damage):
     assert len(again.batches) == 1
 
 
+def test_a_file_that_changes_while_it_is_read(write, tmp_path, tokenizer):
+    path = write({"text": "one"}, {"text": "two"})
+
+    class Meanwhile(CountingTokenizer):
+        def encode_batch(self, texts):
+            write({"text": "one"}, {"text": "two"}, {"text": "three"})  # by somebody else, after its digest was taken
+            return super().encode_batch(texts)
+
+    def read(tokenizer):
+        return open_dataset("jsonl", str(path), tokenizer, vocab_size=2048, seed=0, cache_dir=str(tmp_path / "cache"))
+
+    with pytest.raises(ValueError, match=r"data.jsonl: the file changed while it was read: start again"):
+        read(Meanwhile())
+    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()], "nothing is left under the old content's name"
+    write({"text": "one"}, {"text": "two"})
+    dataset = read(tokenizer)
+    assert len(dataset) == 2 and dataset.changed_file() == ""
+    write({"text": "one"}, {"text": "two"}, {"text": "three"})
+    assert dataset.changed_file() == str(path)
+
+
 def test_text_goes_to_the_tokenizer_in_small_batches(write, read, tokenizer, monkeypatch):
     monkeypatch.setattr(dataset_module, "BATCH_CHARACTERS", 5000)
     rows = [{"prompt": f"{index} " * (index % 90), "completion": "b"} for index in range(1000)]

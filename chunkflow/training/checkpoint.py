@@ -243,6 +243,18 @@ def _random_states(rank: int) -> dict[str, torch.Tensor]:
     return states
 
 
+class _Writer(dcp.FileSystemWriter):
+    """Says what the disk said: torch's zip writer, closing a file that a write has failed for, raises something of its own."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
 class _Reader(dcp.FileSystemReader):
     """Reads `.metadata` without admitting what could run code: torch pickles it, and only these names are in a good one."""
 
@@ -500,7 +512,7 @@ class Checkpoints:
         temporary = self.folder / f"step-{step}.saving"
         try:
             self._on_rank_0(lambda: self._make_empty(temporary))
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), process_group=self.group)
+            dcp.save(tensors, storage_writer=_Writer(temporary), process_group=self.group)
             own = sorted(temporary.glob(f"__{self.rank}_*")) + ([temporary / ".metadata"] if self.rank == 0 else [])
             files = self._gathered(_outcome(lambda: {path.name: _checksum(path) for path in own}))
             self._on_rank_0(lambda: self._complete(temporary, target, manifest, files))
