@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from chunkflow.data.dataloader import ChunkDataLoader
 from chunkflow.data.dataset import open_dataset
-from chunkflow.execution.executor import run_actions
+from chunkflow.execution.executor import run_actions, run_evaluation
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings
 from chunkflow.training import hf, parallel
@@ -29,6 +29,7 @@ from chunkflow.training.model import apply_activation_checkpoint, apply_compile,
 from chunkflow.training.optimizer import build_optimizer, set_learning_rate
 from chunkflow.training.pictures import plan_figure
 from chunkflow.training.profiling import profiler
+from chunkflow.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,9 @@ def main() -> None:
             shuffle=training.shuffle,
             seed=seed,
         )
+        validation = None
+        if config.validation.enable and not fake:
+            validation = Validation(config, settings, rank, tokenizer, args.vocab_size, seed, device)
     if loader.notice:
         logger.info(loader.notice)
 
@@ -173,6 +177,15 @@ def main() -> None:
             if step == 1:
                 parallel.set_timeouts(mesh, config.comm.train_timeout_seconds)
                 metrics.add_figure("chunkflow/plan of step 1", lambda: plan_figure(plan, config.chunkflow.chunk_size), step)
+            if validation and validation.due(step):
+                validation.run(
+                    step,
+                    metrics,
+                    [model],
+                    lambda data, take: run_evaluation(
+                        model, data.plan.groups[rank], data.plan.actions[rank], data.chunks, device, take
+                    ),
+                )
             if profile:
                 profile.step()
 

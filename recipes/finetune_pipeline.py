@@ -33,6 +33,7 @@ from chunkflow.training.optimizer import build_optimizer, set_learning_rate
 from chunkflow.training.pictures import plan_figure
 from chunkflow.training.profiling import profiler
 from chunkflow.training.timeline import gather_timeline, useful_time, write_timelines
+from chunkflow.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,9 @@ def main() -> None:
             seed=seed,
             make_plan=PlanProcess(settings, pipeline_rank),
         )
+        validation = None
+        if config.validation.enable and not fake:
+            validation = Validation(config, settings, replica, tokenizer, args.vocab_size, seed, device)
     if loader.notice:
         logger.info(loader.notice)
 
@@ -211,6 +215,15 @@ def main() -> None:
             if step == 1:
                 parallel.set_timeouts(mesh, config.comm.train_timeout_seconds)
                 metrics.add_figure("chunkflow/plan of step 1", lambda: plan_figure(plan, config.chunkflow.chunk_size), step)
+            if validation and validation.due(step):
+                validation.run(
+                    step,
+                    metrics,
+                    models.values(),
+                    lambda data, take: schedule.evaluate(
+                        data.plan.pipeline.program[pipeline_rank], data.plan.groups[replica], data.chunks, take
+                    ),
+                )
             if profile:
                 profile.step()
 
