@@ -101,8 +101,9 @@ class Transformer(nn.Module):
             x_TC = self.norm(x_TC)
         if self.output is None:
             return x_TC
-        loss = token_losses if chunk.each_loss else sliced_cross_entropy
-        return loss(x_TC, self.output.weight, chunk.labels)
+        if chunk.each_loss:
+            return token_losses(x_TC, self.output.weight, chunk.labels)
+        return sliced_cross_entropy(x_TC, self.output.weight, chunk.labels)
 
     def init_parameter(self, name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
         """Fills one unsharded parameter in place. The values depend on its name, its shape and the generator alone."""

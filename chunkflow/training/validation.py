@@ -7,7 +7,9 @@ The loss at far positions beside that at near ones shows whether a model makes u
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,8 @@ from chunkflow.execution.loss import IGNORE
 from chunkflow.execution.state import ChunkTensors
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.training.metrics import MetricsLogger
+
+logger = logging.getLogger(__name__)
 
 
 class LossByPosition:
@@ -80,15 +84,14 @@ class Validation:
             make_plan=lambda lengths: plan(*lengths),
             once=True,
         )
+        logger.info(
+            f"Validation data: {len(dataset):,} sequences of {validation.dataset}, {sum(dataset.lengths):,} tokens, the longest has"
+            f" {max(dataset.lengths):,}" + (f"; {self.loader.notice}" if self.loader.notice else "")
+        )
         self.longest = min(max(dataset.lengths), training.seq_len)
 
     def due(self, step: int) -> bool:
         return step % self.freq == 0 or step == self.last_step
-
-    def _batches(self) -> Iterator[StepData]:
-        self.loader.cursor = 0
-        batches = iter(self.loader)
-        return (data for _, data in zip(range(self.steps), batches)) if self.steps > 0 else batches
 
     def run(
         self,
@@ -101,7 +104,8 @@ class Validation:
         losses of its tokens. `models` are this rank's. A collective: all ranks call."""
         metrics.interrupt()
         total, tokens, targets = LossByPosition(self.longest, self.device), 0, 0
-        for data in self._batches():
+        self.loader.cursor = 0
+        for data in islice(self.loader, self.steps if self.steps > 0 else None):
             batch = LossByPosition(self.longest, self.device)
             evaluate(data, batch.take)
             # Over ranks after every batch, as in training: none runs so far ahead that another's collectives time out.
