@@ -83,7 +83,9 @@ def open_dataset(
         return SyntheticDataset(path or "lmsys", vocab_size=vocab_size, seed=seed)
     if name == "python_stdlib":
         if path:
-            raise ValueError(f'{section}.dataset_path is "{path}" and python_stdlib takes none: remove it, or set {section}.dataset')
+            raise ValueError(
+                f'{section}.dataset_path is "{path}" and python_stdlib takes none: remove it, or set {section}.dataset'
+            )
         if tokenizer is None:
             raise ValueError("python_stdlib is text and there is no tokenizer: set model.tokenizer_path")
         files, read = python_files(), _python_rows

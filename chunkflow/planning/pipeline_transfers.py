@@ -94,9 +94,9 @@ def check_schedule(program: Program, chunks_per_group: Sequence[int], k: int, st
     """Raises ValueError, with the action named, unless the program is right and finishes.
 
     On every stage each chunk runs FORWARD, BACKWARD or FORWARD_STATE, RECOMPUTE, BACKWARD, once, or in validation EVALUATE alone;
-    within a group forwards ascend and backwards descend; no more chunks are live than `live_limit`; each action has its input, and what it makes is
-    sent once. Both ends of every pair of ranks see the same transfers in the same order, and the program finishes even where
-    each send and receive blocks until the other end is there.
+    within a group forwards ascend and backwards descend; no more chunks are live than `live_limit`; each action has its input,
+    and what it makes is sent once. Both ends of every pair of ranks see the same transfers in the same order, and the program
+    finishes even where each send and receive blocks until the other end is there.
     """
     for rank, entries in enumerate(program):
         _check_rank(rank, entries, chunks_per_group, k, stages, len(program))

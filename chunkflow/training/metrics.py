@@ -385,7 +385,8 @@ class MetricsLogger:
 
 
 def open_rows(path: Path, last_step: int):
-    """metrics.jsonl or validation.jsonl for appending, after what is not to stay has gone: a torn last line, and rows beyond `last_step`."""
+    """metrics.jsonl or validation.jsonl for appending, after what is not to stay has gone: a torn last line, and rows beyond
+    `last_step`."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if _row_step(line) <= last_step]
     if len(kept) < len(lines):

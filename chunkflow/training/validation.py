@@ -63,10 +63,18 @@ class Validation:
     """
 
     def __init__(
-        self, config, settings: PlanSettings, rank: int, tokenizer: Tokenizer | None, vocab_size: int, seed: int, device: torch.device
+        self,
+        config,
+        settings: PlanSettings,
+        rank: int,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        seed: int,
+        device: torch.device,
     ):
         training, validation = config.training, config.validation
         self.freq, self.steps, self.last_step, self.device = validation.freq, validation.steps, training.steps, device
+        # Another seed than training's: synthetic sequences are then others, drawn from the same mixture.
         dataset = open_dataset(
             validation.dataset, validation.dataset_path, tokenizer, vocab_size=vocab_size, seed=seed + 1, section="validation"
         )
