@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from chunkflow.data.dataloader import ChunkDataLoader
 from chunkflow.data.dataset import open_dataset
-from chunkflow.execution.executor import run_actions
+from chunkflow.execution.executor import run_actions, run_evaluation
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings
 from chunkflow.training import checkpoint, hf, parallel
@@ -31,6 +31,7 @@ from chunkflow.training.pictures import plan_figure
 from chunkflow.training.preemption import StopRequest
 from chunkflow.training.profiling import profiler
 from chunkflow.training.progress import Progress
+from chunkflow.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,9 @@ def main() -> None:
             shuffle=training.shuffle,
             seed=seed,
         )
+        validation = None
+        if config.validation.enable and not fake:
+            validation = Validation(config, settings, rank, tokenizer, args.vocab_size, seed, device)
     if loader.notice:
         logger.info(loader.notice)
 
@@ -192,6 +196,15 @@ def main() -> None:
                 )
             if step == 1:
                 metrics.add_figure("chunkflow/plan of step 1", lambda: plan_figure(plan, config.chunkflow.chunk_size), step)
+            if validation and validation.due(step):
+                validation.run(
+                    step,
+                    metrics,
+                    [model],
+                    lambda data, take: run_evaluation(
+                        model, data.plan.groups[rank], data.plan.actions[rank], data.chunks, device, take
+                    ),
+                )
             if profile:
                 profile.step()
 

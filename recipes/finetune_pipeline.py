@@ -35,6 +35,7 @@ from chunkflow.training.preemption import StopRequest
 from chunkflow.training.profiling import profiler
 from chunkflow.training.progress import Progress
 from chunkflow.training.timeline import gather_timeline, useful_time, write_timelines
+from chunkflow.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,9 @@ def main() -> None:
             seed=seed,
             make_plan=PlanProcess(settings, pipeline_rank),
         )
+        validation = None
+        if config.validation.enable and not fake:
+            validation = Validation(config, settings, replica, tokenizer, args.vocab_size, seed, device)
     if loader.notice:
         logger.info(loader.notice)
 
@@ -229,6 +233,15 @@ def main() -> None:
                     metrics.add_figure("chunkflow/timeline", lambda: picture(timelines), step)
             if step == 1:
                 metrics.add_figure("chunkflow/plan of step 1", lambda: plan_figure(plan, config.chunkflow.chunk_size), step)
+            if validation and validation.due(step):
+                validation.run(
+                    step,
+                    metrics,
+                    models.values(),
+                    lambda data, take: schedule.evaluate(
+                        data.plan.pipeline.program[pipeline_rank], data.plan.groups[replica], data.chunks, take
+                    ),
+                )
             if profile:
                 profile.step()
             if step == first_step:

@@ -88,6 +88,11 @@ CONTRACT = {
     "comm.init_timeout_seconds": 300,
     "comm.train_timeout_seconds": 100,
     "comm.mode": "default",
+    "validation.enable": False,
+    "validation.dataset": None,
+    "validation.dataset_path": "",
+    "validation.freq": 10,
+    "validation.steps": -1,
     "debug.seed": None,
     "debug.deterministic": False,
 }
@@ -96,7 +101,7 @@ model.converters training.max_bad_steps chunkflow.kv_offload chunkflow.keep_atte
 checkpoint.enable checkpoint.folder
 checkpoint.interval checkpoint.keep_latest_k checkpoint.load_step checkpoint.async_mode checkpoint.last_save_model_only
 checkpoint.exclude_from_loading quantize.linear.float8.recipe_name quantize.linear.float8.filter_fqns
-quantize.linear.float8.emulate validation.enable validation.dataset validation.dataset_path validation.freq validation.steps
+quantize.linear.float8.emulate
 """.split()
 
 # torchtitan's keys, section by section, and older spellings of them.

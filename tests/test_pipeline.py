@@ -50,13 +50,12 @@ class Pipeline:
             )
         self.schedule = StateAwareSchedule(chunk_stages)
 
-    def plan(self, lengths, k, enable=True, balance="cost", chunk_size=16):
+    def plan(self, lengths, k, enable=True, balance="cost", chunk_size=16, forward_only=False):
         costs = stages.stage_costs(self.whole.args, self.layers)
         pipeline = PipelineSettings(costs, self.ranks, self.replica)
         cost = Cost.of_model(self.whole.args)
-        return plan_step(
-            lengths, PlanSettings(cost, self.replicas, enable, chunk_size, k, balance=balance, pipeline=pipeline)
-        )
+        options = dict(balance=balance, pipeline=pipeline, forward_only=forward_only)
+        return plan_step(lengths, PlanSettings(cost, self.replicas, enable, chunk_size, k, **options))
 
     def step(self, plan, sequences):
         """Loss of all replicas, this rank's gradients by name, and the counters."""

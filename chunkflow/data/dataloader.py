@@ -7,6 +7,7 @@ own sequences. The data state is therefore one number, the same on all ranks: th
 from __future__ import annotations
 
 import functools
+import math
 import queue
 import random
 import threading
@@ -59,7 +60,8 @@ class StepData:
 
 
 class ChunkDataLoader:
-    """Iterates over steps, without end: past the end of the data a new epoch begins, shuffled anew.
+    """Iterates over steps, without end: past the end of the data a new epoch begins, shuffled anew. With `once` (validation) it
+    ends there: every sequence comes once, and the last step may have fewer.
 
     `overlong` says what becomes of sequences longer than `seq_len` tokens: "error" (ValueError here), "truncate" or "drop".
     `rank` counts data-parallel ranks; the ranks of one pipeline share theirs, and read the same chunks. `make_plan` is `plan_step` with
@@ -78,6 +80,7 @@ class ChunkDataLoader:
         shuffle: bool,
         seed: int,
         make_plan: Callable[[list[int]], Plan] | None = None,
+        once: bool = False,
     ):
         self.dataset, self.rank = dataset, rank
         self.make_plan = make_plan or functools.partial(plan_step, settings=settings)
@@ -88,6 +91,9 @@ class ChunkDataLoader:
         self._waited = 0.0
         self.notice = self._check_lengths()  # what the overlong policy did, as a sentence; "" if nothing
         self._order: tuple[int, list[int]] = (-1, [])
+        self.end = math.inf  # of the cursor
+        if once:  # a step with nothing but dropped sequences does not come
+            self.end = next(end for end in range(len(dataset), 0, -1) if not self._dropped(self._row(end - 1)))
 
     def _check_lengths(self) -> str:
         lengths = self.dataset.lengths
@@ -118,10 +124,11 @@ class ChunkDataLoader:
         def work():
             cursor = self.cursor
             try:
-                while not stopped.is_set():
+                while not stopped.is_set() and cursor < self.end:
                     step = self.step_at(cursor)
                     cursor = step.cursor
                     ready.put(step)
+                ready.put(None)
             except BaseException as error:  # handed to the step loop, which stops the run
                 ready.put(error)
 
@@ -134,6 +141,8 @@ class ChunkDataLoader:
                 self._waited += time.perf_counter() - start
                 if isinstance(step, BaseException):
                     raise step
+                if step is None:
+                    return
                 self.cursor = step.cursor
                 self.ledger.add(step.ledger)
                 yield step
@@ -162,12 +171,12 @@ class ChunkDataLoader:
         """The step that begins after `cursor` sequences: depends on nothing else."""
         dataset, ledger = self.dataset, Ledger()
         rows, lengths = [], []
-        while len(rows) < self.global_batch_size:
+        while len(rows) < self.global_batch_size and cursor < self.end:
             row = self._row(cursor)
             cursor += 1
             length = dataset.lengths[row]
             ledger.read += length
-            if length > self.seq_len and self.overlong == "drop":
+            if self._dropped(row):
                 ledger.dropped += length
                 continue
             rows.append(row)
@@ -189,6 +198,9 @@ class ChunkDataLoader:
             cursor=cursor,
             epoch=(cursor - 1) // len(dataset),
         )
+
+    def _dropped(self, row: int) -> bool:
+        return self.overlong == "drop" and self.dataset.lengths[row] > self.seq_len
 
     def _row(self, cursor: int) -> int:
         """Which row of the dataset is the cursor-th sequence of the run."""

@@ -61,9 +61,17 @@ class Row(NamedTuple):
 
 
 def open_dataset(
-    name: str, path: str, tokenizer: Tokenizer | None, *, vocab_size: int, seed: int, cache_dir: str | None = None
+    name: str,
+    path: str,
+    tokenizer: Tokenizer | None,
+    *,
+    vocab_size: int,
+    seed: int,
+    cache_dir: str | None = None,
+    section: str = "training",
 ) -> TokenDataset | SyntheticDataset:
-    """The dataset "python_stdlib", "jsonl" or "synthetic" (training.dataset) at `path` (training.dataset_path).
+    """The dataset "python_stdlib", "jsonl" or "synthetic" (training.dataset) at `path` (training.dataset_path), or those of
+    another `section`.
 
     Text is tokenised at the first call, into `cache_dir` (None: $CHUNKFLOW_CACHE, $XDG_CACHE_HOME/chunkflow or
     ~/.cache/chunkflow); several processes may call at once. Without a tokenizer only ready token ids can be read. `vocab_size`
@@ -75,14 +83,16 @@ def open_dataset(
         return SyntheticDataset(path or "lmsys", vocab_size=vocab_size, seed=seed)
     if name == "python_stdlib":
         if path:
-            raise ValueError(f'training.dataset_path is "{path}" and python_stdlib takes none: remove it, or set training.dataset')
+            raise ValueError(
+                f'{section}.dataset_path is "{path}" and python_stdlib takes none: remove it, or set {section}.dataset'
+            )
         if tokenizer is None:
             raise ValueError("python_stdlib is text and there is no tokenizer: set model.tokenizer_path")
         files, read = python_files(), _python_rows
     elif name == "jsonl":
-        files, read = jsonl_files(path), _jsonl_rows
+        files, read = jsonl_files(path, section), _jsonl_rows
     else:
-        raise ValueError(f'training.dataset is "{name}": choose "python_stdlib", "jsonl" or "synthetic"')
+        raise ValueError(f'{section}.dataset is "{name}": choose "python_stdlib", "jsonl" or "synthetic"')
     before = _stamps(files)
     content = _content_digest(files)
     key = _cache_key(name, content, tokenizer)
@@ -90,7 +100,7 @@ def open_dataset(
     meta = _read_meta(folder) or _build_once(folder, files, read, tokenizer, vocab_size)
     if meta["rows"] == 0:
         place = path or sysconfig.get_paths()["stdlib"]
-        raise ValueError(f"{place}: there is no sequence in it: choose another training.dataset or training.dataset_path")
+        raise ValueError(f"{place}: there is no sequence in it: choose another {section}.dataset or {section}.dataset_path")
     if changed := _changed(before):  # between its digest and its tokens, perhaps
         shutil.rmtree(folder, ignore_errors=True)
         raise ValueError(f"{changed}: the file changed while it was read: start again when nothing writes to it")
@@ -167,13 +177,13 @@ def python_files() -> list[str]:
     return sorted(paths, key=lambda path: Path(path).relative_to(root).as_posix())
 
 
-def jsonl_files(path: str) -> list[str]:
-    """The files that training.dataset_path stands for, sorted: a *.jsonl file, those of a folder at any depth, or a pattern.
+def jsonl_files(path: str, section: str = "training") -> list[str]:
+    """The files that the section's dataset_path stands for, sorted: a *.jsonl file, those of a folder at any depth, or a pattern.
 
     Raises ValueError where there are none, or one is of another kind.
     """
     if not path:
-        raise ValueError("training.dataset_path is empty: set it to a *.jsonl file, a folder of them, or a pattern")
+        raise ValueError(f"{section}.dataset_path is empty: set it to a *.jsonl file, a folder of them, or a pattern")
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
         files = glob.glob(os.path.join(glob.escape(expanded), "**", "*.jsonl"), recursive=True)
@@ -185,7 +195,7 @@ def jsonl_files(path: str) -> list[str]:
         files = [file for file in glob.glob(expanded, recursive=True) if not os.path.isdir(file)]
         if not files:
             raise ValueError(
-                f"{path}: no such file or folder, and no file matches it as a pattern: set training.dataset_path to *.jsonl "
+                f"{path}: no such file or folder, and no file matches it as a pattern: set {section}.dataset_path to *.jsonl "
                 "files on this machine (data sets of the Hugging Face hub are not read by name: save them as JSONL first)"
             )
     files.sort()

@@ -75,6 +75,37 @@ def run_actions(
     return result
 
 
+@torch.no_grad()
+def run_evaluation(
+    model: nn.Module,
+    groups: list[Group],
+    actions: list[Action],
+    chunks: list[list[ChunkTensors]],
+    device: torch.device,
+    take: Callable[[ChunkTensors, torch.Tensor], None],
+) -> StepResult:
+    """Runs the actions of a forward-only plan: `take(chunk, losses_T)` gets each chunk with the loss of each of its tokens.
+
+    Nothing is kept but the K/V of one group; gradients and parameters stay as they are. `StepResult.loss_sum` stays 0.
+    """
+    result = StepResult(device)
+    state = None
+    for _, group, number in actions:
+        chunk = (dummy_chunk() if group == DUMMY else chunks[group][number]).to(device)
+        chunk.each_loss = True
+        if group != DUMMY and len(chunks[group]) > 1:
+            state = KeyValueState(groups[group]) if number == 0 else state
+            chunk.state = state
+        losses_T = model(chunk.tokens, chunk)
+        if chunk.state:
+            result.peak_state_bytes = max(result.peak_state_bytes, state.bytes())
+            chunk.state = None
+            state = None if number == len(chunks[group]) - 1 else state
+        if group != DUMMY:
+            take(chunk, losses_T)
+    return result
+
+
 def dummy_chunk() -> ChunkTensors:
     """One token without a target: it costs next to nothing, and its gradients are exactly zero."""
     zero = torch.zeros(1, dtype=torch.int64)

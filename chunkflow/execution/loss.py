@@ -21,6 +21,20 @@ def sliced_cross_entropy(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, label
     return _SlicedCrossEntropy.apply(hidden_TC, weight_VC, labels_T)
 
 
+@torch.no_grad()
+def token_losses(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of each position, (T,), in at least fp32, 0 where there is no target; without a graph."""
+    compute = torch.promote_types(hidden_TC.dtype, torch.float32)
+    head = _Head(weight_VC, compute)
+    losses_T = torch.empty(hidden_TC.size(0), dtype=compute, device=hidden_TC.device)
+    for piece in _slices(hidden_TC.size(0), weight_VC):
+        logits_SV = head.logits(hidden_TC[piece])
+        labels_S = labels_T[piece]
+        target_S = logits_SV.gather(1, labels_S.clamp(min=0).unsqueeze(1)).squeeze(1)
+        losses_T[piece] = torch.where(labels_S == IGNORE, 0, logits_SV.logsumexp(-1) - target_S)
+    return losses_T
+
+
 class _SlicedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TC, weight_VC, labels_T):

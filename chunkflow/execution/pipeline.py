@@ -85,7 +85,7 @@ class ChunkStage(PipelineStage):
         return dist.isend(operation.tensor, operation.peer, group=operation.group), operation.tensor
 
     def forward(self, index: int, chunk: ChunkTensors) -> torch.Tensor | None:
-        with torch.set_grad_enabled(not chunk.state_only):
+        with torch.set_grad_enabled(not (chunk.state_only or chunk.each_loss)):
             return self.forward_one_chunk(index, (chunk.tokens,), {"chunk": chunk}, save_forward_output=False)
 
     def backward(self, index: int, loss: torch.Tensor | None, last: bool) -> None:
@@ -96,8 +96,11 @@ class ChunkStage(PipelineStage):
             self.bwd_cache.pop(index)  # no gradient of tokens
 
     def forget_output(self, index: int) -> None:
-        """After a FORWARD_STATE: nothing but its input stays."""
+        """After a FORWARD_STATE nothing but its input stays; after an EVALUATE not even that."""
         self.fwd_cache.pop(index)
+
+    def forget_input(self, index: int) -> None:
+        self.args_recv_info.pop(index, None)
 
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False):
         assert backward_type == "full"
@@ -159,9 +162,31 @@ class StateAwareSchedule(PipelineScheduleMulti):
         `chunks[g][c]` are the tensors of chunk c of the replica's group g, the same on all its ranks; without any, a dummy keeps the
         replica's collectives in step. `targets` counts the supervised tokens of the global batch, over all replicas.
         """
+        return self._run(program, groups, chunks, targets)
+
+    def evaluate(
+        self,
+        program: Sequence[StageAction | Transfer],
+        groups: Sequence[Group],
+        chunks: list[list[ChunkTensors]],
+        take: Callable[[ChunkTensors, torch.Tensor], None],
+    ) -> PipelineResult:
+        """Runs this rank's part of a forward-only plan: on the last stage `take(chunk, losses_T)` gets each chunk with the loss of
+        each of its tokens. Nothing is kept but the K/V of the group that a stage is in; gradients and parameters stay as they are.
+        """
+        return self._run(program, groups, chunks, 1, take)
+
+    def _run(
+        self,
+        program: Sequence[StageAction | Transfer],
+        groups: Sequence[Group],
+        chunks: list[list[ChunkTensors]],
+        targets: int,
+        take: Callable[[ChunkTensors, torch.Tensor], None] | None = None,
+    ) -> PipelineResult:
         if not groups:
             groups, chunks = [Group((Chunk((Segment(0, 0, 1),)),))], [[dummy_chunk()]]
-        self.groups, self.chunks, self.targets = groups, chunks, targets
+        self.groups, self.chunks, self.targets, self.take = groups, chunks, targets, take
         self.offsets = list(accumulate((len(own) for own in chunks), initial=0))
         self._n_microbatches = self.offsets[-1]
         for stage in self._stages:
@@ -191,7 +216,9 @@ class StateAwareSchedule(PipelineScheduleMulti):
         if transfer.send:
             stage = self._stages[self.places[transfer.stage]]
             self.leaving.append(stage.send(gradient, index))
-            if not gradient and self.in_flight[transfer.stage, index].state_only:
+            if self.take:
+                self._forget(stage, transfer.group, transfer.chunk, index)
+            elif not gradient and self.in_flight[transfer.stage, index].state_only:
                 stage.forget_output(index)
             return
         place = self.places[transfer.stage + (-1 if gradient else 1)]
@@ -211,6 +238,8 @@ class StateAwareSchedule(PipelineScheduleMulti):
         start = self.result.clock.now()
         if kind is Kind.BACKWARD:
             self._backward(place, stage, group, number, index)
+        elif kind is Kind.EVALUATE:
+            self._evaluate(place, stage, group, number, index)
         else:
             self._forward(place, stage, group, number, index, state_only=kind is Kind.FORWARD_STATE)
         self.result.clock.marks.append((action, start, self.result.clock.now()))
@@ -229,6 +258,25 @@ class StateAwareSchedule(PipelineScheduleMulti):
         if stage.is_last:
             self.losses[index] = output / self.targets
             result.loss_sum += output.detach()
+
+    def _evaluate(self, place: int, stage_index: int, group: int, number: int, index: int) -> None:
+        stage, result = self._stages[place], self.result
+        chunk = self._chunk(stage_index, group, number)
+        chunk.each_loss = True
+        output = stage.forward(index, chunk)
+        if self.states:
+            result.state_bytes = max(result.state_bytes, sum(state.bytes() for state in self.states.values()))
+        if stage.is_last:
+            self.take(chunk, output)
+            self._forget(stage, group, number, index)
+
+    def _forget(self, stage: ChunkStage, group: int, number: int, index: int) -> None:
+        """After an EVALUATE, once its output has been taken or sent: only the K/V stay, until the group's last chunk."""
+        stage.forget_output(index)
+        stage.forget_input(index)
+        self.in_flight.pop((stage.stage_index, index)).state = None
+        if number == len(self.chunks[group]) - 1:
+            self.states.pop((stage.stage_index, group), None)
 
     def _backward(self, place: int, stage_index: int, group: int, number: int, index: int) -> None:
         stage, result = self._stages[place], self.result

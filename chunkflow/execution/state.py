@@ -20,8 +20,9 @@ class ChunkTensors:
 
     tokens, labels, positions: (T,) int64. `labels[t]` is the target of position t (already shifted), -100 where there is none.
     `lengths` are the tokens of each segment; the first one attends to `prefix` earlier tokens of its sequence.
-    `index` is the chunk's place in its group. The executor sets `state` (None for a standalone chunk) and `state_only`
-    (FORWARD_STATE: only this chunk's K/V are wanted) before each forward.
+    `index` is the chunk's place in its group. The executor sets, before each forward, `state` (None for a standalone chunk),
+    `state_only` (FORWARD_STATE: only this chunk's K/V are wanted) and `each_loss` (EVALUATE: the loss of each token, without a
+    graph, is wanted in place of their sum).
     """
 
     def __init__(self, chunk: Chunk, index: int, tokens: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor):
@@ -30,7 +31,7 @@ class ChunkTensors:
         self.lengths = [segment.length for segment in chunk.segments]
         self.tokens, self.labels, self.positions = tokens, labels, positions
         self.state: KeyValueState | None = None
-        self.state_only = False
+        self.state_only = self.each_loss = False
         # Cumulative lengths of queries and of keys, for variable-length attention on CUDA.
         self.ends = list(accumulate(self.lengths, initial=0))
         self.query_ends = torch.tensor(self.ends, dtype=torch.int32)

@@ -76,6 +76,19 @@ def paper_schedule(costs: Costs, k: int, ranks: int) -> Schedule:
     return [[timed.action for timed in own] for own in timeline]
 
 
+def forward_schedule(counts: Sequence[int], stages: int, ranks: int) -> tuple[Schedule, Costs]:
+    """Validation of groups with so many chunks each, and the costs it is made for: each chunk costs the same.
+
+    So all ranks move in step, one chunk a slot: a stage never gets more than a few inputs ahead, however unequal stages and chunks
+    are. (By their true costs, cheap stages would run ahead and fill the next rank's memory with hidden states.)
+    """
+    costs = equal_stages([[1.0] * count for count in counts], stages)
+    chunks = [(group, chunk) for group, count in enumerate(counts) for chunk in range(count)]
+    lists = [[StageAction(Kind.EVALUATE, *chunk, stage) for chunk in chunks] for stage in range(stages)]
+    timeline = play([lists[rank::ranks] for rank in range(ranks)], costs)
+    return [[timed.action for timed in own] for own in timeline], costs
+
+
 def state_aware_schedule(costs: Costs, k: int, ranks: int) -> Schedule:
     """The best of a few plans made by `list_schedule`: four orders of the groups, two ways to break ties.
 

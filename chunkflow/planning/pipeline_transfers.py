@@ -14,7 +14,7 @@ from chunkflow.planning.schedule import Kind
 class Transfer(NamedTuple):
     """One end of a message between two ranks: what `stage` made of a chunk, for the next stage or the one before.
 
-    `made_by` is FORWARD (the stage's output; of a FORWARD_STATE too) or BACKWARD (the gradient of the stage's input).
+    `made_by` is FORWARD (the stage's output; of a FORWARD_STATE or EVALUATE too) or BACKWARD (the gradient of the stage's input).
     """
 
     send: bool  # or receive
@@ -93,10 +93,10 @@ def describe(entry: StageAction | Transfer) -> str:
 def check_schedule(program: Program, chunks_per_group: Sequence[int], k: int, stages: int) -> None:
     """Raises ValueError, with the action named, unless the program is right and finishes.
 
-    On every stage each chunk runs FORWARD, BACKWARD or FORWARD_STATE, RECOMPUTE, BACKWARD, once; within a group forwards
-    ascend and backwards descend; no more chunks are live than `live_limit`; each action has its input, and what it makes is
-    sent once. Both ends of every pair of ranks see the same transfers in the same order, and the program finishes even where
-    each send and receive blocks until the other end is there.
+    On every stage each chunk runs FORWARD, BACKWARD or FORWARD_STATE, RECOMPUTE, BACKWARD, once, or in validation EVALUATE alone;
+    within a group forwards ascend and backwards descend; no more chunks are live than `live_limit`; each action has its input,
+    and what it makes is sent once. Both ends of every pair of ranks see the same transfers in the same order, and the program
+    finishes even where each send and receive blocks until the other end is there.
     """
     for rank, entries in enumerate(program):
         _check_rank(rank, entries, chunks_per_group, k, stages, len(program))
@@ -142,6 +142,7 @@ def _check_rank(
     latest: dict[tuple[int, int, int], Kind] = {}  # (stage, group, chunk) -> its last action
     forwards: dict[tuple[int, int], int] = {}  # (stage, group) -> how many so far
     backwards: dict[tuple[int, int], int] = {}
+    evaluated: dict[tuple[int, int], int] = {}
     live = [0] * stages
 
     def require(condition: bool, trouble: str) -> None:
@@ -179,6 +180,7 @@ def _check_rank(
             require(chunk == expected, f"comes before that of chunk {expected}")
             require(stage == 0 or (False, group, chunk, stage - 1) in here, "finds no input")
             forwards[place] = chunk + 1
+            evaluated[place] = evaluated.get(place, 0) + (entry.kind is Kind.EVALUATE)
             live[stage] += entry.kind is Kind.FORWARD
         limit = live_limit(k, stages, stage)
         require(live[stage] <= limit, f"makes {live[stage]} chunks hold activations; at most {limit} may")
@@ -190,10 +192,12 @@ def _check_rank(
                 unsent[message] = receiver
     for stage in range(rank, stages, ranks):
         for group, count in enumerate(chunks_per_group):
-            left = count - backwards.get((stage, group), 0)
-            if left:
+            left = count - backwards.get((stage, group), 0) - evaluated.get((stage, group), 0)
+            if left and evaluated:
+                entry = StageAction(Kind.EVALUATE, group, count - left, stage)
+            elif left:
                 entry = StageAction(Kind.BACKWARD, group, left - 1, stage)
-                require(False, "is missing")
+            require(not left, "is missing")
     for (gradient, group, chunk, stage), peer in unsent.items():
         entry = Transfer(True, Kind.BACKWARD if gradient else Kind.FORWARD, group, chunk, stage, peer)
         require(False, "is missing")

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from chunkflow.planning.balance import assign
 from chunkflow.planning.chunks import Chunk, Group, build_groups, whole_sequences
 from chunkflow.planning.cost import Cost
-from chunkflow.planning.pipeline_schedule import Costs, paper_schedule, state_aware_schedule
+from chunkflow.planning.pipeline_schedule import Costs, forward_schedule, paper_schedule, state_aware_schedule
 from chunkflow.planning.pipeline_transfers import Program, add_transfers, check_schedule
-from chunkflow.planning.schedule import DUMMY, Action, Kind, linear_schedule, lockstep
+from chunkflow.planning.schedule import DUMMY, Action, Kind, forward_only, linear_schedule, lockstep
 from chunkflow.planning.simulate import Simulation, simulate
 
 
@@ -25,6 +25,7 @@ class PlanSettings(NamedTuple):
     """What the plan of a step depends on, besides the lengths.
 
     `lockstep`: all ranks run one common template of forward and backward slots (ZeRO-3, whose collectives must agree).
+    `forward_only`: validation, where nothing is recomputed and `k` means nothing.
     """
 
     cost: Cost
@@ -36,13 +37,14 @@ class PlanSettings(NamedTuple):
     balance: str = "cost"  # or "tokens"
     lockstep: bool = False
     pipeline: PipelineSettings | None = None
+    forward_only: bool = False
 
 
 class PipelinePlan(NamedTuple):
     """What the ranks of one replica's pipeline do in a step. A unit of cost is a token on a mean stage, attention aside."""
 
     program: Program  # pipeline rank -> its actions, sends and receives
-    simulation: Simulation
+    simulation: Simulation | None  # None: forward only
 
 
 class Plan(NamedTuple):
@@ -62,8 +64,9 @@ class Plan(NamedTuple):
 
 def plan_step(lengths: list[int], settings: PlanSettings) -> Plan:
     """The plan of a global batch of sequences with these lengths (tokens, each at least 1)."""
-    cost, k = settings.cost, settings.k
+    cost = settings.cost
     chunk_size = settings.chunk_size if settings.enable else max(lengths)
+    k = max(lengths) if settings.forward_only else settings.k  # as many chunks as that: none is recomputed
     if settings.balance == "tokens":
         costs = [float(length) for length in lengths]
     else:
@@ -75,12 +78,12 @@ def plan_step(lengths: list[int], settings: PlanSettings) -> Plan:
     else:
         groups = [whole_sequences(lengths, own) for own in members]
     counts = [[len(group.chunks) for group in own] for own in groups]
-    actions = [linear_schedule(own, k) for own in counts]
+    actions = forward_only(counts, lockstep=False) if settings.forward_only else [linear_schedule(own, k) for own in counts]
     busiest, pipeline = max(map(len, actions)), None
     if settings.pipeline:
         actions, pipeline = [], _plan_pipeline(groups[settings.pipeline.replica], settings)
     elif settings.lockstep:
-        actions = lockstep(counts, k)
+        actions = forward_only(counts, lockstep=True) if settings.forward_only else lockstep(counts, k)
     else:  # a rank without work still takes part in the reduction of gradients
         actions = [own or [Action(Kind.FORWARD, DUMMY, 0), Action(Kind.BACKWARD, DUMMY, 0)] for own in actions]
     chunks = sum(len(group.chunks) for own in groups for group in own)
@@ -109,6 +112,10 @@ def _plan_pipeline(groups: list[Group], settings: PlanSettings) -> PipelinePlan:
         [[(tokens * cost.per_token + pairs * cost.per_pair) / unit for tokens, pairs in group] for group in amounts]
         for cost in stages
     ]
+    if settings.forward_only:
+        program = add_transfers(*forward_schedule([len(group) for group in amounts], len(stages), ranks))
+        check_schedule(program, [len(group) for group in amounts], k, len(stages))
+        return PipelinePlan(program, None)
     costs = Costs(forward, [[[2 * cost for cost in group] for group in stage] for stage in forward])
     make = state_aware_schedule if settings.enable else paper_schedule  # ordinary 1F1B is the baseline's
     schedule = make(costs, k, ranks)
@@ -128,6 +135,6 @@ def live_chunks(actions: list[Action]) -> int:
     for action in actions:
         if action.group < 0:
             continue
-        live += {Kind.FORWARD: 1, Kind.RECOMPUTE: 1, Kind.BACKWARD: -1, Kind.FORWARD_STATE: 0}[action.kind]
+        live += {Kind.FORWARD: 1, Kind.RECOMPUTE: 1, Kind.BACKWARD: -1, Kind.FORWARD_STATE: 0, Kind.EVALUATE: 0}[action.kind]
         peak = max(peak, live)
     return peak

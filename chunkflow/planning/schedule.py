@@ -19,6 +19,7 @@ class Kind(str, Enum):
     FORWARD_STATE = "S"  # keeps the chunk's K/V only
     RECOMPUTE = "R"  # a second forward, with activations
     BACKWARD = "B"
+    EVALUATE = "E"  # a forward for the loss alone (validation): keeps the chunk's K/V, and its group's last one drops them
 
 
 class Action(NamedTuple):
@@ -108,3 +109,14 @@ class _LockstepRank:
         else:
             self.dummies += 1
             self.actions.append(Action(Kind.FORWARD, DUMMY, 0))
+
+
+def forward_only(chunks_per_group: Sequence[Sequence[int]], lockstep: bool) -> list[list[Action]]:
+    """Every rank's actions for validation (from the chunk counts of its groups): each chunk once, group after group.
+
+    Only the K/V of one group are there at a time, and no activations. With `lockstep` (ZeRO-3: every forward gathers parameters)
+    dummies make all ranks run as many; without, one makes a rank without chunks take part in the one gathering.
+    """
+    actions = [[Action(Kind.EVALUATE, g, c) for g, n in enumerate(counts) for c in range(n)] for counts in chunks_per_group]
+    slots = max(map(len, actions)) if lockstep else 1
+    return [own + [Action(Kind.EVALUATE, DUMMY, 0)] * (slots - len(own)) for own in actions]

@@ -21,7 +21,7 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -438,22 +438,26 @@ class Checkpoints:
         begin = time.perf_counter()
         last = stopping or progress.step == self.config.training.steps
         due = last or progress.step % self.settings.interval == 0 or self.failures > 0 or failed_in_background
+        if due:
+            self._went_well(self._finish_previous)
         while due:
-            try:
-                self._finish_previous()
-                self._save(progress)
-                if last:
-                    self._finish_previous()
-                due = False
-            except SaveFailed as error:
-                self.failures += 1
-                if self.failures == ATTEMPTS:
-                    raise ValueError(f"{error}; so did {ATTEMPTS} saves in a row: make room or restore the folder, and start again")
-                logger.warning(f"{error}; training goes on, and it is tried again (attempt {self.failures + 1} of {ATTEMPTS})")
-                due = last
-                if last:
-                    time.sleep(SECONDS_BETWEEN_ATTEMPTS)
+            due = not self._went_well(lambda: self._save(progress, wait=last)) and last
+            if due:
+                time.sleep(SECONDS_BETWEEN_ATTEMPTS)
         return time.perf_counter() - begin
+
+    def _went_well(self, action: Callable[[], None]) -> bool:
+        try:
+            action()
+            return True
+        except SaveFailed as error:
+            self.failures += 1
+            if self.failures == ATTEMPTS:
+                raise ValueError(
+                    f"{error}; {ATTEMPTS} attempts in a row failed: make room or restore the folder, and start again"
+                ) from None
+            logger.warning(f"{error}; training goes on, and it is tried again (attempt {self.failures + 1} of {ATTEMPTS})")
+            return False
 
     def _finish_previous(self) -> None:
         """Waits for the save in the background. SaveFailed if it did, which it does on all ranks."""
@@ -465,7 +469,7 @@ class Checkpoints:
             raise error
         self.failures = 0
 
-    def _save(self, progress: Progress) -> None:
+    def _save(self, progress: Progress, wait: bool) -> None:
         logger.info("Saving the checkpoint (or staging if async is enabled).")
         begin, step = time.perf_counter(), progress.step
         if changed := self.loader.dataset.changed_file():
@@ -497,6 +501,8 @@ class Checkpoints:
             staged = self.stager.stage(tensors)
             self._thread = threading.Thread(target=self._write_beside, args=(step, staged, manifest), name="checkpoint")
             self._thread.start()
+            if wait:
+                self._finish_previous()
         seconds = time.perf_counter() - begin
         logger.info(f"Finished saving the checkpoint (or staging if async is enabled) in {seconds:.2f} seconds.")
 

@@ -273,7 +273,7 @@ def _show(value: Any) -> str:
 
 def _check_combinations(config: Config, given: dict[str, Any]) -> None:
     """Rules between keys. fp64 training computes and reduces in fp64 throughout: the resolved config says so."""
-    training, dataset, path = config.training, config.training.dataset, config.training.dataset_path
+    training, validation = config.training, config.validation
     if training.dtype == "float64":
         if given.get("training.mixed_precision_param") == "bfloat16":
             raise ConfigError(
@@ -284,17 +284,13 @@ def _check_combinations(config: Config, given: dict[str, Any]) -> None:
     for name in ("mixed_precision_param", "mixed_precision_reduce"):
         if training.dtype != "float64" and getattr(training, name) == "float64":
             raise ConfigError(f'training.{name} = "float64" needs training.dtype = "float64": set that, or "float32" here')
-    if dataset == "jsonl" and not path:
-        raise ConfigError('training.dataset = "jsonl" has no data: set training.dataset_path to a file, a folder or a glob')
-    if dataset == "synthetic" and path not in ("", "lmsys", "llama3_sft"):
-        raise ConfigError(
-            f'training.dataset_path = {_show(path)} is not known to training.dataset = "synthetic": set "lmsys" or "llama3_sft"'
-        )
-    if dataset == "python_stdlib" and path:
-        raise ConfigError(
-            f'training.dataset_path = {_show(path)} is not read by training.dataset = "python_stdlib": remove the path, or set'
-            ' training.dataset = "jsonl"'
-        )
+    _check_dataset("training", training.dataset, training.dataset_path)
+    if validation.enable:
+        if validation.dataset is None:
+            validation.dataset = training.dataset
+            if training.dataset == "synthetic":
+                validation.dataset_path = validation.dataset_path or training.dataset_path
+        _check_dataset("validation", validation.dataset, validation.dataset_path)
     if config.model.rope_scaling is not None and "rope_type" not in config.model.rope_scaling:
         raise ConfigError(
             f"model.rope_scaling = {_show(config.model.rope_scaling)} has no rope_type: add one, such as"
@@ -312,6 +308,20 @@ def _check_combinations(config: Config, given: dict[str, Any]) -> None:
         raise ConfigError(
             f"activation_checkpoint.selective_ac_option = {_show(selective)} is not a whole number of at least 1 in quotes: set"
             ' "2" to recompute every second layer'
+        )
+
+
+def _check_dataset(section: str, dataset: str, path: str) -> None:
+    if dataset == "jsonl" and not path:
+        raise ConfigError(f'{section}.dataset = "jsonl" has no data: set {section}.dataset_path to a file, a folder or a glob')
+    if dataset == "synthetic" and path not in ("", "lmsys", "llama3_sft"):
+        raise ConfigError(
+            f'{section}.dataset_path = {_show(path)} is not known to {section}.dataset = "synthetic": set "lmsys" or "llama3_sft"'
+        )
+    if dataset == "python_stdlib" and path:
+        raise ConfigError(
+            f'{section}.dataset_path = {_show(path)} is not read by {section}.dataset = "python_stdlib": remove the path, or set'
+            f' {section}.dataset = "jsonl"'
         )
 
 
@@ -340,10 +350,12 @@ def check_paths(config: Config) -> None:
         raise ConfigError(
             f"model.tokenizer_path = {_show(tokenizer)} does not exist: name a tokenizer.json, a sentencepiece model, or a folder with one"
         )
-    if config.training.dataset == "jsonl":
-        from chunkflow.data.dataset import jsonl_files  # here, since it imports torch: a mistyped key is answered at once
+    sections = {"training": config.training} | ({"validation": config.validation} if config.validation.enable else {})
+    for name, section in sections.items():
+        if section.dataset == "jsonl":
+            from chunkflow.data.dataset import jsonl_files  # here, since it imports torch: a mistyped key is answered at once
 
-        jsonl_files(config.training.dataset_path)
+            jsonl_files(section.dataset_path, name)
     folder = Path(config.job.dump_folder).absolute()
     while not os.path.lexists(folder):
         folder = folder.parent

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 # Keys and sections that are planned but not in this version. Looked up first: delete an entry when its key arrives.
 LATER: dict[str, str] = {
-    "validation": "is not available in this version: training is not interrupted for validation; remove the key",
     "quantize": "is not available in this version: set training.mixed_precision_param to choose what the model computes in",
     "model.converters": "is not available in this version: no float8 or int8 training yet, remove the key",
     "chunkflow.kv_offload": "is not available in this version: K/V state stays on the device, remove the key",
@@ -134,6 +133,8 @@ VALUE_ANSWERS: dict[str, str] = {
     "comm.mode=local_tensor": 'is not there: set "fake_backend" to check a large layout in one process',
     "training.dtype=bfloat16": 'is not admitted, since small updates would be lost: keep "float32" and compute in bfloat16 with'
     " training.mixed_precision_param",
+    "validation.dataset=*": 'is not one of "python_stdlib", "jsonl", "synthetic" (hub names are not read): write the data as JSONL,'
+    ' set validation.dataset = "jsonl" and validation.dataset_path',
     "training.dataset=*": 'is not one of "python_stdlib", "jsonl", "synthetic" (hub names, parquet and mixtures are not read yet):'
     ' write the data as JSONL, set training.dataset = "jsonl" and training.dataset_path',
 }

@@ -22,6 +22,7 @@ SHARE = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
 BELOW_1 = Rule("of at least 0 and less than 1", lambda value: 0 <= value < 1)
 DEGREE = Rule("of at least 1, or -1 for all remaining ranks", lambda value: value >= 1 or value == -1)
 STEP = Rule("of at least 1, or -1 for the newest", lambda value: value >= 1 or value == -1)
+BATCHES = Rule("of at least 1, or -1 for all of the data", lambda value: value >= 1 or value == -1)
 SEED = Rule("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 
 
@@ -216,6 +217,17 @@ class Comm:
 
 
 @dataclass
+class Validation:
+    enable: bool = option(False, "measure the loss of other data while training, forward only, in the same chunks")
+    dataset: str | None = option(
+        None, "where its sequences come from; unset: training.dataset", choices=("python_stdlib", "jsonl", "synthetic")
+    )
+    dataset_path: str = option("", "as training.dataset_path; synthetic: other sequences than training's")
+    freq: int = option(10, "steps between validations; the last step is always followed by one", AT_LEAST_1)
+    steps: int = option(-1, "global batches (training.global_batch_size), from the first row on; -1: all of the data", BATCHES)
+
+
+@dataclass
 class Debug:
     seed: int | None = option(None, "seed of initial weights and data order", SEED)
     deterministic: bool = option(False, "only deterministic kernels")
@@ -236,4 +248,5 @@ class Config:
     metrics: Metrics = field(default_factory=Metrics)
     profiling: Profiling = field(default_factory=Profiling)
     comm: Comm = field(default_factory=Comm)
+    validation: Validation = field(default_factory=Validation)
     debug: Debug = field(default_factory=Debug)

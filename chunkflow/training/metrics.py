@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.distributed as dist
@@ -74,6 +74,10 @@ def peak_memory(device: torch.device) -> Memory:
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Memory(peak / GIB, peak / GIB)
+
+
+def _largest(one: Memory, other: Memory) -> Memory:
+    return Memory(*map(max, astuple(one), astuple(other)))
 
 
 def memory_capacity_gib(device: torch.device) -> float:
@@ -159,7 +163,7 @@ class MetricsLogger:
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
         self.colours = Colours(*[""] * 7) if config.metrics.disable_color_printing else Colours()
-        self.rows = self.tensorboard = None
+        self.rows = self.validation_rows = self.tensorboard = None
         if self.writes:
             self.capacity_gib = memory_capacity_gib(device)
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -169,6 +173,8 @@ class MetricsLogger:
             dump_folder = Path(config.job.dump_folder)
             dump_folder.mkdir(parents=True, exist_ok=True)
             self.rows = open_rows(dump_folder / "metrics.jsonl", start_step)
+            if config.validation.enable:
+                self.validation_rows = open_rows(dump_folder / "validation.jsonl", start_step)
             if config.metrics.enable_tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # here, since it takes seconds to import
 
@@ -179,10 +185,19 @@ class MetricsLogger:
         self.start()
 
     def start(self) -> None:
-        """Begins an interval: what happened since the last one (validation, say) belongs to no step."""
+        """Begins an interval: what happened since the last one belongs to no step."""
         self._steps = self._tokens = 0
         self._flops = self._data_seconds = self._saving_seconds = 0.0
+        self._peaks = Memory(0.0, 0.0)  # of this interval, before it was last interrupted
         self._begin = time.perf_counter()
+        reset_peak_memory(self.device)
+
+    def interrupt(self) -> None:
+        """What happens from here to `log_validation` belongs to no step: neither its time nor its memory."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._interrupted = time.perf_counter()
+        self._peaks = _largest(self._peaks, peak_memory(self.device))
         reset_peak_memory(self.device)
 
     def count(self, tokens: int, flops: float, data_seconds: float) -> None:
@@ -220,7 +235,7 @@ class MetricsLogger:
         -inf without any). `grad_norm`, `lr` and `supervised_tokens` are of all ranks. `scalars`: further ones for TensorBoard,
         by tag. A collective: all ranks call.
         """
-        memory = peak_memory(self.device)
+        memory = _largest(self._peaks, peak_memory(self.device))
         loss, max_loss, data_seconds, *peaks = self._reduce(loss, [max_loss, self._data_seconds, *astuple(memory)])
         memory = Memory(*peaks)
         seconds = time.perf_counter() - self._begin  # after the reduction, which waits for the device
@@ -245,12 +260,54 @@ class MetricsLogger:
                 "global_max_loss": max_loss if math.isfinite(max_loss) else loss,
                 "n_tokens_seen": self.tokens_seen,
             }
-            self._write_row(row)
+            self._write_row(self.rows, row)
             self._write_line(row)
             if self.tensorboard:
                 self._write_events(step, row, memory, data_seconds, seconds, scalars or {})
         self.start()
         return loss
+
+    def log_validation(
+        self, step: int, *, loss: float, tokens: int, supervised_tokens: int, by_position: dict[str, tuple[float, int]]
+    ) -> None:
+        """Writes what the validation after `step`, since `interrupt`, amounts to; the interval of training then goes on.
+
+        All of it is of all ranks already. `by_position`: name of a range of positions -> mean loss there, supervised tokens there.
+        A collective: all ranks call.
+        """
+        memory = peak_memory(self.device)
+        _, *peaks = self._reduce(0.0, list(astuple(memory)))
+        memory = Memory(*peaks)
+        now = time.perf_counter()
+        if self.writes:
+            seconds = now - self._interrupted
+            row = {
+                "step": step,
+                "loss": loss,
+                "tokens": tokens,
+                "supervised_tokens": supervised_tokens,
+                "seconds": seconds,
+                "tps": tokens / seconds / self.ranks,
+                "memory_gib": memory.reserved_gib,
+                **{f"loss_{name}": mean for name, (mean, _) in by_position.items()},
+                **{f"supervised_tokens_{name}": count for name, (_, count) in by_position.items()},
+            }
+            self._write_row(self.validation_rows, row)
+            colours, percent = self.colours, 100 * memory.reserved_gib / self.capacity_gib
+            logger.info(
+                f"{colours.yellow}validate step: {step:2}  {colours.green}loss: {loss:7.4f}  "
+                f"{colours.cyan}memory: {memory.reserved_gib:5.2f}GiB({percent:.2f}%)  "
+                f"{colours.blue}tps: {round(row['tps']):,}{colours.reset}"
+                + "".join(f"  {name}: {mean:.4f}" for name, (mean, _) in by_position.items())
+            )
+            if self.tensorboard:
+                tags = {"loss": loss, "throughput(tps)": row["tps"], **self._memory_tags(memory)}
+                tags |= {f"loss_by_position/{name}": mean for name, (mean, _) in by_position.items()}
+                for tag, value in tags.items():
+                    self.tensorboard.add_scalar(f"validation_metrics/{tag}", value, step)
+                self.tensorboard.flush()
+        self._begin += time.perf_counter() - self._interrupted
+        reset_peak_memory(self.device)
 
     def add_figure(self, tag: str, draw: Callable[[], Any], step: int) -> None:
         """Puts the matplotlib figure that `draw` makes into TensorBoard."""
@@ -262,8 +319,9 @@ class MetricsLogger:
             logger.info(f"No picture of {tag}: {error.name} is not installed (pip install matplotlib)")
 
     def close(self) -> None:
-        if self.rows:
-            self.rows.close()
+        for rows in (self.rows, self.validation_rows):
+            if rows:
+                rows.close()
         if self.tensorboard:
             self.tensorboard.close()
 
@@ -277,11 +335,11 @@ class MetricsLogger:
         dist.all_reduce(maxima, dist.ReduceOp.MAX)
         return [total.item(), *maxima.tolist()]
 
-    def _write_row(self, row: dict[str, float]) -> None:
+    def _write_row(self, rows: TextIO, row: dict[str, float]) -> None:
         # JSON has no nan and no infinity
         clean = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self.rows.write(json.dumps(clean, allow_nan=False) + "\n")
-        self.rows.flush()
+        rows.write(json.dumps(clean, allow_nan=False) + "\n")
+        rows.flush()
 
     def _write_line(self, row: dict[str, float]) -> None:
         colours = self.colours
@@ -311,12 +369,7 @@ class MetricsLogger:
             "time_metrics/data_loading(s)": data_seconds / self._steps,
             "time_metrics/data_loading(%)": 100 * data_seconds / seconds,
             "time_metrics/checkpoint(s)": self._saving_seconds,
-            "memory/max_active(GiB)": memory.active_gib,
-            "memory/max_active(%)": 100 * memory.active_gib / self.capacity_gib,
-            "memory/max_reserved(GiB)": memory.reserved_gib,
-            "memory/max_reserved(%)": 100 * memory.reserved_gib / self.capacity_gib,
-            "memory/num_alloc_retries": memory.alloc_retries,
-            "memory/num_ooms": memory.ooms,
+            **self._memory_tags(memory),
             "chunkflow/tokens": row["tokens"],
             "chunkflow/supervised_tokens": row["supervised_tokens"],
             "chunkflow/chunks": row["chunks"],
@@ -327,6 +380,16 @@ class MetricsLogger:
         for tag, value in {**tags, **scalars}.items():
             self.tensorboard.add_scalar(tag, value, step)
         self.tensorboard.flush()  # a killed run shows what it logged
+
+    def _memory_tags(self, memory: Memory) -> dict[str, float]:
+        return {
+            "memory/max_active(GiB)": memory.active_gib,
+            "memory/max_active(%)": 100 * memory.active_gib / self.capacity_gib,
+            "memory/max_reserved(GiB)": memory.reserved_gib,
+            "memory/max_reserved(%)": 100 * memory.reserved_gib / self.capacity_gib,
+            "memory/num_alloc_retries": memory.alloc_retries,
+            "memory/num_ooms": memory.ooms,
+        }
 
 
 def put_events_in_order(folder: Path) -> None:
@@ -339,7 +402,8 @@ def put_events_in_order(folder: Path) -> None:
 
 
 def open_rows(path: Path, last_step: int):
-    """metrics.jsonl for appending, after what is not to stay has gone: a torn last line, and rows beyond `last_step`."""
+    """metrics.jsonl or validation.jsonl for appending, after what is not to stay has gone: a torn last line, and rows beyond
+    `last_step`."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if _row_step(line) <= last_step]
     if len(kept) < len(lines):
