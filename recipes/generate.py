@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.7, help="(%(default)s) 0: always the likeliest token")
     parser.add_argument("--top-p", type=float, default=0.95, help="(%(default)s) only the likeliest tokens that have this share together")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s) of the random choices")
+    parser.error = fail
     own, keys = parser.parse_known_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -52,11 +54,10 @@ def main() -> None:
         prompt, stops = encode(own, config, tokenizer)
         model = load_model(own, config, tokenizer, len(prompt), device)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error)
 
     times = [time.perf_counter()]
-    ids = generate(model, prompt, own, config.chunkflow.chunk_size)
+    ids = generate(model, prompt, own, config.chunkflow.chunk_size, tokenizer.vocab_size)
     for text in tokenizer.stream(until_stop(clocked(ids, times), stops), prompt[-1:]):
         print(text, end="", flush=True)
     print()
@@ -66,6 +67,11 @@ def main() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- before work
+
+
+def fail(reason: object) -> NoReturn:
+    print(f"error: {reason}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def check_numbers(own: argparse.Namespace) -> None:
@@ -115,11 +121,13 @@ def load_model(own: argparse.Namespace, config, tokenizer: Tokenizer, prompt_tok
             f"{prompt_tokens:,} tokens of the prompt and --max-new-tokens = {own.max_new_tokens:,} are beyond the {positions(args):,}"
             " positions of the model: shorten one of them, or extend the context with model.rope_scaling"
         )
-    folder = hf.weights_folder(config)
-    if not own.checkpoint and not folder:
-        raise ValueError("there are no weights: set --model.hf_assets_path to a folder with safetensors, or --checkpoint")
-    if not own.checkpoint:
+    if own.checkpoint:
+        if not own.checkpoint.is_dir():
+            raise ValueError(f"--checkpoint = {own.checkpoint} is not a folder: name one such as outputs/checkpoint/step-100")
+    elif folder := hf.weights_folder(config):
         hf.check_weights(folder, family, args)
+    else:
+        raise ValueError("there are no weights: set --model.hf_assets_path to a folder with safetensors, or --checkpoint")
     with torch.device("meta"), parallel.default_dtype(dtype):
         model = family.Transformer(args)
     model.to_empty(device=device)
@@ -136,8 +144,13 @@ def load_model(own: argparse.Namespace, config, tokenizer: Tokenizer, prompt_tok
 
 
 @torch.no_grad()
-def generate(model: nn.Module, prompt: list[int], own: argparse.Namespace, chunk_size: int) -> Iterator[int]:
-    """--max-new-tokens ids, one by one, each from the model's logits behind all before it."""
+def generate(
+    model: nn.Module, prompt: list[int], own: argparse.Namespace, chunk_size: int, vocab_size: int
+) -> Iterator[int]:
+    """--max-new-tokens ids, one by one, each from the model's logits behind all before it.
+
+    Ids from `vocab_size` on, which pad the embeddings of some models and which no tokenizer can write, are never chosen.
+    """
     # All chunks are known now: the prompt's, then one for each new token but the last. So the K/V state has room for them.
     starts = [*range(0, len(prompt), chunk_size), *range(len(prompt), len(prompt) + own.max_new_tokens)]
     group = Group(tuple(Chunk((Segment(0, start, end - start),)) for start, end in zip(starts, starts[1:])))
@@ -156,7 +169,7 @@ def generate(model: nn.Module, prompt: list[int], own: argparse.Namespace, chunk
             if end == len(prompt):
                 bar.close()
             if not chunk.state_only:
-                tokens.append(sample(logits_V, own.temperature, own.top_p, generator))
+                tokens.append(sample(logits_V[:vocab_size], own.temperature, own.top_p, generator))
                 yield tokens[-1]
 
 
