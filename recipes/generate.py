@@ -1,7 +1,7 @@
 """Continues a text, or answers a question, with the model of a Hugging Face folder or of a run's checkpoint.
 
     python recipes/generate.py --model.hf_assets_path=my_model --chat --prompt "What is a chunk?"
-    python recipes/generate.py --job.config_file outputs/config.toml --checkpoint outputs/checkpoint/step-100 --prompt-file start.txt
+    python recipes/generate.py --job.config_file outputs/config.toml --checkpoint outputs/checkpoint/step-100 --prompt-file a.txt
 
 One process, on a GPU where there is one. The prompt goes through the model in chunks of chunkflow.chunk_size that leave nothing but
 their keys and values, so a long one takes the memory of one chunk and of its K/V; then one token at a time on the same K/V. What is
@@ -36,11 +36,11 @@ def main() -> None:
     )
     parser.add_argument("--prompt", help="the text to continue")
     parser.add_argument("--prompt-file", type=Path, help="a file with the text to continue")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message; the model's chat template asks for the answer")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message, put into the model's chat template")
     parser.add_argument("--checkpoint", type=Path, help="weights of a run; --job.config_file then names its config.toml")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="(%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.7, help="(%(default)s) 0: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=0.95, help="(%(default)s) only the likeliest tokens that have this share together")
+    parser.add_argument("--top-p", type=float, default=0.95, help="(%(default)s) only the likeliest tokens that have this share")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s) of the random choices")
     parser.error = fail
     own, keys = parser.parse_known_args()
@@ -110,16 +110,16 @@ def load_model(own: argparse.Namespace, config, tokenizer: Tokenizer, prompt_tok
     dtype = config.training.mixed_precision_param
     if device.type == "cuda" and dtype != "bfloat16":
         raise ValueError(
-            f"training.mixed_precision_param = {dtype} cannot be used on CUDA, whose variable-length attention computes in bfloat16:"
-            ' set "bfloat16"'
+            f"training.mixed_precision_param = {dtype} cannot be used on CUDA, whose variable-length attention computes in"
+            ' bfloat16: set "bfloat16"'
         )
     config.training.seq_len = 1  # the prompt decides, here
     family, args = model_args(config, tokenizer.vocab_size)
     total = prompt_tokens + own.max_new_tokens
     if total > positions(args) and config.model.rope_scaling is None:
         raise ValueError(
-            f"{prompt_tokens:,} tokens of the prompt and --max-new-tokens = {own.max_new_tokens:,} are beyond the {positions(args):,}"
-            " positions of the model: shorten one of them, or extend the context with model.rope_scaling"
+            f"{prompt_tokens:,} tokens of the prompt and --max-new-tokens = {own.max_new_tokens:,} are beyond the"
+            f" {positions(args):,} positions of the model: shorten one of them, or extend the context with model.rope_scaling"
         )
     if own.checkpoint:
         if not own.checkpoint.is_dir():

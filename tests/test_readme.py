@@ -35,8 +35,9 @@ def test_your_own_model(tmp_path):
     path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
     try:
         done = subprocess.run(
-            ["bash", "-e", "-c", commands], cwd=tmp_path, env=environment(tmp_path, PATH=path), capture_output=True, text=True, timeout=240
-        )
+            ["bash", "-e", "-c", commands],
+            cwd=tmp_path, env=environment(tmp_path, PATH=path), capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
     finally:
         end_processes(str(tmp_path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
