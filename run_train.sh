@@ -6,6 +6,7 @@
 #   TRAIN_FILE   the recipe, or your edited copy of it
 #   LOG_RANK     ranks whose output is shown, with commas
 #   NNODES, NODE_RANK, RDZV_ENDPOINT   several machines: how many, which one this is, HOST:PORT of the first
+#   MAX_RESTARTS how often a crashed run starts again by itself, from its last checkpoint (default 0)
 #   COMM_MODE=fake_backend             one process, one step, as rank 0 of NGPU: checks a large layout anywhere
 set -e
 
@@ -52,5 +53,23 @@ if [ "$NNODES" -gt 1 ]; then
     fi
     rendezvous=(--nnodes "$NNODES" --node_rank "${NODE_RANK:-0}" --rdzv_endpoint "$RDZV_ENDPOINT")
 fi
-exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$NGPU" --rdzv_backend c10d "${rendezvous[@]}" \
-    --local-ranks-filter "$LOG_RANK" --role rank --tee 3 "$TRAIN_FILE" "$@"
+# Asked to stop (SIGTERM, SIGUSR1), the processes finish their step, save, and this script ends with 75; asked again, they end at once.
+CHUNKFLOW_CONTROL=$(mktemp -d) CHUNKFLOW_LAUNCHER=$$
+export CHUNKFLOW_CONTROL CHUNKFLOW_LAUNCHER
+trap 'rm -rf "$CHUNKFLOW_CONTROL"' EXIT
+stop() { if [ -e "$CHUNKFLOW_CONTROL/stop" ]; then kill -HUP "$job"; else touch "$CHUNKFLOW_CONTROL/stop"; fi; }
+(
+    trap '' TERM USR1 # the signal may come to the whole process group: torchrun is to leave it to us
+    exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$NGPU" --rdzv_backend c10d "${rendezvous[@]}" \
+        --max-restarts "${MAX_RESTARTS:-0}" --signals-to-handle SIGINT,SIGHUP,SIGQUIT --shutdown-timeout 10 \
+        --local-ranks-filter "$LOG_RANK" --role rank --tee 3 "$TRAIN_FILE" "$@"
+) &
+job=$!
+trap stop TERM USR1
+trap : INT # torchrun gets Ctrl-C too, and ends its processes
+status=0
+while wait "$job" && status=0 || status=$?; kill -0 "$job" 2>/dev/null; do :; done
+if [ "$status" -eq 0 ] && [ -e "$CHUNKFLOW_CONTROL/saved" ]; then
+    status=75
+fi
+exit "$status"

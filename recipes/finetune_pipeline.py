@@ -25,13 +25,15 @@ from chunkflow.planning.background import PlanProcess
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PipelineSettings, PlanSettings, plan_step
 from chunkflow.planning.simulate import picture
-from chunkflow.training import hf, parallel, stages
+from chunkflow.training import checkpoint, hf, parallel, stages
 from chunkflow.training.config import ConfigError, main_config, to_toml, user_errors
 from chunkflow.training.metrics import GarbageCollection, MetricsLogger, init_logger
 from chunkflow.training.model import apply_activation_checkpoint, apply_compile, model_args, open_tokenizer
 from chunkflow.training.optimizer import build_optimizer, set_learning_rate
 from chunkflow.training.pictures import plan_figure
+from chunkflow.training.preemption import StopRequest
 from chunkflow.training.profiling import profiler
+from chunkflow.training.progress import Progress
 from chunkflow.training.timeline import gather_timeline, useful_time, write_timelines
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ def check(config) -> None:
     tokenizer = open_tokenizer(config)
     family, args = model_args(config, tokenizer.vocab_size if tokenizer else 0)
     hf.check(config, family, args)
+    checkpoint.check(config, args)
     stages.layers_of_stages(config, args)
     if torch.cuda.is_available() and config.training.mixed_precision_param != "bfloat16":
         raise ConfigError(
@@ -63,6 +66,10 @@ def check(config) -> None:
 def main() -> None:
     config = main_config(check=check)
     init_logger()
+    if checkpoint.finished(config):
+        logger.info(f"Training is complete: step {config.training.steps} is saved; raise training.steps to go on")
+        return
+    stop = StopRequest()
     seed = parallel.set_seed(config)
     logger.info(f"Starting job: {config.job.description}")
 
@@ -86,6 +93,8 @@ def main() -> None:
     folder = Path(config.job.dump_folder)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        with user_errors():
+            lock = None if fake else checkpoint.claim_folder(config)  # noqa: F841  while this process lives
         (folder / "config.toml").write_text(to_toml(config))
 
     # Lengths become a plan for each step: the same groups on every rank, the same actions on the ranks of a replica, which all read
@@ -118,7 +127,8 @@ def main() -> None:
         logger.info(loader.notice)
 
     # Model: built without memory, cut into stages and shards, then filled: from a folder, or at random, which depends on each
-    # parameter's name and the seed alone. Parameters stay gathered from a step's first forward to its last backward, since replicas
+    # parameter's name and the seed alone. A run that was here before goes on from its newest checkpoint, whatever its layout was.
+    # Parameters stay gathered from a step's first forward to its last backward, since replicas
     # need not agree on their chunks.
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
         with torch.device(device if fake else "meta"), parallel.default_dtype(training.dtype):
@@ -134,27 +144,30 @@ def main() -> None:
             parallel.apply_fsdp(model, data_mesh, config, reshard=False)
             if not fake:
                 model.to_empty(device="cpu" if training.enable_cpu_offload else device)
-                if weights := hf.weights_folder(config):
-                    with user_errors():
-                        hf.load_weights(model, family, weights)
-                else:
-                    parallel.init_weights(model, seed)
+                with user_errors():
+                    checkpoint.initial_weights(model, family, config, seed)
             hidden_dtype = parallel.DTYPES[training.mixed_precision_param]
             chunk_stages.append(
                 ChunkStage(model, stage, len(layers), device, pipeline_group, hidden_dtype, parallel.before_last_backward)
             )
         schedule = StateAwareSchedule(chunk_stages)
         optimizer = build_optimizer(nn.ModuleList(models.values()), config)
+        progress = Progress()
+        if not fake:
+            with user_errors():
+                checkpoints = checkpoint.Checkpoints(config, models.values(), optimizer, loader)
+                progress = checkpoints.load()
+            metrics = MetricsLogger(config, device, hidden_dtype, start_step=progress.step, tokens_seen=progress.tokens_seen)
 
-    metrics = None if fake else MetricsLogger(config, device, parallel.DTYPES[training.mixed_precision_param])
+    first_step, stopping = progress.step + 1, False
     garbage = GarbageCollection(training.gc_freq)
     logger.info(
-        f"Training starts at step 1: {training.steps} steps (warm-up {config.lr_scheduler.warmup_steps}) of"
+        f"Training starts at step {first_step}: {training.steps} steps (warm-up {config.lr_scheduler.warmup_steps}) of"
         f" {training.global_batch_size} sequences over {replicas} pipelines of"
         f" {pipeline_ranks} ranks, chunks of {config.chunkflow.chunk_size} tokens, k = {config.chunkflow.k}"
     )
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), profiler(config) as profile:
-        for step, data in zip(range(1, training.steps + 1), loader):
+        for step, data in zip(range(first_step, training.steps + 1), loader):
             plan = data.plan
             garbage.run(step)
 
@@ -169,13 +182,19 @@ def main() -> None:
             stages.sum_tied_gradients(models, mesh, device)
             grad_norm = stages.clip_grad_norm(models, training.max_norm, mesh)
             lr = set_learning_rate(optimizer, step, config)
-            if data.targets:
-                optimizer.step()
-            else:
-                logger.info(f"step {step}: none of its {plan.tokens:,} tokens is supervised, so nothing was updated")
             if fake:
                 logger.info(f"Rank 0 of {ranks} can run this step; loss and gradient norm mean nothing on the fake backend")
-                break
+                dist.destroy_process_group()
+                return
+
+            # Ranks agree on whether the update may be applied, and whether one of them was asked to stop.
+            unsound = not math.isfinite(result.loss_sum.item() + grad_norm.item())
+            flags = [unsound, stop.asked, checkpoints.failed_in_background]
+            unsound, stopping, save_failed = parallel.any_rank(flags, device)
+            if data.targets and not unsound:
+                optimizer.step()
+            if not data.targets:
+                logger.info(f"step {step}: none of its {plan.tokens:,} tokens is supervised, so nothing was updated")
 
             metrics.count(plan.tokens, sum(cost.training(length) for length in data.lengths), loader.take_wait())
             if metrics.due(step):
@@ -200,7 +219,7 @@ def main() -> None:
                     grad_norm=grad_norm.item(),
                     lr=lr,
                     supervised_tokens=data.targets,
-                    scalars=chunkflow_scalars(plan, data, loader.ledger, figures, replicas),
+                    scalars=chunkflow_scalars(plan, data, loader.ledger, figures, replicas, progress.bad_steps + unsound),
                 )
             if step == 1 or (profile and step % config.profiling.profile_freq == 0):
                 measured = gather_timeline(result, pipeline_group) if profile else None
@@ -209,25 +228,43 @@ def main() -> None:
                     timelines = write_timelines(folder / f"timeline_step_{step}.json", planned, measured)
                     metrics.add_figure("chunkflow/timeline", lambda: picture(timelines), step)
             if step == 1:
-                parallel.set_timeouts(mesh, config.comm.train_timeout_seconds)
                 metrics.add_figure("chunkflow/plan of step 1", lambda: plan_figure(plan, config.chunkflow.chunk_size), step)
             if profile:
                 profile.step()
+            if step == first_step:
+                parallel.set_timeouts(mesh, config.comm.train_timeout_seconds)
 
-    if metrics:
-        metrics.close()
-    if config.checkpoint.last_save_in_hf and not fake:
+            # A step that was not sound is reported, and too many of them end the run; else what was trained is saved when it is due.
+            stopping = stopping and step < training.steps
+            with user_errors():
+                progress.count(
+                    step,
+                    plan.tokens,
+                    sound=not unsound,
+                    limit=training.max_bad_steps,
+                    grad_norm=grad_norm.item(),
+                    sources=[dataset.source(row) for row in data.rows] if unsound else [],
+                )
+                metrics.saved(checkpoints.after_step(progress, stopping, save_failed))
+            if stopping:
+                break
+
+    metrics.close()
+    if stopping:
+        dist.destroy_process_group()
+        stop.leave(saved=config.checkpoint.enable)
+    if config.checkpoint.last_save_in_hf:
         parallel.set_timeouts(mesh, config.comm.init_timeout_seconds)  # ranks wait while rank 0 writes
         with user_errors():
-            hf.save_model(folder / "checkpoint" / f"step-{step}-hf", models.values(), family, config, device)
+            hf.save_model(checkpoint.hf_folder(config), models.values(), family, config, device)
     logger.info(f"Tokens: {loader.ledger}")
-    if config.metrics.enable_tensorboard and not fake:
+    if config.metrics.enable_tensorboard:
         logger.info(f"See the curves: tensorboard --logdir {folder / config.metrics.save_tb_folder}")
     logger.info("Training completed")
     dist.destroy_process_group()
 
 
-def chunkflow_scalars(plan, data, ledger, figures, replicas) -> dict[str, float]:
+def chunkflow_scalars(plan, data, ledger, figures, replicas, bad_steps) -> dict[str, float]:
     """What TensorBoard shows beyond torchtitan's tags. `figures`: of each rank, as main gathers them; a pipeline rank's replicas are
     together."""
     useful, ends, simulated, live_chunks, stage_inputs, state_gib = zip(*figures)
@@ -243,6 +280,7 @@ def chunkflow_scalars(plan, data, ledger, figures, replicas) -> dict[str, float]
         "chunkflow/stage_inputs_peak": max(stage_inputs),
         "chunkflow/kv_state(GiB)": max(state_gib),
         "chunkflow/tokens_per_supervised_token": plan.tokens / max(data.targets, 1),
+        "chunkflow/bad_steps": bad_steps,
         "data/longest_sequence": max(data.lengths),
         "data/epoch": data.epoch,
     }

@@ -144,6 +144,15 @@ class ChunkDataLoader:
                     ready.get_nowait()  # a worker that waits for room sees the event then
                 worker.join(0.01)
 
+    @property
+    def identity(self) -> dict[str, object]:
+        """What the cursor's meaning depends on: the data, and its order."""
+        return self.dataset.identity | {"training.shuffle": self.shuffle, "debug.seed": self.seed}
+
+    def restore(self, cursor: int, ledger: dict[str, int]) -> None:
+        """Goes on after `cursor` sequences, with the ledger of those: before iteration."""
+        self.cursor, self.ledger = cursor, Ledger(**ledger)
+
     def take_wait(self) -> float:
         """Seconds that the step loop has waited for data since it last asked."""
         waited, self._waited = self._waited, 0.0

@@ -22,7 +22,7 @@ import tokenize
 from array import array
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,13 +83,25 @@ def open_dataset(
         files, read = jsonl_files(path), _jsonl_rows
     else:
         raise ValueError(f'training.dataset is "{name}": choose "python_stdlib", "jsonl" or "synthetic"')
-    key = _cache_key(name, files, tokenizer)
+    before = _stamps(files)
+    content = _content_digest(files)
+    key = _cache_key(name, content, tokenizer)
     folder = (Path(cache_dir).expanduser() if cache_dir else cache_folder()) / key
     meta = _read_meta(folder) or _build_once(folder, files, read, tokenizer, vocab_size)
     if meta["rows"] == 0:
         place = path or sysconfig.get_paths()["stdlib"]
         raise ValueError(f"{place}: there is no sequence in it: choose another training.dataset or training.dataset_path")
-    dataset = TokenDataset(folder, files)
+    if changed := _changed(before):  # between its digest and its tokens, perhaps
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ValueError(f"{changed}: the file changed while it was read: start again when nothing writes to it")
+    identity = {
+        "training.dataset": name,
+        "content (digest)": content,
+        "tokenizer (digest)": tokenizer.digest if tokenizer else None,
+        "sequences": meta["rows"],
+        "tokens": meta["tokens"],
+    }
+    dataset = TokenDataset(folder, files, identity, before)
     if meta["largest_id"] >= vocab_size:  # the cache may have been made for a larger model
         raise ValueError(f"{dataset.source(meta['largest_id_row'])}: {_beyond(meta['largest_id'], vocab_size)}")
     return dataset
@@ -98,8 +110,9 @@ def open_dataset(
 class TokenDataset:
     """Sequences in memory-mapped files that the processes of a machine share."""
 
-    def __init__(self, folder: Path, files: list[str]):
-        self._files = files
+    def __init__(self, folder: Path, files: list[str], identity: dict[str, object], stamps: dict[str, tuple]):
+        self._files, self._stamps = files, stamps
+        self.identity = identity  # what the sequences depend on
         self._tokens = _map(folder / "tokens.bin", "i")
         self._labels = None  # every label is its token
         if (folder / "labels.bin").exists():
@@ -114,6 +127,10 @@ class TokenDataset:
 
     def source(self, index: int) -> str:
         return f"{self._files[self._sources[2 * index]]}:{self._sources[2 * index + 1]}"
+
+    def changed_file(self) -> str:
+        """A file that is no longer as it was read, or ""; its sequences stay as they were, since training reads the cache."""
+        return _changed(self._stamps)
 
     def row(self, index: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels (int64, aligned) of the first `length` tokens."""
@@ -302,10 +319,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "chunkflow"
 
 
-def _cache_key(name: str, files: list[str], tokenizer: Tokenizer | None) -> str:
-    """Changes with the content and the name of any file (not with their folder), and with the tokenizer."""
-    key = hashlib.blake2b(digest_size=16)
-    key.update(json.dumps([CACHE_FORMAT, name, tokenizer.digest if tokenizer else None]).encode())
+def _content_digest(files: list[str]) -> str:
+    """Changes with the content and the name of any file, not with their folder."""
+    digest = hashlib.blake2b(digest_size=16)
     for path in files:
         content = hashlib.blake2b()
         try:
@@ -314,8 +330,28 @@ def _cache_key(name: str, files: list[str], tokenizer: Tokenizer | None) -> str:
                     content.update(block)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror}): give it to this user to read") from None
-        key.update(json.dumps([os.path.basename(path), content.hexdigest()]).encode())
-    return key.hexdigest()
+        digest.update(json.dumps([os.path.basename(path), content.hexdigest()]).encode())
+    return digest.hexdigest()
+
+
+def _cache_key(name: str, content: str, tokenizer: Tokenizer | None) -> str:
+    parts = [CACHE_FORMAT, name, tokenizer.digest if tokenizer else None, content]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _stamps(files: list[str]) -> dict[str, tuple]:
+    """What tells that a file was written to, without reading it."""
+    stamps = {}
+    for path in files:
+        with suppress(OSError):  # gone: a reader will say so
+            status = os.stat(path)
+            stamps[path] = status.st_size, status.st_mtime_ns, status.st_ino
+    return stamps
+
+
+def _changed(stamps: dict[str, tuple]) -> str:
+    now = _stamps(list(stamps))
+    return next((path for path, stamp in stamps.items() if now.get(path) != stamp), "")
 
 
 def _read_meta(folder: Path) -> dict | None:

@@ -63,6 +63,14 @@ class SyntheticDataset:
         self._mix = mix
         self._seed = seed
 
+    @property
+    def identity(self) -> dict[str, object]:
+        """What the sequences depend on."""
+        return {"training.dataset": "synthetic", "training.dataset_path": self._mix, "sequences": len(self.lengths), "its seed": self._seed}
+
+    def changed_file(self) -> str:
+        return ""
+
     def __len__(self) -> int:
         return len(self.lengths)
 

@@ -38,7 +38,8 @@ class PlanProcess:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the training process decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # may reach all processes of a job; the training process decides
+        signal.signal(number, signal.SIG_IGN)
     questions, answers = sys.stdin.buffer, sys.stdout.buffer
     settings, rank = pickle.load(questions)
     while True:

@@ -305,11 +305,8 @@ def _check_combinations(config: Config, given: dict[str, Any]) -> None:
         raise ConfigError(
             "checkpoint.initial_load_in_hf = true has no folder: set checkpoint.initial_load_path or model.hf_assets_path to one"
         )
-    if checkpoint.initial_load_path and not checkpoint.initial_load_in_hf:
-        raise ConfigError(
-            f"checkpoint.initial_load_path = {_show(checkpoint.initial_load_path)} is only read as a Hugging Face folder in this"
-            " version: set checkpoint.initial_load_in_hf"
-        )
+    if checkpoint.load_step != -1 and not checkpoint.enable:
+        raise ConfigError(f"checkpoint.load_step = {checkpoint.load_step} is not read without checkpoint.enable: set that too")
     selective = config.activation_checkpoint.selective_ac_option
     if not selective.isdecimal() or int(selective) < 1:
         raise ConfigError(

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 # Keys and sections that are planned but not in this version. Looked up first: delete an entry when its key arrives.
 LATER: dict[str, str] = {
-    "checkpoint": "is not available in this version: a run starts at step 1, and all it can save is its last step"
-    " (checkpoint.last_save_in_hf); remove the key",
     "validation": "is not available in this version: training is not interrupted for validation; remove the key",
     "quantize": "is not available in this version: set training.mixed_precision_param to choose what the model computes in",
     "model.converters": "is not available in this version: no float8 or int8 training yet, remove the key",
-    "training.max_bad_steps": "is not available in this version: remove the key",
     "chunkflow.kv_offload": "is not available in this version: K/V state stays on the device, remove the key",
     "chunkflow.keep_attention": "is not available in this version: a recomputed chunk repeats its attention, remove the key",
     "lora": "is not available in this version: all parameters are trained, remove the section",
@@ -131,6 +128,9 @@ VALUE_ANSWERS: dict[str, str] = {
     "activation_checkpoint.mode=memory_budget": "is not there: chunkflow.chunk_size and chunkflow.k bound the activations,"
     ' set "none", "selective" or "full"',
     "compile.components=loss": "is not compiled, head and loss run in slices of tokens: set compile.components = [\"model\"]",
+    "checkpoint.exclude_from_loading=lr_scheduler": "is not saved: the rate follows the step, remove the entry",
+    "checkpoint.exclude_from_loading=train_state": "is always loaded: choose another job.dump_folder and checkpoint.initial_load_path"
+    " to start at step 1",
     "comm.mode=local_tensor": 'is not there: set "fake_backend" to check a large layout in one process',
     "training.dtype=bfloat16": 'is not admitted, since small updates would be lost: keep "float32" and compute in bfloat16 with'
     " training.mixed_precision_param",

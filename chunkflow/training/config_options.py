@@ -21,6 +21,7 @@ AT_LEAST_1 = Rule("of at least 1", lambda value: value >= 1)
 SHARE = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
 BELOW_1 = Rule("of at least 0 and less than 1", lambda value: 0 <= value < 1)
 DEGREE = Rule("of at least 1, or -1 for all remaining ranks", lambda value: value >= 1 or value == -1)
+STEP = Rule("of at least 1, or -1 for the newest", lambda value: value >= 1 or value == -1)
 SEED = Rule("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 
 
@@ -89,6 +90,9 @@ class Training:
     shuffle: bool = option(True, "a new order of the sequences in each epoch")
     steps: int = option(100, "optimizer steps", AT_LEAST_1)
     max_norm: float = option(1.0, "gradients are scaled down to this global norm", POSITIVE)
+    max_bad_steps: int = option(
+        3, "steps in a row whose loss or gradients are not finite, and so are not applied, before the run stops", AT_LEAST_1
+    )
     dtype: str = option("float32", "parameters and optimizer state", choices=("float32", "float64"))
     mixed_precision_param: str = option(
         "bfloat16",
@@ -152,12 +156,28 @@ class Parallelism:
 
 @dataclass
 class Checkpoint:
-    initial_load_path: str | None = option(None, "folder that initial weights come from; unset: model.hf_assets_path, or random")
+    enable: bool = option(False, "save all of the run's state, and go on from the newest checkpoint that is there")
+    folder: str = option("checkpoint", "their folder in job.dump_folder")
+    interval: int = option(500, "steps between checkpoints; the last step is always saved", AT_LEAST_1)
+    keep_latest_k: int = option(10, "how many are kept; 0: all", NOT_NEGATIVE)
+    load_step: int = option(-1, "step to go on from; -1: the newest", STEP)
+    async_mode: str = option(
+        "disabled",
+        "write in the background, from a copy in host memory; pinned: on CUDA a faster copy, whose memory stays",
+        choices=("disabled", "async", "async_with_pinned_mem"),
+    )
+    exclude_from_loading: list[str] = option(
+        [],
+        "start anew what the checkpoint has of these, once: later checkpoints of the run are loaded whole",
+        choices=("optimizer", "dataloader"),
+    )
+    initial_load_path: str | None = option(None, "checkpoint/step-N or Hugging Face folder that initial weights come from")
     initial_load_in_hf: bool = option(
         False, "initial weights are a Hugging Face folder's: initial_load_path, else model.hf_assets_path, which then has to have some"
     )
     last_save_in_hf: bool = option(False, "after the last step, write a Hugging Face folder: checkpoint/step-N-hf in job.dump_folder")
-    export_dtype: str = option("float32", "what it is written in", choices=("float16", "bfloat16", "float32"))
+    last_save_model_only: bool = option(False, "the last checkpoint has the model only: smaller, but training cannot go on from it")
+    export_dtype: str = option("float32", "what the Hugging Face folder is written in", choices=("float16", "bfloat16", "float32"))
 
 
 @dataclass

@@ -288,7 +288,7 @@ def weights_folder(config) -> str:
     wants it. initial_load_in_hf insists on them. ValueError where the folder has weights only in a format that can run code.
     """
     if config.checkpoint.initial_load_path:
-        return config.checkpoint.initial_load_path
+        return config.checkpoint.initial_load_path if config.checkpoint.initial_load_in_hf else ""
     folder = config.model.hf_assets_path
     if not folder or config.checkpoint.initial_load_in_hf or any(Path(folder).expanduser().glob("*.safetensors*")):
         return folder

@@ -180,7 +180,7 @@ class MetricsLogger:
     def start(self) -> None:
         """Begins an interval: what happened since the last one (validation, say) belongs to no step."""
         self._steps = self._tokens = 0
-        self._flops = self._data_seconds = 0.0
+        self._flops = self._data_seconds = self._saving_seconds = 0.0
         self._begin = time.perf_counter()
         reset_peak_memory(self.device)
 
@@ -191,6 +191,12 @@ class MetricsLogger:
         self._flops += flops
         self._data_seconds += data_seconds
         self.tokens_seen += tokens
+
+    def saved(self, seconds: float) -> None:
+        """Training waited so long for a checkpoint: a figure of its own, not a part of the steps' time."""
+        self._saving_seconds += seconds
+        self._begin += seconds
+        os.fsync(self.rows.fileno()) if self.rows else None
 
     def due(self, step: int) -> bool:
         return step == 1 or step % self.every_steps == 0
@@ -303,6 +309,7 @@ class MetricsLogger:
             "time_metrics/end_to_end(s)": row["seconds"],
             "time_metrics/data_loading(s)": data_seconds / self._steps,
             "time_metrics/data_loading(%)": 100 * data_seconds / seconds,
+            "time_metrics/checkpoint(s)": self._saving_seconds,
             "memory/max_active(GiB)": memory.active_gib,
             "memory/max_active(%)": 100 * memory.active_gib / self.capacity_gib,
             "memory/max_reserved(GiB)": memory.reserved_gib,

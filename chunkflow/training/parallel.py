@@ -198,6 +198,15 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> torch.Ten
     return norm
 
 
+def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
+    """Each flag, whether any rank has it: one small collective, by which ranks agree on what comes next."""
+    if dist.get_world_size() == 1:
+        return flags
+    flags = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
+
+
 def gather_over_ranks(values: list[float], device: torch.device) -> list[list[float]]:
     """The same list of every rank: [rank][value]. A collective."""
     own = torch.tensor(values, dtype=torch.float64, device=device)
