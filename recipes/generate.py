@@ -24,6 +24,7 @@ from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.execution.state import ChunkTensors, KeyValueState
 from chunkflow.planning.chunks import Chunk, Group, Segment
 from chunkflow.training import hf, parallel
+from chunkflow.training.checkpoint import load_model_weights
 from chunkflow.training.config import load_config
 from chunkflow.training.model import model_args, open_tokenizer, positions
 
@@ -128,16 +129,15 @@ def load_model(own: argparse.Namespace, config, tokenizer: Tokenizer, prompt_tok
         hf.check_weights(folder, family, args)
     else:
         raise ValueError("there are no weights: set --model.hf_assets_path to a folder with safetensors, or --checkpoint")
-    with torch.device("meta"), parallel.default_dtype(dtype):
+    # A checkpoint is read as it was written, in training.dtype; that may be more than the device holds.
+    with torch.device("meta"), parallel.default_dtype(config.training.dtype if own.checkpoint else dtype):
         model = family.Transformer(args)
-    model.to_empty(device=device)
+    model.to_empty(device="cpu" if own.checkpoint else device)
     if own.checkpoint:
-        from chunkflow.training.checkpoint import load_model_weights
-
         load_model_weights(model, own.checkpoint)
     else:
         hf.load_weights(model, family, folder)
-    return model
+    return model.to(device, parallel.DTYPES[dtype])
 
 
 # -------------------------------------------------------------------------------------------------------------- sampling

@@ -17,7 +17,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.execution.loss import token_logits
 from chunkflow.training import hf
-from tests.runs import REPO, environment
+from tests.runs import REPO, environment, train
 from tests.test_chat import CHATML, raw_tokenizer
 from tests.test_hf import logits_of, ours, theirs
 from tests.test_models import small_model
@@ -222,6 +222,23 @@ def test_seeds_in_bf16(folder, recipe, monkeypatch, capsys):
         return out
 
     assert text() == text("--seed=0") != text("--seed=1")
+
+
+def test_a_checkpoint_writes_what_its_folder_writes(tmp_path, folder, recipe, monkeypatch, capsys):
+    options = [f"--model.hf_assets_path={folder}", "--training.seq_len=400", "--training.steps=2", "--checkpoint.enable"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": TEXT * times}) + "\n" for times in (3, 1, 1, 2, 1, 1)))
+    train(tmp_path, "run", tmp_path / "rows.jsonl", *options, "--checkpoint.last_save_in_hf", "--optimizer.lr=1e-2")
+    run = tmp_path / "run"
+    prompt = ["--prompt=def f(", "--temperature=0", "--max-new-tokens=20"]  # in bf16, from weights in fp32
+    saved = ["--job.config_file", run / "config.toml", "--checkpoint", run / "checkpoint" / "step-2"]
+    first = in_process(recipe, monkeypatch, capsys, *saved, *prompt)
+    second = in_process(recipe, monkeypatch, capsys, f"--model.hf_assets_path={run / 'checkpoint' / 'step-2-hf'}", *prompt)
+    before = in_process(recipe, monkeypatch, capsys, f"--model.hf_assets_path={folder}", *prompt)
+    assert first[0] == second[0] == 0 and first[1] == second[1] != before[1]
+    shutil.copytree(folder, tmp_path / "other")
+    theirs("qwen2", vocab_size=Tokenizer(str(folder)).vocab_size).save_pretrained(tmp_path / "other")
+    status, _, err = in_process(recipe, monkeypatch, capsys, *saved, *prompt, f"--model.hf_assets_path={tmp_path / 'other'}")
+    assert status == 2 and "step-2" in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: "), err
 
 
 def test_characters_of_several_tokens_come_whole(folder):
