@@ -1,41 +1,62 @@
-"""Writes a Hugging Face folder again, in another dtype: same model, same tokenizer, files of at most 5 GB.
+"""Writes a Hugging Face folder from a checkpoint of a run, or from another Hugging Face folder, in any dtype.
 
+    python recipes/convert.py outputs/checkpoint/step-100 my_model --dtype bfloat16 --assets original_model
     python recipes/convert.py my_model my_model_bf16 --dtype bfloat16
 
-Weights pass through memory one file at a time; no process group, no device.
+Files have at most 5 GB; no process group, no device. A folder's weights pass through memory one file at a time, a checkpoint's at once.
+--assets names the folder that config.json and the tokenizer are copied from; unset, it is the one that the weights came from.
 """
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from chunkflow.training import hf
+import torch
+
+from chunkflow.training import checkpoint, hf
 from models import families
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("input", type=Path, help="Hugging Face folder with safetensors")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path, help="checkpoint folder, or Hugging Face folder with safetensors")
     parser.add_argument("output", type=Path, help="folder to write; must not exist")
     parser.add_argument("--dtype", choices=tuple(hf.DTYPES), required=True, help="of the weights written")
+    parser.add_argument("--assets", type=Path, help="Hugging Face folder of the same model")
     arguments = parser.parse_args()
     try:
-        convert(arguments.input, arguments.output, arguments.dtype)
+        convert(arguments.input, arguments.output, arguments.dtype, arguments.assets)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def convert(source: Path, target: Path, dtype: str) -> None:
-    """Raises ValueError where the source is not a good folder of a model here, or the target exists."""
+def convert(source: Path, target: Path, dtype: str, assets: Path | None = None) -> None:
+    """Raises ValueError where the source is no good folder of a model here, or the target exists."""
     if target.exists():
         raise ValueError(f"{target} exists: name another folder, or remove it")
-    name, args = hf.model_of(source)
-    sources = hf.check_weights(source, families[name], args)
-    shapes = hf.parameter_shapes(families[name], args)
-    tensors = hf.read_parameters(sources[parameter] for parameter in shapes)
+    tensors: Iterable[torch.Tensor]
+    if (source / "manifest.json").exists():
+        manifest = checkpoint.read_manifest(source)
+        assets = assets or manifest["config"]["model.hf_assets_path"] or None
+        name, args = checkpoint.model_of(manifest)
+        with torch.device("meta"):
+            model = families[name].Transformer(args)
+        model.to_empty(device="cpu")
+        checkpoint.load_model_weights(model, source)
+        shapes = hf.parameter_shapes(families[name], args)
+        named = dict(model.named_parameters())
+        tensors = (named[parameter].detach() for parameter in shapes)
+    else:
+        assets = assets or source
+        name, args = hf.model_of(source)
+        sources = hf.check_weights(source, families[name], args)
+        shapes = hf.parameter_shapes(families[name], args)
+        tensors = hf.read_parameters(sources[parameter] for parameter in shapes)
+    config = hf.config_json(name, args, dtype, assets)
     shapes = {hf.hf_name(parameter): shape for parameter, shape in shapes.items()}
-    hf.write_folder(target, shapes, tensors, hf.DTYPES[dtype], hf.config_json(name, args, dtype, source), source)
+    hf.write_folder(target, shapes, iter(tensors), hf.DTYPES[dtype], config, assets)
     print(f"Wrote {name} with {sum(shape.numel() for shape in shapes.values()):,} parameters in {dtype} to {target}")
 
 

@@ -83,6 +83,10 @@ def train(tmp_path: Path, name: str, data: Path, *overrides: str, processes: int
     ]
     done = run(tmp_path, *settings, processes=processes, **environ)
     assert done.returncode == 0, done.stdout[-3000:]
+    return rows_of(folder)
+
+
+def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

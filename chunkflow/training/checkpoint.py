@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from chunkflow.training import hf, parallel
 from chunkflow.training.config import KEYS, Config, ConfigError
 from chunkflow.training.progress import Progress
+from models import families
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,13 @@ def model_identity(config: Config, args: Any) -> dict[str, Any]:
     return {name: _setting(config, name) for name in named if name in KEYS} | sizes
 
 
+def model_of(manifest: dict[str, Any]) -> tuple[str, Any]:
+    """The family's name and the sizes of the model that a checkpoint is of."""
+    sizes = {name.removeprefix("model "): value for name, value in manifest["model"].items() if name.startswith("model ")}
+    name = manifest["model"]["model.name"]
+    return name, families[name].ModelArgs(**sizes)
+
+
 def _setting(config: Config, name: str) -> Any:
     for part in name.split("."):
         config = getattr(config, part)
@@ -144,6 +152,9 @@ def check(config: Config, args: Any) -> None:
     """What the config and the manifests can tell about checkpoints that a run will read. Raises ValueError."""
     if config.checkpoint.async_mode == "async_with_pinned_mem" and not torch.cuda.is_available():
         raise ConfigError('checkpoint.async_mode = "async_with_pinned_mem" needs a GPU, whose memory it copies faster: set "async"')
+    place = checkpoint_folder(config)
+    if config.checkpoint.enable and place.exists() and not place.is_dir():
+        raise ConfigError(f"checkpoint.folder: {place} is not a folder: remove it, or name another")
     folder, initial = resume_folder(config), None
     if folder is None and config.checkpoint.initial_load_path and not config.checkpoint.initial_load_in_hf:
         initial = folder = Path(config.checkpoint.initial_load_path).expanduser()
@@ -253,13 +264,17 @@ class _Reader(dcp.FileSystemReader):
         return metadata
 
 
-def _read(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    """Fills the tensors in place. ValueError with the name of one that the checkpoint lacks or has in another shape or type."""
-    reader = _Reader(folder)
+def _tensors_in(folder: Path) -> dict[str, Any]:
+    """Name -> what torch.distributed.checkpoint knows about each tensor of a checkpoint."""
     try:
-        there = reader.read_metadata().state_dict_metadata
+        return _Reader(folder).read_metadata().state_dict_metadata
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
         raise ValueError(f"{folder / '.metadata'} cannot be read ({error}): remove {folder} to go on from an earlier one") from None
+
+
+def _read(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
+    """Fills the tensors in place. ValueError with the name of one that the checkpoint lacks or has in another shape or type."""
+    there = _tensors_in(folder)
     for name, tensor in tensors.items():
         if name not in there:
             raise ValueError(f"{folder} has no {name}: it is of another model or optimizer, or of another version")
@@ -270,7 +285,7 @@ def _read(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGro
                 f" {tuple(tensor.shape)}: it is of another model"
             )
     try:
-        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+        dcp.load(tensors, storage_reader=_Reader(folder), process_group=group, no_dist=group is None)
     except CheckpointException as error:
         raise ValueError(f"{folder} cannot be read ({_first_failure(error)}): remove it to go on from an earlier one") from None
 
@@ -386,7 +401,7 @@ class Checkpoints:
         if not weights_only:
             make_optimizer_state(self.optimizer)
             tensors |= optimizer_tensors(self.optimizer, self.parameters)
-            there = _Reader(folder).read_metadata().state_dict_metadata
+            there = _tensors_in(folder)
             random = {name: state for name, state in _random_states(self.rank).items() if name in there}
         with torch.no_grad():
             _read(folder, tensors | random, self.group)

@@ -173,6 +173,7 @@ class MetricsLogger:
                 from torch.utils.tensorboard import SummaryWriter  # here, since it takes seconds to import
 
                 folder = dump_folder / config.metrics.save_tb_folder
+                put_events_in_order(folder)
                 self.tensorboard = SummaryWriter(str(folder), purge_step=start_step + 1)
                 logger.info(f"TensorBoard logging enabled. Logs will be saved at {folder}")
         self.start()
@@ -326,6 +327,15 @@ class MetricsLogger:
         for tag, value in {**tags, **scalars}.items():
             self.tensorboard.add_scalar(tag, value, step)
         self.tensorboard.flush()  # a killed run shows what it logged
+
+
+def put_events_in_order(folder: Path) -> None:
+    """TensorBoard reads event files in the order of their names, which tell the second of their start. Where the clock was set back, or
+    the last start was this very second, a new file would come before those that it continues: they get smaller numbers."""
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    if files and files[-1].name >= f"events.out.tfevents.{int(time.time()):010}":
+        for number, path in enumerate(files):
+            path.rename(path.with_name(".".join(["events.out.tfevents", f"{number:010}", *path.name.split(".")[4:]])))
 
 
 def open_rows(path: Path, last_step: int):

@@ -48,9 +48,14 @@ def init_processes(config, pipeline_ranks: int = 1) -> tuple[torch.device, Devic
         world_size = int(os.environ.get("NGPU", 1)) * int(os.environ.get("NNODES", 1))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     else:
-        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         timeout = timedelta(seconds=config.comm.init_timeout_seconds)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **alone)
+        store, rank, world_size = dist.HashStore(), 0, 1
+        if "RANK" in os.environ:
+            # torchrun's restarts share one store: without a prefix, ranks would look for those of the attempt that crashed.
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     replicas = config.parallelism.data_parallel_replicate_degree
     degrees = {"pp": pipeline_ranks, "dp_replicate": replicas}
     degrees = {name: degree for name, degree in degrees.items() if degree > 1}

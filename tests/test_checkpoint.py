@@ -1,0 +1,503 @@
+"""Checkpoints through the recipes: exact resume on every layout, what is refused, what survives a failing disk."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kill_loop import LAYOUTS, TIMING, KillLoop, outcome
+from tests.forks import Forks
+from tests.runs import REPO, assert_same_curves, end_processes, environment, rows_of, write_rows
+
+LENGTHS = [100, 20, 64, 5, 70, 31, 7, 12, 1, 48]
+FINETUNE, PIPELINE = REPO / "recipes" / "finetune.py", REPO / "recipes" / "finetune_pipeline.py"
+
+
+@pytest.fixture(scope="module")
+def forks():
+    forks = Forks()
+    yield forks
+    forks.close()
+
+
+@pytest.fixture
+def place(tmp_path, forks):
+    """A folder with data; `place.start` and `place.run` a recipe on it, saved after every second step."""
+
+    class Place:
+        path, data = tmp_path, write_rows(tmp_path / "rows.jsonl", LENGTHS)
+
+        def options(self, name, *options):
+            return [
+                f"--job.dump_folder={tmp_path / name}", "--training.dataset=jsonl", f"--training.dataset_path={self.data}",
+                "--training.global_batch_size=3", "--training.steps=6", "--lr_scheduler.warmup_steps=2", "--chunkflow.chunk_size=32",
+                "--metrics.log_freq=1", "--metrics.no_enable_tensorboard", "--checkpoint.enable", "--checkpoint.interval=2", *options,
+            ]  # fmt: skip
+
+        def start(self, name, *options, recipe=FINETUNE, processes=1):
+            self.log = tmp_path / f"{name}.log"
+            self.log.unlink(missing_ok=True)
+            return forks.start(recipe, self.options(name, *options), environment(tmp_path), self.log, processes)
+
+        def run(self, name, *options, status=0, **more):
+            """What the run said."""
+            statuses = self.start(name, *options, **more).wait(120)
+            said = self.log.read_text()
+            assert set(statuses) == {status}, said[-3000:]
+            return said
+
+        def recipe(self, *edits, source=FINETUNE):
+            """An edited copy of the recipe."""
+            text = source.read_text()
+            for old, new in edits:
+                assert text.count(old) == 1, old
+                text = text.replace(old, new)
+            copy = tmp_path / f"recipe_{len(list(tmp_path.glob('recipe_*')))}.py"
+            copy.write_text(text)
+            return copy
+
+        def steps(self, name):
+            return sorted(int(path.name[5:]) for path in (tmp_path / name / "checkpoint").glob("step-*") if path.name[5:].isdecimal())
+
+    return Place()
+
+
+def wait_for_rows(folder: Path, count: int, running) -> None:
+    rows, deadline = folder / "metrics.jsonl", time.monotonic() + 90
+    while (rows.read_text().count("\n") if rows.exists() else 0) < count:
+        assert time.monotonic() < deadline and running(), "the run does not get on"
+        time.sleep(0.02)
+
+
+def untimed(rows):
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
+
+
+# ---- exact resume
+
+BEFORE_STEP = "            garbage.run(step)\n"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
+    """Through run_train.sh, stopped by SIGTERM or SIGUSR1 at steps of its own choice, TensorBoard's curves included."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    steps = 12
+    loop = KillLoop(tmp_path, steps)
+    expected = loop.finish(layout, tmp_path / "undisturbed")
+    processes, recipe, options = LAYOUTS[layout]
+    (tmp_path / "empty.toml").touch()
+    environ = environment(tmp_path, NGPU=str(processes), CONFIG_FILE=str(tmp_path / "empty.toml"), TRAIN_FILE=str(REPO / "recipes" / recipe))
+    settings = [
+        f"--job.dump_folder={tmp_path / 'run'}", "--training.dataset=jsonl", f"--training.dataset_path={loop.data}",
+        "--training.global_batch_size=3", f"--training.steps={steps}", "--lr_scheduler.warmup_steps=2", "--chunkflow.chunk_size=32",
+        "--metrics.log_freq=1", "--checkpoint.enable", "--checkpoint.interval=100", *options,
+    ]  # fmt: skip
+    begun = []
+    for resume in range(6):
+        with open(tmp_path / "log", "w+") as log:
+            job = subprocess.Popen([str(REPO / "run_train.sh"), *settings], env=environ, stdout=log, stderr=subprocess.STDOUT)
+            try:
+                if resume < 5:
+                    wait_for_rows(tmp_path / "run", len(begun) * 2 + 1, lambda: job.poll() is None)
+                    job.send_signal((signal.SIGTERM, signal.SIGUSR1)[resume % 2])
+                status = job.wait(120)
+            finally:
+                end_processes(str(tmp_path / "run"))
+            assert status == (75 if resume < 5 else 0), (resume, status, Path(log.name).read_text()[-3000:])
+        begun.append(len(rows_of(tmp_path / "run")))
+    assert begun[-1] == steps and len(set(begun)) == 6, f"each start came further: {begun}"
+    rows, ledger, files = outcome(tmp_path / "run", steps)
+    assert rows == expected[0]
+    assert ledger == expected[1]
+    assert files == expected[2]
+    events = EventAccumulator(str(tmp_path / "run" / "tb"))
+    events.Reload()
+    curve = events.Scalars("loss_metrics/global_avg_loss")
+    assert [event.step for event in curve] == list(range(1, steps + 1)), "no step twice, none missing"
+    assert [event.value for event in curve] == pytest.approx([row["loss"] for row in rows])
+    loop.forks.close()
+
+
+def test_twenty_kills_come_to_the_undisturbed_run(tmp_path):
+    """SIGKILL for all processes at random moments, saves included; the rest of 200 is benchmarks/kill_loop.py's."""
+    loop = KillLoop(tmp_path, steps=9)
+    for layout in LAYOUTS:
+        loop.run(layout, kills=5)
+    assert loop.kills == 20 and loop.in_saves >= 2
+    loop.forks.close()
+
+
+def test_another_layout_goes_on_with_the_next_sample(place):
+    """In fp64: from two ranks to one process, to stages, to other chunks; tied embeddings, which two stages hold."""
+    options = ["--training.dtype=float64", "--model.name=qwen3"]
+    place.run("reference", *options)
+    place.run("two", *options, "--training.steps=6", recipe=place.recipe((BEFORE_STEP, BEFORE_STEP + STOP_AT_5)), processes=2, status=75)
+    assert place.steps("two") == [2, 4, 5]
+    others = {
+        "one": dict(),
+        "other_chunks": dict(more=["--chunkflow.chunk_size=20", "--chunkflow.k=2"]),
+        "stages": dict(recipe=PIPELINE, processes=2, more=["--parallelism.pipeline_parallel_degree=2"]),
+        "three": dict(processes=3, more=["--parallelism.fsdp_reshard_after_forward=never"]),
+    }
+    for name, how in others.items():
+        shutil.copytree(place.path / "two", place.path / name)
+        place.run(name, *options, *how.pop("more", []), **how)
+        assert_same_curves(rows_of(place.path / name), rows_of(place.path / "reference"), 1e-8, 1e-8)
+    # and back from stages to one process
+    shutil.rmtree(place.path / "stages" / "checkpoint" / "step-6")
+    place.run("stages", *options, "--checkpoint.load_step=5")
+    assert_same_curves(rows_of(place.path / "stages"), rows_of(place.path / "reference"), 1e-8, 1e-8)
+
+
+STOP_AT_5 = "            import os, signal; step == 5 and rank == 0 and os.kill(os.getpid(), signal.SIGTERM)\n"
+
+
+def test_a_crashed_rank_starts_again_by_itself(place):
+    """torchrun's restarts, from the last checkpoint, to the same curve."""
+    place.run("reference", processes=2)
+    crash = f"            if step == 4 and rank == 1 and not os.path.exists('{place.path}/crashed'):\n"
+    crash += f"                open('{place.path}/crashed', 'w').close(); raise RuntimeError('rank 1 stumbles once')\n"
+    recipe = place.recipe((BEFORE_STEP, "            import os\n" + crash + BEFORE_STEP))
+    (place.path / "empty.toml").touch()
+    environ = environment(
+        place.path, NGPU="2", CONFIG_FILE=str(place.path / "empty.toml"), TRAIN_FILE=str(recipe), MAX_RESTARTS="1", LOG_RANK="0,1"
+    )
+    try:
+        done = subprocess.run(
+            [str(REPO / "run_train.sh"), *place.options("run")], env=environ, timeout=180, capture_output=True, text=True
+        )
+    finally:
+        end_processes(str(place.path / "run"))
+    assert done.returncode == 0 and "rank 1 stumbles once" in done.stdout + done.stderr, done.stdout[-3000:] + done.stderr[-3000:]
+    assert untimed(rows_of(place.path / "run")) == untimed(rows_of(place.path / "reference"))
+
+
+def test_a_second_signal_ends_at_once_and_nothing_is_lost(place):
+    place.run("reference")
+    slow = place.recipe((BEFORE_STEP, "            import time; time.sleep(3 if step == 4 else 0)\n" + BEFORE_STEP))
+    job = place.start("run", recipe=slow)
+    wait_for_rows(place.path / "run", 3, lambda: job.poll() is None)
+    begin = time.monotonic()
+    job.signal(signal.SIGTERM)
+    time.sleep(0.3)
+    job.signal(signal.SIGTERM)
+    assert job.wait(10) == [128 + signal.SIGTERM] and time.monotonic() - begin < 2
+    assert place.steps("run") == [2]
+    place.run("run")
+    assert untimed(rows_of(place.path / "run")) == untimed(rows_of(place.path / "reference"))
+    without = place.start("without", "--checkpoint.no_enable", recipe=slow)
+    wait_for_rows(place.path / "without", 1, lambda: without.poll() is None)
+    without.signal(signal.SIGUSR1)
+    assert without.wait(30) == [128 + signal.SIGTERM] and "nothing was saved" in place.log.read_text()
+
+
+# ---- the keys
+
+
+def test_what_is_kept_and_what_is_loaded(place):
+    place.run("run", "--checkpoint.interval=1", "--checkpoint.keep_latest_k=2", "--checkpoint.async_mode=async", "--debug.seed=5")
+    assert place.steps("run") == [5, 6]
+    manifest = json.loads((place.path / "run" / "checkpoint" / "step-6" / "manifest.json").read_text())
+    assert manifest["format"] == 1 and manifest["torch"].startswith("2.") and manifest["config"]["training.steps"] == 6
+    assert set(manifest["files"]) == {path.name for path in (place.path / "run/checkpoint/step-6").iterdir()} - {"manifest.json"}
+
+    # a finished run says so; with more steps it goes on, from an earlier step if it is told to
+    assert "Training is complete: step 6 is saved" in place.run("run", "--debug.seed=5")
+    constant = ["--debug.seed=5", "--lr_scheduler.min_lr_factor=1.0"]
+    said = place.run("run", "--training.steps=7", "--checkpoint.load_step=5", *constant)
+    assert "renamed it to step-6.superseded-1" in said and "Training starts at step 6" in said
+    assert [row["step"] for row in rows_of(place.path / "run")] == [1, 2, 3, 4, 5, 6, 7]
+    assert place.steps("run") == [5, 6, 7] and (place.path / "run/checkpoint/step-6.superseded-1").is_dir()
+
+    # weights alone, into another run: the first loss is that of the trained model
+    first, *_ = untimed(rows_of(place.path / "run"))
+    load = f"--checkpoint.initial_load_path={place.path}/run/checkpoint/step-7"
+    place.run("other", load, "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_model_only")
+    assert rows_of(place.path / "other")[0]["loss"] < first["loss"] - 0.3
+    assert "Training is complete" in place.run("other", load, "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_model_only")
+    said = place.run("other", "--debug.seed=5", status=2)
+    assert "has the model only (checkpoint.last_save_model_only)" in said and said.count("\n") == 1
+
+    # a checkpoint becomes a Hugging Face folder
+    convert = [sys.executable, str(REPO / "recipes" / "convert.py"), f"{place.path}/run/checkpoint/step-7", f"{place.path}/hf"]
+    done = subprocess.run([*convert, "--dtype", "float32"], env=environment(place.path), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Wrote llama3" in done.stdout, done.stderr
+    place.run("exported", f"--model.hf_assets_path={place.path}/hf", "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_in_hf")
+    assert [row["loss"] for row in rows_of(place.path / "exported")] == [row["loss"] for row in rows_of(place.path / "other")]
+    assert (place.path / "exported/checkpoint/step-2-hf/model.safetensors").exists()
+
+
+def test_excluded_state_starts_anew_once(place):
+    place.run("run", "--training.steps=2")
+    rows = place.data.read_text()
+    write_rows(place.data, LENGTHS[::-1], seed=3)
+    said = place.run("run", status=1)
+    assert "was trained on other data: content (digest) was" in said and "checkpoint.exclude_from_loading" in said, said
+    options = ["--checkpoint.exclude_from_loading=dataloader,optimizer"]
+    place.run("run", "--training.steps=4", *options)
+    assert rows_of(place.path / "run")[2]["n_tokens_seen"] > rows_of(place.path / "run")[1]["n_tokens_seen"]
+    # the same command again goes on instead of beginning the data again
+    place.run("run", *options)
+    shutil.copytree(place.path / "run", place.path / "plain")
+    shutil.rmtree(place.path / "plain/checkpoint/step-6")
+    place.run("plain")
+    assert untimed(rows_of(place.path / "plain")) == untimed(rows_of(place.path / "run"))
+    place.data.write_text(rows)
+
+
+@pytest.mark.parametrize(
+    "change, status, said",
+    [
+        (["--model.name=qwen2"], 2, "of another model: model.name was 'llama3' there and is 'qwen2' here"),
+        (["--model.rope_theta=1e5"], 2, "of another model: model rope_theta was 500000.0 there"),
+        (["--training.dtype=float64"], 2, "of another model: training.dtype was 'float32' there"),
+        (["--debug.seed=9"], 1, "other data: debug.seed was 0 there and is 9 here"),
+        (["--training.no_shuffle"], 1, "other data: training.shuffle was True there"),
+        (["--checkpoint.load_step=4"], 2, "no complete checkpoint of that step (there are steps 2, 3)"),
+        (["--checkpoint.no_enable", "--checkpoint.load_step=2"], 2, "not read without checkpoint.enable"),
+        (["--checkpoint.async_mode=async_with_pinned_mem"], 2, "needs a GPU"),
+        (["--checkpoint.exclude_from_loading=lr_scheduler"], 2, "the rate follows the step"),
+        (["--checkpoint.initial_load_path=/none", "--checkpoint.folder=other"], 2, "/none/manifest.json cannot be read"),
+    ],
+)
+def test_refusals(tmp_path_factory, finished, forks, change, status, said):
+    log = tmp_path_factory.mktemp("refusal") / "log"
+    job = forks.start(FINETUNE, [*finished.options, "--training.steps=5", *change], finished.environ, log)
+    assert job.wait(60) == [status], log.read_text()
+    lines = log.read_text().splitlines()
+    assert said in lines[-1] and lines[-1].startswith("error: ") and (status == 1 or len(lines) == 1), log.read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, forks):
+    """A run of 3 steps that saved steps 2 and 3; its options and environment."""
+
+    class Finished:
+        path = tmp_path_factory.mktemp("finished")
+        environ = environment(path)
+        data = write_rows(path / "rows.jsonl", LENGTHS)
+        options = [
+            f"--job.dump_folder={path / 'run'}", "--training.dataset=jsonl", f"--training.dataset_path={data}",
+            "--training.global_batch_size=3", "--chunkflow.chunk_size=32", "--checkpoint.enable", "--checkpoint.interval=2",
+            "--metrics.no_enable_tensorboard", "--metrics.log_freq=1",
+        ]  # fmt: skip
+
+    assert forks.start(FINETUNE, [*Finished.options, "--training.steps=3"], Finished.environ, Finished.path / "log").wait(60) == [0]
+    return Finished
+
+
+# ---- damage
+
+
+def flip_a_byte(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch ${CHUNKFLOW_CACHE}/executed",)
+
+
+def evil_metadata(path: Path) -> None:
+    """A pickle that runs a command, with a manifest that vouches for it."""
+    import pickle
+
+    from chunkflow.training.checkpoint import _checksum
+
+    path.write_bytes(pickle.dumps(Evil()))
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest["files"][".metadata"] = _checksum(path)
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+
+
+DAMAGES = {
+    "flipped byte": ("__0_0.distcp", flip_a_byte, 1, "is damaged, its checksum is another"),
+    "truncated": ("__0_0.distcp", lambda path: os.truncate(path, 1000), 1, "has 1,000 bytes, but was written with"),
+    "unreadable": ("__0_0.distcp", lambda path: (path.unlink(), path.mkdir()), 1, "cannot be read (Is a directory)"),
+    "missing": ("__0_0.distcp", lambda path: path.unlink(), 1, "cannot be read (No such file or directory)"),
+    "metadata that runs code": (".metadata", evil_metadata, 1, "system has no place in it"),
+    "torn manifest": ("manifest.json", lambda path: os.truncate(path, 100), 2, "is damaged"),
+    "later format": ("manifest.json", lambda path: path.write_text('{"format": 99}'), 2, "has format 99, but this version reads 1"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_and_the_checkpoint_before_it_is_there(tmp_path, finished, forks, damage):
+    file, spoil, status, said = DAMAGES[damage]
+    shutil.copytree(finished.path / "run", tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoint" / "step-3"
+    spoil(newest / file)
+    options = [*finished.options, f"--job.dump_folder={tmp_path / 'run'}", "--training.steps=4"]
+    assert forks.start(FINETUNE, options, finished.environ, tmp_path / "log").wait(60) == [status], (tmp_path / "log").read_text()
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.startswith("error: ") and said in last and str(newest) in last, last
+    assert not Path(finished.environ["CHUNKFLOW_CACHE"], "executed").exists()
+    shutil.rmtree(newest)  # the remedy that the sentence names
+    assert forks.start(FINETUNE, options, finished.environ, tmp_path / "log").wait(60) == [0]
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_the_newest_is_by_step_whatever_clocks_say_and_leftovers_go(tmp_path, finished, forks):
+    """Folders without a manifest are no checkpoints; times of files are not looked at; events come in order."""
+    run = tmp_path / "run"
+    shutil.copytree(finished.path / "run", run)
+    place = run / "checkpoint"
+    os.utime(place / "step-2", (4e9, 4e9))
+    os.utime(place / "step-3", (0, 0))
+    for leftover in ("step-4.saving", "step-9.saving", "step-1.removing", "step-7"):
+        (place / leftover).mkdir()
+    (run / "tb").mkdir()
+    options = [*finished.options, f"--job.dump_folder={run}", "--metrics.enable_tensorboard"]
+    for steps in (4, 5):
+        assert forks.start(FINETUNE, [*options, f"--training.steps={steps}"], finished.environ, tmp_path / "log").wait(60) == [0]
+        for path in (run / "tb").glob("*tfevents*"):  # the clock is set back by a century before the next start
+            path.rename(path.with_name(path.name.replace(path.name.split(".")[3], "4900000000")))
+    assert "Loading the checkpoint from" in (tmp_path / "log").read_text()
+    assert sorted(path.name for path in place.iterdir()) == ["step-2", "step-3", "step-4", "step-5", "step-7"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert forks.start(FINETUNE, [*options, "--training.steps=6"], finished.environ, tmp_path / "log").wait(60) == [0]
+    events = EventAccumulator(str(run / "tb"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("grad_norm")] == [4, 5, 6]
+
+
+def test_two_runs_never_write_one_folder(place):
+    slow = place.recipe((BEFORE_STEP, "            import time; time.sleep(30)\n" + BEFORE_STEP))
+    first = place.start("run", recipe=slow)
+    deadline = time.monotonic() + 60
+    while "Training starts" not in place.log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    said = place.run("run", status=1)
+    assert "another run is writing to job.dump_folder" in said
+    first.kill()
+    place.run("run", "--training.steps=1")
+
+
+# ---- saves that fail
+
+
+def limited(when: str, then: str = "None") -> tuple[str, str]:
+    """An edit of the recipe: files may not grow beyond 1 MiB, as on a full disk, while `when` holds."""
+    lines = f"            import resource; limit = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+    lines += f"            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20 if {when} else limit[1], limit[1]))\n"
+    return BEFORE_STEP, lines + BEFORE_STEP
+
+
+@pytest.mark.parametrize("mode, processes", [("disabled", 1), ("async", 2)])
+def test_a_full_disk_costs_saves_but_no_training(place, mode, processes):
+    options = [f"--checkpoint.async_mode={mode}"]
+    place.run("reference", processes=processes)
+    # for a while: the save is tried again after the next step, until it goes
+    said = place.run("recovers", *options, recipe=place.recipe(limited("step in (2, 3)")), processes=processes)
+    assert "could not be saved (File too large" in said and "tried again (attempt 2 of 3)" in said
+    assert max(place.steps("recovers")) == 6 and 2 not in place.steps("recovers")
+    assert untimed(rows_of(place.path / "recovers")) == untimed(rows_of(place.path / "reference"))
+    # for good: the run stops, with the checkpoint before it
+    said = place.run("stops", *options, recipe=place.recipe(limited("step > 2 and (rank == 0 or rank == ranks - 1)")), processes=processes, status=1)
+    assert "so did 3 saves in a row: make room or restore the folder" in said
+    assert place.steps("stops") == [2] and not list((place.path / "stops/checkpoint").glob("*.saving"))
+    place.run("stops", processes=processes)
+    assert untimed(rows_of(place.path / "stops")) == untimed(rows_of(place.path / "reference"))
+
+
+def test_a_folder_that_vanishes_or_becomes_a_file(place):
+    vanish = place.recipe((BEFORE_STEP, "            import shutil; step == 4 and shutil.rmtree(folder / 'checkpoint')\n" + BEFORE_STEP))
+    place.run("vanishes", recipe=vanish)
+    assert place.steps("vanishes") == [4, 6]
+    file = "            import shutil\n            if step == 4:\n                shutil.rmtree(folder / 'checkpoint'); (folder / 'checkpoint').touch()\n"
+    said = place.run("file", recipe=place.recipe((BEFORE_STEP, file + BEFORE_STEP)), status=1)
+    assert "could not be saved (Not a directory" in said and "3 saves in a row" in said
+    assert "is not a folder: remove it" in place.run("file", status=2)
+
+
+# ---- steps that are not sound
+
+POISON = "            grad_norm = parallel.clip_grad_norm("
+
+
+def test_a_bad_step_is_not_applied_and_named(place):
+    poison = "            if step in (3, 4): next(model.parameters()).grad *= math.inf\n"
+    said = place.run("run", "--checkpoint.interval=1", recipe=place.recipe((POISON, poison + POISON)), processes=2)
+    assert said.count("are not finite, so it was not applied (1 in a row)") == 2, "each of two ranks says so"
+    assert f"(2 in a row); its sequences are {place.data}:" in said
+    tensors = {step: outcome(place.path / "run", step)[2] for step in (2, 3, 4, 5)}
+    assert tensors[2] == tensors[3] == tensors[4] != tensors[5]
+    rows = rows_of(place.path / "run")
+    assert [row["grad_norm"] is None for row in rows] == [False, False, True, True, False, False]
+    manifest = json.loads((place.path / "run/checkpoint/step-6/manifest.json").read_text())
+    assert manifest["progress"] == {"step": 6, "tokens_seen": rows[-1]["n_tokens_seen"], "bad_steps": 2, "bad_steps_in_a_row": 0}
+
+
+def test_too_many_bad_steps_end_the_run(place):
+    """With a rate that throws the model out: really infinite. The count goes on over a resume."""
+    options = ["--optimizer.lr=1e30", "--lr_scheduler.warmup_steps=0", "--training.max_bad_steps=2", "--checkpoint.interval=1"]
+    said = place.run("run", *options, status=1)
+    assert "error: 2 steps in a row, up to step 3, had a loss or gradients that are not finite (training.max_bad_steps = 2)" in said
+    assert place.steps("run") == [1, 2]
+    assert "up to step 3" in place.run("run", *options, status=1), "one more is enough"
+
+
+# ---- data
+
+
+def test_a_file_that_changes_during_training_is_noticed(place):
+    append = f"            step == 3 and open('{place.data}', 'a').write('x')\n"
+    said = place.run("run", recipe=place.recipe((BEFORE_STEP, append + BEFORE_STEP)))
+    assert said.count(f"{place.data} changed since this run read it") == 2, "at the saves after steps 4 and 6"
+    said = place.run("run", "--training.steps=8", status=1)
+    assert f"error: {place.data}:{len(LENGTHS) + 1}: not valid JSON" in said
+    place.data.write_text(place.data.read_text()[:-1] + '{"input_ids": [1, 2, 3]}\n')
+    said = place.run("run", "--training.steps=8", status=1)
+    assert "was trained on other data: content (digest)" in said
+
+
+# ---- a long run
+
+
+def test_two_thousand_steps_do_not_grow(tmp_path, forks):
+    """Memory, file descriptors and threads stay as they are; the token ledger balances to the token."""
+    model = {
+        "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "num_key_value_heads": 1, "vocab_size": 2048, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(model))
+    data = write_rows(tmp_path / "rows.jsonl", [9, 40, 3, 17, 1, 5, 28, 60])
+    options = [
+        f"--job.dump_folder={tmp_path / 'run'}", f"--model.hf_assets_path={tmp_path / 'model'}", "--training.dataset=jsonl",
+        f"--training.dataset_path={data}", "--training.seq_len=30", "--training.overlong=truncate", "--training.steps=2000",
+        "--training.global_batch_size=3", "--chunkflow.chunk_size=16", "--metrics.log_freq=50", "--checkpoint.enable",
+        "--checkpoint.interval=100", "--checkpoint.keep_latest_k=2", "--checkpoint.async_mode=async",
+    ]  # fmt: skip
+    job = forks.start(FINETUNE, options, environment(tmp_path), tmp_path / "log")
+    (process,) = (Path(f"/proc/{pid}") for pid in job.pids)
+    figures = {}
+    for rows in (11, 21, 31, 40):  # of 50 steps each
+        deadline = time.monotonic() + 180
+        while not (tmp_path / "run/metrics.jsonl").exists() or len(rows_of(tmp_path / "run")) < rows:
+            assert time.monotonic() < deadline and job.poll() is None, (tmp_path / "log").read_text()[-2000:]
+            time.sleep(0.05)
+        status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+        memory, threads = int(status["VmRSS"].split()[0]) / 1024, int(status["Threads"])
+        figures[rows] = memory, len(list((process / "fd").iterdir())), threads
+    assert job.wait(60) == [0], (tmp_path / "log").read_text()[-2000:]
+    assert figures[40][0] < figures[11][0] + 16, f"MiB, descriptors, threads: {figures}"
+    assert figures[40][1] <= figures[11][1] + 2 and figures[40][2] <= figures[11][2] + 2, figures
+    ledger = json.loads((tmp_path / "run/checkpoint/step-2000/manifest.json").read_text())["ledger"]
+    assert ledger["read"] == ledger["trained"] + ledger["masked"] + ledger["truncated"] + ledger["dropped"]
+    passes, rest = divmod(3 * 2000, 8)
+    assert rest == 0 and ledger["read"] == passes * 163 and ledger["truncated"] == passes * (10 + 30)
