@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from chunkflow.execution.attention import chunk_attention, store_keys_values
-from chunkflow.execution.loss import sliced_cross_entropy, token_losses
+from chunkflow.execution.loss import sliced_cross_entropy, token_logits, token_losses
 from chunkflow.execution.state import ChunkTensors
 
 # rope_type -> the keys of rope_scaling that have no default
@@ -84,8 +84,9 @@ class Transformer(nn.Module):
         """One chunk through this stage. x: tokens (T,) where there are embeddings, else hidden states (T, C).
 
         Returns hidden states (T, C), or with an output head the sum of token losses (0-dim, at least fp32), or each of them (T,)
-        for `chunk.each_loss`. Where only the chunk's keys and values are wanted (`chunk.state_only`), nobody reads what follows
-        those of the last layer: None.
+        for `chunk.each_loss`; for a chunk without labels, which is to be continued, the last token's logits (vocabulary, at least
+        fp32). Where only the chunk's keys and values are wanted (`chunk.state_only`), nobody reads what follows those of the last
+        layer: None.
         """
         x_TC = x if self.tok_embeddings is None else self.tok_embeddings(x)
         rotary = Rotary(self.args, chunk.positions, torch.promote_types(x_TC.dtype, torch.float32))
@@ -99,6 +100,8 @@ class Transformer(nn.Module):
             x_TC = self.norm(x_TC)
         if self.output is None:
             return x_TC
+        if chunk.labels is None:
+            return token_logits(x_TC[-1], self.output.weight)
         if chunk.each_loss:
             return token_losses(x_TC, self.output.weight, chunk.labels)
         return sliced_cross_entropy(x_TC, self.output.weight, chunk.labels)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from chunkflow.training import checkpoint, hf
+from chunkflow.training import checkpoint, hf, parallel
 from models import families
 
 
@@ -41,7 +41,7 @@ def convert(source: Path, target: Path, dtype: str, assets: Path | None = None) 
         manifest = checkpoint.read_manifest(source)
         assets = assets or manifest["config"]["model.hf_assets_path"] or None
         name, args = checkpoint.model_of(manifest)
-        with torch.device("meta"):
+        with torch.device("meta"), parallel.default_dtype(manifest["config"]["training.dtype"]):
             model = families[name].Transformer(args)
         model.to_empty(device="cpu")
         checkpoint.load_model_weights(model, source)

@@ -266,6 +266,24 @@ def test_masks_are_those_of_token_prefixes(style, folders, references, read, tmp
         assert mask(labels) == expected and 1 in expected
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_a_question_is_that_of_transformers_and_ends_as_its_turn_does(style, folders, references, read):
+    tokenizer, content = Tokenizer(str(folders[style])), "naïve <|im_end|> 漢字?\n"
+    prompt, end = tokenizer.question(content)
+    messages = [{"role": "user", "content": content}]
+    assert prompt == references[style].apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    ((tokens, labels),) = read(tokenizer, say(content, "b"))
+    assert tokens[: len(prompt)] == prompt and end == [label for label in labels if label >= 0][-1:]
+
+
+def test_a_question_in_plain_chatml(read):
+    tokenizer = Tokenizer()
+    prompt, end = tokenizer.question("a <|im_end|>?")
+    ((tokens, labels),) = read(tokenizer, say("a <|im_end|>?", "b"))
+    assert tokens[: len(prompt)] == prompt and mask(labels[: len(prompt) + 1]) == [0] * len(prompt) + [1]
+    assert len(end) > 1 and [label for label in labels if label >= 0][-len(end) :] == end
+
+
 ADD = [{"type": "function", "function": {"name": "add", "description": "sums <a> & 'b'", "parameters": {"type": "object"}}}]
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": "ü<"}}}]}
 

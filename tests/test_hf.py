@@ -125,11 +125,28 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path, kind, tied, ro
 LENGTHS = [300, 20, 64, 5, 130, 31, 7, 90, 12, 2, 48, 200, 9, 77, 33, 15, 6, 260, 41, 8]
 
 
-def transformers_run(model, rows, steps, batch):
-    """The losses of plain training by whole sequences: AdamW at a constant rate, gradients clipped."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    losses = []
-    for step in range(steps):
+LAYOUTS_OF_RUNS = {
+    "1 process": dict(processes=1),
+    "2 ranks": dict(processes=2),
+    "2 stages": dict(processes=2, TRAIN_FILE=str(REPO / "recipes" / "finetune_pipeline.py")),
+}
+
+
+def train_folder(tmp_path, layout, *overrides):
+    """metrics.jsonl of a run in fp32 on rows.jsonl, in the order of the file, from the folder `model`; it leaves a folder again."""
+    stages = ["--parallelism.pipeline_parallel_degree=2"] if layout == "2 stages" else []
+    return train(
+        tmp_path, "run", tmp_path / "rows.jsonl", f"--model.hf_assets_path={tmp_path / 'model'}", "--training.no_shuffle",
+        "--training.seq_len=400", "--training.global_batch_size=4", "--training.mixed_precision_param=float32", "--chunkflow.k=2",
+        "--checkpoint.last_save_in_hf", "--metrics.no_enable_tensorboard", *stages, *overrides, **LAYOUTS_OF_RUNS[layout],
+    )  # fmt: skip
+
+
+def transformers_run(model, rows, rates, batch):
+    """Losses and gradient norms of plain training by whole sequences: AdamW at these rates, gradients clipped."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    losses, norms = [], []
+    for step, rate in enumerate(rates):
         of_step = [torch.tensor([row["input_ids"], row["labels"]]) for row in rows[step * batch : (step + 1) * batch]]
         targets = sum(int((labels[1:] != -100).sum()) for _, labels in of_step)
         optimizer.zero_grad()
@@ -139,29 +156,37 @@ def transformers_run(model, rows, steps, batch):
             loss = F.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100) / targets
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         losses.append(total)
-    return losses
+    return losses, norms
 
 
-@pytest.mark.parametrize("kind, processes", [("llama", 1), ("qwen2", 1), ("qwen3", 2)])
-def test_a_training_run_is_that_of_transformers(tmp_path, kind, processes):
-    reference = theirs(kind, "yarn")
+@pytest.mark.parametrize(
+    "kind, tied, layout",
+    [
+        ("llama", False, "1 process"),
+        ("qwen2", True, "1 process"),
+        ("qwen3", True, "2 ranks"),
+        ("qwen2", False, "2 ranks"),
+        ("llama", True, "2 stages"),
+        ("qwen3", False, "2 stages"),
+    ],
+)
+def test_a_training_run_is_that_of_transformers(tmp_path, kind, tied, layout):
+    reference = theirs(kind, "yarn", tie_word_embeddings=tied)
     reference.save_pretrained(tmp_path / "model", max_shard_size="300KB")
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / "model" / name).write_text("{}")
     assert (tmp_path / "model" / "model.safetensors.index.json").exists()
     data = write_rows(tmp_path / "rows.jsonl", LENGTHS)
-    rows = train(
-        tmp_path, "run", data, f"--model.hf_assets_path={tmp_path / 'model'}", "--training.steps=5", "--training.no_shuffle",
-        "--training.seq_len=400",
-        "--training.global_batch_size=4", "--training.mixed_precision_param=float32", "--optimizer.lr=1e-3",
-        "--lr_scheduler.warmup_steps=0", "--lr_scheduler.min_lr_factor=1.0", "--chunkflow.k=2", "--checkpoint.last_save_in_hf",
-        processes=processes,
-    )  # fmt: skip
-    expected = transformers_run(reference, [json.loads(line) for line in data.read_text().splitlines()], 5, 4)
-    assert [row["loss"] for row in rows] == pytest.approx(expected, rel=1e-4)
+    rows = train_folder(tmp_path, layout, "--training.steps=5", "--optimizer.lr=2e-3", "--lr_scheduler.warmup_steps=2")
+    rates = [1e-3, 2e-3, 2e-3, 2e-3 * 2 / 3, 2e-3 / 3]  # up in two steps, down over the other three
+    losses, norms = transformers_run(reference, [json.loads(line) for line in data.read_text().splitlines()], rates, 4)
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-4)
+    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-3) and min(norms) > 1, "clipped at each step"
+    assert [row["lr"] for row in rows] == pytest.approx(rates)
 
     # What the run leaves is a folder that transformers loads: the model it has trained itself, to rounding that AdamW amplifies.
     saved = tmp_path / "run" / "checkpoint" / "step-5-hf"
@@ -173,6 +198,26 @@ def test_a_training_run_is_that_of_transformers(tmp_path, kind, processes):
     logits = reference(tokens).logits
     assert (again(tokens).logits - logits).abs().max() <= 1e-2 * logits.abs().max()
     assert (logits_of(ours(saved), tokens[0]) - again(tokens).logits[0]).abs().max() <= 1e-5 * logits.abs().max()
+
+
+@pytest.mark.parametrize("kind, tied, layout", [("qwen3", True, "2 stages"), ("llama", False, "2 ranks")])
+def test_training_at_rate_0_is_bitwise(tmp_path, kind, tied, layout):
+    """Forward, backward and update with a rate of 0, in fp32: the folder that comes out is the one that went in."""
+    before = theirs(kind, "llama3", tie_word_embeddings=tied)
+    before.save_pretrained(tmp_path / "model", max_shard_size="300KB")
+    write_rows(tmp_path / "rows.jsonl", LENGTHS)
+    (row, _) = train_folder(tmp_path, layout, "--training.steps=2", "--optimizer.lr=0")
+    assert row["grad_norm"] > 0
+    saved, copy = tmp_path / "run" / "checkpoint" / "step-2-hf", tmp_path / "converted"
+    runpy.run_path(str(CONVERT))["convert"](tmp_path / "model", copy, "float32")
+    given = {name: tensor for file in (tmp_path / "model").glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for folder in (saved, copy):
+        weights = load_file(folder / "model.safetensors")
+        assert weights.keys() == given.keys() and ("lm_head.weight" in weights) == (not tied)
+        assert all(torch.equal(weights[name], given[name]) and weights[name].dtype == torch.float32 for name in given)
+        again = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert again.config.to_diff_dict() == before.config.to_diff_dict()
+        assert all(torch.equal(one, other) for one, other in zip(again.parameters(), before.parameters(), strict=True))
 
 
 def test_in_and_out_is_bitwise(tmp_path):

@@ -19,12 +19,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from chunkflow.data.chat import BUILT_IN, NOTHING, ChatTemplate, RenderedChat, built_in_template
+from chunkflow.data.chat import BUILT_IN, NOTHING, ChatTemplate, Messages, RenderedChat, built_in_template, plain_spans
 
 SHIPPED_MODEL = Path(__file__).with_name("python_2048.model")
 SPACE_MARK = "\u2581"  # "▁", which sentencepiece writes for a space
@@ -99,6 +99,31 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; BOS and EOS leave no trace in it."""
         return self._codec.decode([number for number in ids if number not in (self.bos_id, self.eos_id)])
+
+    def question(self, content: str) -> tuple[list[int], list[int]]:
+        """The ids of a user's message and of what follows it up to where the assistant writes, by the chat template; and those
+        that end the assistant's turn there: none where the template puts no special token behind it."""
+        question, answer = {"role": "user", "content": content}, {"role": "assistant", "content": "answer"}
+        if self.chat is None:
+            spans = plain_spans(Messages("messages", [question, answer], [False, False], None))
+            *prompt, _, end, _ = self.encode_batch([text for text, _ in spans])
+            return sum(prompt, []), end
+        texts = self.chat.render([question], add_generation_prompt=True), self.chat.render([question, answer])
+        behind_answer = texts[1].rpartition(answer["content"])[2]
+        (prompt, _), (end, _) = self.encode_chats([RenderedChat(text, [], "messages") for text in (texts[0], behind_answer)])
+        return prompt, [number for number in end if number in self._named][:1]
+
+    def stream(self, ids: Iterable[int], behind: list[int]) -> Iterator[str]:
+        """The text of `ids` as they come, behind the ids `behind`. A character of several ids comes with the last of them."""
+        window, told = behind, len(self.decode(behind))
+        for number in ids:
+            window = [*window, number]
+            text = self.decode(window)
+            if text.endswith("\ufffd") and len(window) <= 8:
+                continue
+            yield text[told:]
+            window, told = [number], len(self.decode([number]))
+        yield self.decode(window)[told:]
 
     def pieces(self, ids: list[int]) -> Iterator[str]:
         """What each id adds to the text, special tokens by their names. A character of several ids comes with the last."""

@@ -1,4 +1,5 @@
 """Head and cross-entropy, in slices of tokens: neither all logits nor anything weight-sized is held between forward and backward.
+And the head for a single token, in slices of the vocabulary.
 
 Shape suffixes: T tokens of the chunk, S tokens of a slice, C hidden size, V vocabulary.
 """
@@ -33,6 +34,13 @@ def token_losses(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels_T: tor
         target_S = logits_SV.gather(1, labels_S.clamp(min=0).unsqueeze(1)).squeeze(1)
         losses_T[piece] = torch.where(labels_S == IGNORE, 0, logits_SV.logsumexp(-1) - target_S)
     return losses_T
+
+
+def token_logits(hidden_C: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
+    """The logits of one token, (V,), in at least fp32: a slice of the vocabulary at a time, as narrow weights are widened."""
+    compute = torch.promote_types(hidden_C.dtype, torch.float32)
+    rows = max(128, _SLICE_ELEMENTS[weight_VC.device.type] // weight_VC.size(1))
+    return torch.cat([_Head(part_SC, compute).logits(hidden_C.unsqueeze(0))[0] for part_SC in weight_VC.split(rows)])
 
 
 class _SlicedCrossEntropy(torch.autograd.Function):

@@ -18,14 +18,15 @@ from chunkflow.planning.chunks import Chunk, Group
 class ChunkTensors:
     """One chunk as the model sees it.
 
-    tokens, labels, positions: (T,) int64. `labels[t]` is the target of position t (already shifted), -100 where there is none.
+    tokens, labels, positions: (T,) int64. `labels[t]` is the target of position t (already shifted), -100 where there is none;
+    no labels at all (None): the model continues the chunk instead of learning from it.
     `lengths` are the tokens of each segment; the first one attends to `prefix` earlier tokens of its sequence.
     `index` is the chunk's place in its group. The executor sets, before each forward, `state` (None for a standalone chunk),
     `state_only` (FORWARD_STATE: only this chunk's K/V are wanted) and `each_loss` (EVALUATE: the loss of each token, without a
     graph, is wanted in place of their sum).
     """
 
-    def __init__(self, chunk: Chunk, index: int, tokens: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor):
+    def __init__(self, chunk: Chunk, index: int, tokens: torch.Tensor, labels: torch.Tensor | None, positions: torch.Tensor):
         self.index = index
         self.prefix = chunk.prefix
         self.lengths = [segment.length for segment in chunk.segments]
@@ -40,7 +41,8 @@ class ChunkTensors:
     def to(self, device: torch.device) -> ChunkTensors:
         """Moves the tensors, without waiting for the copy."""
         for name in ("tokens", "labels", "positions", "query_ends", "key_ends"):
-            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.to(device, non_blocking=True))
         return self
 
 

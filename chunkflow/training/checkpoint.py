@@ -20,6 +20,7 @@ import re
 import shutil
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -297,7 +298,9 @@ def _read(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGro
                 f" {tuple(tensor.shape)}: it is of another model"
             )
     try:
-        dcp.load(tensors, storage_reader=_Reader(folder), process_group=group, no_dist=group is None)
+        with warnings.catch_warnings():  # that there is no process group is meant
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(tensors, storage_reader=_Reader(folder), process_group=group, no_dist=group is None)
     except CheckpointException as error:
         raise ValueError(f"{folder} cannot be read ({_first_failure(error)}): remove it to go on from an earlier one") from None
 

@@ -226,6 +226,18 @@ def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
+def end_tokens(folder: str | Path) -> list[int]:
+    """The ids that end a generated text: eos_token_id of generation_config.json or, without that file, of config.json."""
+    path = Path(folder).expanduser() / "generation_config.json"
+    if not path.is_file():
+        path = path.with_name("config.json")
+    given = _read_json(path, "copy the folder again").get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(number) is int for number in ids):
+        raise ValueError(f"{path}: eos_token_id = {given!r} is neither a token id nor a list of them: correct it")
+    return ids
+
+
 def config_json(name: str, args: Any, dtype: str, source: str | Path | None = None) -> dict[str, Any]:
     """The config.json of a model: that of the folder `source` where there is one, with this dtype and these rotary angles."""
     if source:

@@ -41,9 +41,9 @@ def model_args(config, vocab_size: int):
         args = dataclasses.replace(args, rope_theta=settings.rope_theta)
     if settings.rope_scaling is not None:
         args = dataclasses.replace(args, rope_scaling=settings.rope_scaling)
-    elif config.training.seq_len > _positions(args):
+    elif config.training.seq_len > positions(args):
         raise ValueError(
-            f"training.seq_len = {config.training.seq_len:,} is beyond the {_positions(args):,} positions of {settings.name}"
+            f"training.seq_len = {config.training.seq_len:,} is beyond the {positions(args):,} positions of {settings.name}"
             f" {settings.flavor}: lower it, or extend the context with model.rope_scaling, for example"
             f' {{ rope_type = "yarn", factor = {-(-config.training.seq_len // args.max_positions)}.0,'
             f" original_max_position_embeddings = {args.max_positions} }}"
@@ -62,8 +62,8 @@ def _flavor(settings, family: ModuleType, vocab_size: int):
     return dataclasses.replace(args, vocab_size=vocab_size) if settings.flavor == "debugmodel" else args
 
 
-def _positions(args) -> int:
-    """How far a model reaches. Qwen's folders keep max_position_embeddings when they turn on YaRN."""
+def positions(args) -> int:
+    """How far a model reaches, in tokens. Qwen's folders keep max_position_embeddings when they turn on YaRN."""
     scaling = args.rope_scaling or {}
     extended = scaling.get("original_max_position_embeddings", 0) * scaling["factor"] if args.rope_type == "yarn" else 0
     return max(args.max_positions, int(extended))
