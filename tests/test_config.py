@@ -42,6 +42,7 @@ CONTRACT = {
     "training.shuffle": True,
     "training.steps": 100,
     "training.max_norm": 1.0,
+    "training.max_bad_steps": 3,
     "training.dtype": "float32",
     "training.mixed_precision_param": "bfloat16",
     "training.mixed_precision_reduce": "float32",
@@ -69,6 +70,14 @@ CONTRACT = {
     "parallelism.pipeline_parallel_degree": 1,
     "parallelism.pipeline_parallel_schedule": "1F1B",
     "parallelism.pipeline_parallel_layers_per_stage": None,
+    "checkpoint.enable": False,
+    "checkpoint.folder": "checkpoint",
+    "checkpoint.interval": 500,
+    "checkpoint.keep_latest_k": 10,
+    "checkpoint.load_step": -1,
+    "checkpoint.async_mode": "disabled",
+    "checkpoint.exclude_from_loading": [],
+    "checkpoint.last_save_model_only": False,
     "checkpoint.initial_load_path": None,
     "checkpoint.initial_load_in_hf": False,
     "checkpoint.last_save_in_hf": False,
@@ -97,10 +106,7 @@ CONTRACT = {
     "debug.deterministic": False,
 }
 CONTRACT_LATER = """
-model.converters training.max_bad_steps chunkflow.kv_offload chunkflow.keep_attention
-checkpoint.enable checkpoint.folder
-checkpoint.interval checkpoint.keep_latest_k checkpoint.load_step checkpoint.async_mode checkpoint.last_save_model_only
-checkpoint.exclude_from_loading quantize.linear.float8.recipe_name quantize.linear.float8.filter_fqns
+model.converters chunkflow.kv_offload chunkflow.keep_attention quantize.linear.float8.recipe_name quantize.linear.float8.filter_fqns
 quantize.linear.float8.emulate
 """.split()
 
@@ -295,7 +301,7 @@ def test_refusals_on_the_command_line(argv, words):
         ("[training]\nno_shuffle = true\n", 2, "did you mean training.shuffle?"),
         ("[fault_tolerance]\nenable = false\n", 1, "fault_tolerance.enable is not used"),
         ("[experimental]\npipeline_parallel_degree = 2\n", 1, "parallelism.pipeline_parallel_degree"),
-        ("[checkpoint]\nenable = false\n", 2, "checkpoint.enable is not available in this version"),
+        ("[checkpoint]\nenable_checkpoint = false\n", 2, "checkpoint.enable_checkpoint was renamed: set checkpoint.enable"),
         ("[quantize.linear.float8]\nemulate = true\n", None, "is not available in this version"),
         ("[job]\nconfig_file = 'x.toml'\n", 2, "belongs on the command line"),
         ("[training]\nsteps = \n", 2, "not valid TOML"),
