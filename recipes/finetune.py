@@ -80,10 +80,10 @@ def main() -> None:
     reshard = parallel.reshards(config, ranks)
     folder = Path(config.job.dump_folder)
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         with user_errors():
+            folder.mkdir(parents=True, exist_ok=True)
             lock = None if fake else checkpoint.claim_folder(config)  # noqa: F841  while this process lives
-        (folder / "config.toml").write_text(to_toml(config))
+            (folder / "config.toml").write_text(to_toml(config))
 
     # Lengths become a plan for each step, the same on every rank; each rank then reads the tokens of its own sequences.
     cost = Cost.of_model(args)

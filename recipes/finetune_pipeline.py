@@ -93,10 +93,10 @@ def main() -> None:
     data_mesh, pipeline_group = mesh[mesh.mesh_dim_names[1:]], mesh.get_group("pp")
     folder = Path(config.job.dump_folder)
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         with user_errors():
+            folder.mkdir(parents=True, exist_ok=True)
             lock = None if fake else checkpoint.claim_folder(config)  # noqa: F841  while this process lives
-        (folder / "config.toml").write_text(to_toml(config))
+            (folder / "config.toml").write_text(to_toml(config))
 
     # Lengths become a plan for each step: the same groups on every rank, the same actions on the ranks of a replica, which all read
     # the tokens of its sequences.

@@ -19,7 +19,7 @@ from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.training import metrics
 from chunkflow.training.config import load_config
-from chunkflow.training.metrics import GarbageCollection, MetricsLogger, init_logger, open_rows, peak_flops, peak_memory, reset_peak_memory
+from chunkflow.training.metrics import GarbageCollection, MetricsLogger, init_logger, keep_rows, peak_flops, peak_memory, reset_peak_memory
 
 CPU = torch.device("cpu")
 PLAN = plan_step([5, 3, 9], PlanSettings(Cost(1.0, 0.0), chunk_size=4))  # 17 tokens in 5 chunks, 2 of 9's and 1 of 5's again
@@ -107,10 +107,10 @@ def test_a_torn_last_line_is_cut_off(tmp_path):
     whole = path.read_bytes()
     for torn in (b'{"step": 4, "lo', b'{"step": 4}', b"\x00\x00", b'{"step": 4, "lo\n'):
         path.write_bytes(whole + torn)
-        open_rows(path, 9).close()
+        keep_rows(path, 9)
         assert path.read_bytes() == whole
     inode = path.stat().st_ino
-    open_rows(path, 9).close()
+    keep_rows(path, 9)
     assert path.stat().st_ino == inode, "a whole file is left alone"
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -132,7 +132,7 @@ def test_a_killed_rewrite_leaves_the_old_rows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(metrics.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        open_rows(tmp_path / "metrics.jsonl", 1)
+        keep_rows(tmp_path / "metrics.jsonl", 1)
     assert len(rows(tmp_path)) == 3
 
 

@@ -408,6 +408,11 @@ def user_errors():
     """
     try:
         yield
+    except OSError as error:  # a disk that is full or gone: as much a sentence, with what the system says of which file
+        if os.environ.get("RANK", "0") != "0":
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror}", file=sys.stderr)
+        raise SystemExit(1) from None
     except ValueError as error:
         if os.environ.get("RANK", "0") != "0":
             raise

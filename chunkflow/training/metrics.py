@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -172,9 +172,9 @@ class MetricsLogger:
             logger.info(f"Peak FLOPS used for computing MFU: {self.peak_flops:.3e}")
             dump_folder = Path(config.job.dump_folder)
             dump_folder.mkdir(parents=True, exist_ok=True)
-            self.rows = open_rows(dump_folder / "metrics.jsonl", start_step)
+            self.rows = RowsFile(dump_folder / "metrics.jsonl", start_step)
             if config.validation.enable:
-                self.validation_rows = open_rows(dump_folder / "validation.jsonl", start_step)
+                self.validation_rows = RowsFile(dump_folder / "validation.jsonl", start_step)
             if config.metrics.enable_tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # here, since it takes seconds to import
 
@@ -212,7 +212,9 @@ class MetricsLogger:
         """Training waited so long for a checkpoint: a figure of its own, not a part of the steps' time."""
         self._saving_seconds += seconds
         self._begin += seconds
-        os.fsync(self.rows.fileno()) if self.rows else None
+        for rows in (self.rows, self.validation_rows):
+            if rows:
+                rows.sync()
 
     def due(self, step: int) -> bool:
         return step == 1 or step % self.every_steps == 0
@@ -260,10 +262,9 @@ class MetricsLogger:
                 "global_max_loss": max_loss if math.isfinite(max_loss) else loss,
                 "n_tokens_seen": self.tokens_seen,
             }
-            self._write_row(self.rows, row)
+            self.rows.write(row)
             self._write_line(row)
-            if self.tensorboard:
-                self._write_events(step, row, memory, data_seconds, seconds, scalars or {})
+            self._write_events(step, self._tags(row, memory, data_seconds, seconds) | (scalars or {}))
         self.start()
         return loss
 
@@ -292,7 +293,7 @@ class MetricsLogger:
                 **{f"loss_{name}": mean for name, (mean, _) in by_position.items()},
                 **{f"supervised_tokens_{name}": count for name, (_, count) in by_position.items()},
             }
-            self._write_row(self.validation_rows, row)
+            self.validation_rows.write(row)
             colours, percent = self.colours, 100 * memory.reserved_gib / self.capacity_gib
             logger.info(
                 f"{colours.yellow}validate step: {step:2}  {colours.green}loss: {loss:7.4f}  "
@@ -300,12 +301,9 @@ class MetricsLogger:
                 f"{colours.blue}tps: {round(row['tps']):,}{colours.reset}"
                 + "".join(f"  {name}: {mean:.4f}" for name, (mean, _) in by_position.items())
             )
-            if self.tensorboard:
-                tags = {"loss": loss, "throughput(tps)": row["tps"], **self._memory_tags(memory)}
-                tags |= {f"loss_by_position/{name}": mean for name, (mean, _) in by_position.items()}
-                for tag, value in tags.items():
-                    self.tensorboard.add_scalar(f"validation_metrics/{tag}", value, step)
-                self.tensorboard.flush()
+            tags = {"loss": loss, "throughput(tps)": row["tps"], **self._memory_tags(memory)}
+            tags |= {f"loss_by_position/{name}": mean for name, (mean, _) in by_position.items()}
+            self._write_events(step, {f"validation_metrics/{tag}": value for tag, value in tags.items()})
         self._begin += time.perf_counter() - self._interrupted
         reset_peak_memory(self.device)
 
@@ -335,12 +333,6 @@ class MetricsLogger:
         dist.all_reduce(maxima, dist.ReduceOp.MAX)
         return [total.item(), *maxima.tolist()]
 
-    def _write_row(self, rows: TextIO, row: dict[str, float]) -> None:
-        # JSON has no nan and no infinity
-        clean = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        rows.write(json.dumps(clean, allow_nan=False) + "\n")
-        rows.flush()
-
     def _write_line(self, row: dict[str, float]) -> None:
         colours = self.colours
         percent = 100 * row["memory_gib"] / self.capacity_gib
@@ -353,10 +345,22 @@ class MetricsLogger:
             f"recomputed: {row['recomputed_chunks']:,}  imbalance: {row['dp_imbalance_percent']:.2f}%"
         )
 
-    def _write_events(
-        self, step: int, row: dict[str, float], memory: Memory, data_seconds: float, seconds: float, scalars: dict[str, float]
-    ) -> None:
-        tags = {
+    def _write_events(self, step: int, tags: dict[str, float]) -> None:
+        if not self.tensorboard:
+            return
+        try:
+            for tag, value in tags.items():
+                self.tensorboard.add_scalar(tag, value, step)
+            self.tensorboard.flush()  # a killed run shows what it logged
+        except OSError as error:  # its writer is of no use after that
+            self.tensorboard = None
+            logger.warning(
+                f"TensorBoard's events could not be written ({error.strerror}): its curves pause until the run is started again, while"
+                " metrics.jsonl goes on"
+            )
+
+    def _tags(self, row: dict[str, float], memory: Memory, data_seconds: float, seconds: float) -> dict[str, float]:
+        return {
             "loss_metrics/global_avg_loss": row["loss"],
             "loss_metrics/global_max_loss": row["global_max_loss"],
             "grad_norm": row["grad_norm"],
@@ -377,10 +381,6 @@ class MetricsLogger:
             "chunkflow/recomputed_chunks": row["recomputed_chunks"],
             "chunkflow/dp_imbalance(%)": row["dp_imbalance_percent"],
         }
-        for tag, value in {**tags, **scalars}.items():
-            self.tensorboard.add_scalar(tag, value, step)
-        self.tensorboard.flush()  # a killed run shows what it logged
-
     def _memory_tags(self, memory: Memory) -> dict[str, float]:
         return {
             "memory/max_active(GiB)": memory.active_gib,
@@ -401,9 +401,38 @@ def put_events_in_order(folder: Path) -> None:
             path.rename(path.with_name(".".join(["events.out.tfevents", f"{number:010}", *path.name.split(".")[4:]])))
 
 
-def open_rows(path: Path, last_step: int):
-    """metrics.jsonl or validation.jsonl for appending, after what is not to stay has gone: a torn last line, and rows beyond
-    `last_step`."""
+class RowsFile:
+    """metrics.jsonl or validation.jsonl: one JSON object a line, appended. What a full disk refuses is kept, and written when there is
+    room."""
+
+    def __init__(self, path: Path, last_step: int):
+        """Takes away what is not to stay: a torn last line, and rows beyond `last_step`."""
+        keep_rows(path, last_step)
+        self.path, self.waiting = path, b""
+        self.file = open(path, "ab", buffering=0)
+
+    def write(self, row: dict[str, float]) -> None:
+        clean = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no nan and no infinity
+        self.waiting += json.dumps(clean, allow_nan=False).encode() + b"\n"
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            rest = memoryview(self.waiting)
+            while rest:
+                rest = rest[self.file.write(rest) :]
+            self.waiting = b""
+        except OSError as error:
+            os.ftruncate(self.file.fileno(), size)  # no torn line in the middle
+            logger.warning(f"{self.path} could not be written ({error.strerror}): make room; the rows are kept until then")
+
+    def sync(self) -> None:
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def keep_rows(path: Path, last_step: int) -> None:
+    """Removes a torn last line, and rows beyond `last_step`."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if _row_step(line) <= last_step]
     if len(kept) < len(lines):
@@ -414,7 +443,6 @@ def open_rows(path: Path, last_step: int):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    return open(path, "a", encoding="utf-8")
 
 
 def _row_step(line: bytes) -> float:
