@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+from itertools import groupby
 
 import torch
 
@@ -213,7 +214,9 @@ def table(report: dict) -> str:
     """The report as text."""
     chunks = f"chunks of {report['chunk_size']:,}, k = {report['k']}" if report["chunk_size"] else "whole sequences"
     layers = report["stage_layers"]
-    stage_text = f"pipelines of {len(report['memory']['pipeline_ranks_gib'])} ranks, layers {layers}, " if len(layers) > 1 else ""
+    runs = [f"{len(list(own))} x {count}" for count, own in groupby(layers)]
+    ranks = len(report["memory"]["pipeline_ranks_gib"])
+    stage_text = f"pipelines of {ranks} ranks, layers of stages {', '.join(runs)}; " if len(layers) > 1 else ""
     gathered = "gathered layer by layer (ZeRO-3)" if report["reshard_after_forward"] else "gathered once a step"
     lines = [
         f"{report['model']}, {report['parameters']:,} parameters, {chunks}",
@@ -235,7 +238,7 @@ def table(report: dict) -> str:
             lines.append(f"  {text:<56}{pair[0]:>12.2f}{pair[1]:>16.2f}")
     lines.append(f"  {'total':<56}{ours['total_gib']:>12.2f}{stress['total_gib']:>16.2f}")
     if len(layers) > 1:
-        lines.append("  total of each pipeline rank: " + ", ".join(f"{gib:.1f}" for gib in stress["pipeline_ranks_gib"]))
+        lines.append("  total of each pipeline rank: " + ", ".join(f"{gib:.0f}" for gib in stress["pipeline_ranks_gib"]))
     if report["host_gib_per_rank"]:
         lines.append(f"  in host memory, a rank: {report['host_gib_per_rank']:.2f}")
     lines.append("Arithmetic, measured on no GPU. Not in it: CUDA's context, NCCL's buffers, fragmentation; leave 8 GiB for them.")
