@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from chunkflow.execution.executor import run_actions
 from chunkflow.execution.loss import slice_tokens
+from chunkflow.execution.pipeline import SENDS_IN_FLIGHT
 from chunkflow.execution.state import KeyValueState
 from chunkflow.planning.chunks import build_groups
 from chunkflow.planning.memory import Layout, StageSizes, peak_parts
@@ -23,6 +24,8 @@ from chunkflow.training.optimizer import build_optimizer
 from models import families
 from tests.distributed import run_ranks
 from tests.reference import chunk_tensors, random_sequences
+from tests.test_data_parallel import settings as data_parallel_settings
+from tests.test_pipeline import Pipeline
 
 SMALL = dict(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=160, vocab_size=96)
 every_family = pytest.mark.parametrize("family", families)
@@ -172,3 +175,38 @@ def test_what_fsdp_holds():
     (answers,) = run_ranks(all_sharded_steps, 1)
     for case, (held, predicted) in zip(CASES, answers):
         assert held == predicted, case
+
+
+def pipeline_peaks():
+    """On this rank: (most bytes in a step, parts predicted), for a long sequence, then for many short ones."""
+    parallel.init_processes(data_parallel_settings())
+    mesh = torch.distributed.init_device_mesh("cpu", (2, 1), mesh_dim_names=("pp", "dp_shard"))
+    args, whole = small_model("llama3", torch.float64, n_layers=4, tied_embeddings=False)
+    pipeline, answers = Pipeline("llama3", mesh, 1, whole), []
+    ((number, model),) = pipeline.models.items()
+    layout = Layout(compute=8, reduce=8, slice_tokens=slice_tokens("cpu", args.vocab_size), sends_in_flight=SENDS_IN_FLIGHT)
+    stage = StageSizes(args, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, layout)
+    for lengths in ([1200, 300], [256] * 6):
+        sequences = random_sequences(lengths, args.vocab_size, 0)
+        plan = pipeline.plan(lengths, k=1, chunk_size=256)
+        parts = peak_parts({number: stage}, plan.groups[0], plan.pipeline.program[pipeline.rank])
+        for part in ("parameters", "optimizer", "gradients", "gathered_parameters"):
+            parts.pop(part)
+        pipeline.step(plan, sequences)  # FSDP2 makes the storages that it gathers into
+        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        gathered = [p.all_gather_outputs[0] for m in modules for p in m._get_fsdp_state()._fsdp_param_group.fsdp_params]
+        model.zero_grad()
+        chunks = chunk_tensors(plan.groups[0], sequences)
+        inputs = [tensor for group in chunks for chunk in group for tensor in (chunk.tokens, chunk.labels, chunk.positions)]
+        shards = [parameter._local_tensor for parameter in model.parameters()]
+        parallel.begin_step(model, False)
+        with LiveBytes(*gathered, *inputs, *shards) as live:
+            pipeline.schedule.step(plan.pipeline.program[pipeline.rank], plan.groups[0], chunks, 1)
+        answers.append((live.peak, parts))
+    return answers
+
+
+def test_peak_of_pipeline_stages():
+    for answers in run_ranks(pipeline_peaks, 2):
+        for measured, parts in answers:
+            assert 0.85 * sum(parts.values()) < measured < 1.02 * sum(parts.values()), (measured, parts)

@@ -49,10 +49,10 @@ def test_the_comment_is_what_plan_prints(name, monkeypatch, capsys):
 
 @every_preset
 def test_the_fake_backend_runs_it_at_full_size(name, tmp_path):
-    """As its users will run it, but for the data: one sequence of three chunks, and short ones."""
+    """As its users will run it, but for the data: a sequence of k + 1 chunks, so that one is recomputed, and short ones."""
     config = load_config(["--job.config_file", str(PRESETS[name])])
     assert config.training.dataset == "jsonl"
-    data = write_rows(tmp_path / "rows.jsonl", [2 * config.chunkflow.chunk_size + 100, 300, 200, 100])
+    data = write_rows(tmp_path / "rows.jsonl", [config.chunkflow.k * config.chunkflow.chunk_size + 100, 300, 200, 100])
     recipe = "finetune_pipeline.py" if config.parallelism.pipeline_parallel_degree > 1 else "finetune.py"
     options = [f"--training.dataset_path={data}", "--training.global_batch_size=4", f"--job.dump_folder={tmp_path / 'run'}"]
     environ = dict(CONFIG_FILE=str(PRESETS[name]), TRAIN_FILE=str(REPO / "recipes" / recipe), **comment(name)[0])
