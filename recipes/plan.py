@@ -57,7 +57,7 @@ def check(config) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--steps", default="20")
+    own.add_argument("--steps", nargs="?", default="20", const="")
     own.add_argument("--json", action="store_true")
     options, rest = own.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):

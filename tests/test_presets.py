@@ -77,6 +77,7 @@ def test_plan_as_a_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NGPU", "2")
     for wrong, said in (
         (["--steps=0"], "error: --steps = 0 is not a whole number"),
+        (["--steps"], "is not a whole number"),
         (["--training.stepz=1"], "did you mean --training.steps?"),
         (["--parallelism.pipeline_parallel_degree=3"], "the number of processes"),
         (["--parallelism.pipeline_parallel_degree=2", "--parallelism.fsdp_reshard_after_forward=always"], '"default" or "never"'),
