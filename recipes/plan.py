@@ -238,7 +238,8 @@ def table(report: dict) -> str:
             lines.append(f"  {text:<56}{pair[0]:>12.2f}{pair[1]:>16.2f}")
     lines.append(f"  {'total':<56}{ours['total_gib']:>12.2f}{stress['total_gib']:>16.2f}")
     if len(layers) > 1:
-        lines.append("  total of each pipeline rank: " + ", ".join(f"{gib:.0f}" for gib in stress["pipeline_ranks_gib"]))
+        form = ".0f" if stress["total_gib"] >= 10 else ".2f"
+        lines.append("  total of each pipeline rank: " + ", ".join(format(gib, form) for gib in stress["pipeline_ranks_gib"]))
     if report["host_gib_per_rank"]:
         lines.append(f"  in host memory, a rank: {report['host_gib_per_rank']:.2f}")
     lines.append("Arithmetic, measured on no GPU. Not in it: CUDA's context, NCCL's buffers, fragmentation; leave 8 GiB for them.")
