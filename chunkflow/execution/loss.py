@@ -74,8 +74,8 @@ class _SlicedCrossEntropy(torch.autograd.Function):
             dlogits_SV = dlogits_SV.to(hidden_TC.dtype)
             torch.mm(dlogits_SV, weight_VC, out=dhidden_TC[piece])
             part_VC = dlogits_SV.t() @ hidden_TC[piece]
-            # More than one slice adds up in at least fp32, as one product over all tokens would.
-            dweight_VC = part_VC if dweight_VC is None else part_VC.to(lse_T.dtype).add_(dweight_VC)
+            # More than one slice adds up in at least fp32, as one product over all tokens would: one such sum is held, no second.
+            dweight_VC = part_VC if dweight_VC is None else dweight_VC.to(lse_T.dtype).add_(part_VC)
         return dhidden_TC, dweight_VC.to(weight_VC.dtype), None
 
 
@@ -93,6 +93,11 @@ class _Head:
         return hidden_SC.to(self.compute) @ self.weight_CV
 
 
+def slice_tokens(device_type: str, vocab_size: int) -> int:
+    """How many tokens a slice has."""
+    return max(128, _SLICE_ELEMENTS[device_type] // vocab_size)
+
+
 def _slices(tokens: int, weight_VC: torch.Tensor) -> list[slice]:
-    step = max(128, _SLICE_ELEMENTS[weight_VC.device.type] // weight_VC.size(0))
+    step = slice_tokens(weight_VC.device.type, weight_VC.size(0))
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]

@@ -104,7 +104,7 @@ ANSWERS: dict[str, str] = {
     "comm.trace_buf_size": "is not used: set TORCH_FR_BUFFER_SIZE in the environment for PyTorch's flight recorder",
     "comm.save_traces_folder": "is not used: set TORCH_FR_DUMP_TEMP_FILE in the environment for PyTorch's flight recorder",
     "comm.save_traces_file_prefix": "is not used: set TORCH_FR_DUMP_TEMP_FILE in the environment for PyTorch's flight recorder",
-    "memory_estimation": "is not used: NGPU=8 COMM_MODE=fake_backend ./run_train.sh checks a large layout in one process",
+    "memory_estimation": "is not used: NGPU=8 python recipes/plan.py --job.config_file X.toml predicts a rank's memory, by part",
     "fault_tolerance": "is not used: replicas that come and go are not supported, remove the section",
     "experimental.pipeline_parallel_degree": "has moved: set parallelism.pipeline_parallel_degree",
     "experimental.pipeline_parallel_split_points": _EVEN_STAGES,
