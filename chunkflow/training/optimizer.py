@@ -2,24 +2,86 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+
+logger = logging.getLogger(__name__)
 
 
-def build_optimizer(model: nn.Module, config) -> torch.optim.AdamW:
-    """AdamW; weight decay applies to all parameters, as in torchtitan."""
+def check_optimizer(config) -> None:
+    """That the config's optimizer can run here. ValueError, one sentence, where not."""
     settings = config.optimizer
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=settings.implementation == "fused",
-        foreach=settings.implementation == "foreach",
+    if settings.name == "AdamW8bit":
+        if config.training.dtype == "float64":
+            raise ValueError(
+                'optimizer.name = "AdamW8bit" contradicts training.dtype = "float64", since it computes in float32: set "AdamW"'
+            )
+        if settings.implementation != "fused":
+            raise ValueError(
+                f'optimizer.implementation = "{settings.implementation}" is for optimizer.name = "AdamW", AdamW8bit has its own kernels:'
+                " remove one"
+            )
+    compiled = {
+        'optimizer.name = "AdamW8bit"': settings.name == "AdamW8bit",
+        "compile.enable = true": config.compile.enable and config.compile.backend == "inductor",
+    }
+    on_cpu = not torch.cuda.is_available() or config.training.enable_cpu_offload
+    if config.comm.mode != "fake_backend" and on_cpu and any(compiled.values()) and not _compiles_nothing():
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise ValueError(
+                f"{next(name for name, used in compiled.items() if used)} compiles for the CPU, but there is no C++ compiler: install"
+                " g++ (or name one in CXX), or set TORCH_COMPILE_DISABLE=1 in the environment to run slower without"
+            ) from None
+
+
+def _compiles_nothing() -> bool:
+    return os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+
+
+def build_optimizer(model: nn.Module, config) -> Optimizer:
+    """AdamW, or torchao's AdamW8bit; weight decay applies to all parameters, as in torchtitan."""
+    settings = config.optimizer
+    options = dict(
+        lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay
     )
+    if settings.name == "AdamW8bit":
+        return _adamw_8bit(model, config, options)
+    fused, foreach = settings.implementation == "fused", settings.implementation == "foreach"
+    return torch.optim.AdamW(model.parameters(), **options, fused=fused, foreach=foreach)
+
+
+def _adamw_8bit(model: nn.Module, config, options: dict) -> Optimizer:
+    """Moments in 8 bits, a scale for each block of 256; shards of fewer than 4096 elements, or of no whole number of blocks, keep
+    theirs in float32. Here, since importing torchao takes seconds and warns."""
+    from torchao.optim import AdamW8bit
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    aten = torch.ops.aten
+
+    @OptimState8bit.implements(aten.new_empty.default)
+    def new_empty(function, types, arguments, options):
+        """What dcp.async_save needs to copy a state before it is written, and torchao 0.18 lacks."""
+        state, size = arguments[:2]
+        copies = [state.codes.new_empty(size, **options), *(part.new_empty(part.shape, **options) for part in (state.scale, state.qmap))]
+        return OptimState8bit(*copies, state.signed, dtype=state.dtype)
+
+    optimizer = AdamW8bit(model.parameters(), **options)
+    if config.comm.mode == "fake_backend" or _compiles_nothing():
+        torch.compiler.set_stance("force_eager")  # torchao asks for one whole graph, which is an error where nothing compiles
+    else:
+        logger.info("AdamW8bit compiles its update in the first step, which takes up to a minute")
+    return optimizer
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, decay_ratio: float | None, decay_type: str, minimum: float) -> float:
@@ -47,5 +109,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config) -> fl
         step, config.training.steps, schedule.warmup_steps, schedule.decay_ratio, schedule.decay_type, schedule.min_lr_factor
     )
     for group in optimizer.param_groups:
-        group["lr"] = config.optimizer.lr * factor
+        if isinstance(group["lr"], torch.Tensor):  # torchao's, so that a new rate is no reason to compile anew
+            group["lr"].fill_(config.optimizer.lr * factor)
+        else:
+            group["lr"] = config.optimizer.lr * factor
     return config.optimizer.lr * factor
