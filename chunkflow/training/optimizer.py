@@ -62,26 +62,47 @@ def build_optimizer(model: nn.Module, config) -> Optimizer:
 
 
 def _adamw_8bit(model: nn.Module, config, options: dict) -> Optimizer:
-    """Moments in 8 bits, a scale for each block of 256; shards of fewer than 4096 elements, or of no whole number of blocks, keep
-    theirs in float32. Here, since importing torchao takes seconds and warns."""
+    """Moments in 8 bits with a scale for each block of 256; a rank's part of fewer than 4096 elements, or of no whole number of
+    blocks, keeps its moments in float32. torchao is imported here: it takes seconds, and it warns."""
     from torchao.optim import AdamW8bit
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    aten = torch.ops.aten
-
-    @OptimState8bit.implements(aten.new_empty.default)
+    @OptimState8bit.implements(torch.ops.aten.new_empty.default)
     def new_empty(function, types, arguments, options):
-        """What dcp.async_save needs to copy a state before it is written, and torchao 0.18 lacks."""
-        state, size = arguments[:2]
-        copies = [state.codes.new_empty(size, **options), *(part.new_empty(part.shape, **options) for part in (state.scale, state.qmap))]
-        return OptimState8bit(*copies, state.signed, dtype=state.dtype)
+        """What torchao 0.18 lacks for dcp.async_save, which makes such a state and then copies the three tensors of another."""
+        state, size = arguments
+        scale, qmap = (part.new_empty(part.shape, **options) for part in (state.scale, state.qmap))
+        return OptimState8bit(state.codes.new_empty(size, **options), scale, qmap, state.signed, dtype=state.dtype)
 
-    optimizer = AdamW8bit(model.parameters(), **options)
     if config.comm.mode == "fake_backend" or _compiles_nothing():
         torch.compiler.set_stance("force_eager")  # torchao asks for one whole graph, which is an error where nothing compiles
     else:
         logger.info("AdamW8bit compiles its update in the first step, which takes up to a minute")
-    return optimizer
+    return AdamW8bit(model.parameters(), **options)
+
+
+def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """All state of the optimizer as "optimizer.NAME.KEY", for the names given; zeros where there has been no step yet.
+
+    The tensors themselves, sharded as their parameters are: torch.distributed.checkpoint saves them and loads into them. Another
+    number of ranks may load them, with one exception: where it would cut an 8-bit block of 256 elements, torchao raises a
+    ValueError (rows whose length is a multiple of 256 are never cut).
+    """
+    tensors = {}
+    for group in optimizer.param_groups:
+        trained = {id(parameter) for parameter in group["params"]}
+        for name, parameter in parameters.items():
+            if id(parameter) not in trained or not parameter.requires_grad:
+                continue
+            state = optimizer.state[parameter]
+            if not state:  # as the first step would make it
+                step_device = parameter.device if group.get("fused") else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
+                zeros = getattr(optimizer, "_new_buffer", None)  # torchao's
+                state["exp_avg"] = zeros(parameter, True) if zeros else torch.zeros_like(parameter)
+                state["exp_avg_sq"] = zeros(parameter, False) if zeros else torch.zeros_like(parameter)
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+    return tensors
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, decay_ratio: float | None, decay_type: str, minimum: float) -> float:
