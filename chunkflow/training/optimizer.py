@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,11 @@ def check_optimizer(config) -> None:
             raise ValueError(
                 f'optimizer.implementation = "{settings.implementation}" is for optimizer.name = "AdamW", AdamW8bit has its own kernels:'
                 " remove one"
+            )
+        if config.comm.mode == "fake_backend":
+            raise ValueError(
+                'optimizer.name = "AdamW8bit" reads its tensors, which have no content with comm.mode = "fake_backend": set "AdamW" for'
+                " this check"
             )
     compiled = {
         'optimizer.name = "AdamW8bit"': settings.name == "AdamW8bit",
@@ -74,11 +80,19 @@ def _adamw_8bit(model: nn.Module, config, options: dict) -> Optimizer:
         scale, qmap = (part.new_empty(part.shape, **options) for part in (state.scale, state.qmap))
         return OptimState8bit(state.codes.new_empty(size, **options), scale, qmap, state.signed, dtype=state.dtype)
 
-    if config.comm.mode == "fake_backend" or _compiles_nothing():
+    optimizer = AdamW8bit(model.parameters(), **options)
+    moments = [state for name, state in optimizer_tensors(optimizer, dict(model.named_parameters())).items() if not name.endswith(".step")]
+    locals_ = [state.to_local() if isinstance(state, DTensor) else state for state in moments]
+    parts = [part for state in locals_ for part in ([state.codes, state.scale, state.qmap] if hasattr(state, "codes") else [state])]
+    logger.info(
+        f"AdamW8bit keeps this rank's moments in {sum(part.nbytes for part in parts):,} bytes, AdamW would take"
+        f" {4 * sum(state.numel() for state in locals_):,}"
+    )
+    if _compiles_nothing():
         torch.compiler.set_stance("force_eager")  # torchao asks for one whole graph, which is an error where nothing compiles
     else:
         logger.info("AdamW8bit compiles its update in the first step, which takes up to a minute")
-    return AdamW8bit(model.parameters(), **options)
+    return optimizer
 
 
 def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
