@@ -1,7 +1,7 @@
 """float8 and int8 linear layers and AdamW8bit, through both recipes: they train as well as bfloat16 and AdamW, to stated margins.
 
-What they save: AdamW8bit's moments take 2.05 bytes a parameter instead of 8 on the debug model. float8 and int8 save no bytes, since
-weights and saved activations stay as they are; what they are for is faster products on GPUs.
+What they save: AdamW8bit's moments take 2.05 bytes a parameter instead of 8 on the debug model. float8 and int8 save no bytes,
+since weights and saved activations stay as they are; what they are for is faster products on GPUs.
 """
 
 import json
@@ -32,7 +32,8 @@ from tests.runs import RECIPE, REPO, run, train, write_rows
 LENGTHS = [300, 20, 64, 5, 130, 31, 7, 90, 12, 1, 48, 200, 9, 77, 33]
 PIPELINE = REPO / "recipes" / "finetune_pipeline.py"
 STEPS = 6
-MARGIN = 0.005  # of the loss, at each of the steps, in which it falls by a tenth
+# Of the loss, at each of the steps, in which it falls by a tenth. Measured: float8 0.0022, int8 0.00024, AdamW8bit 0.00024.
+MARGINS = {"float8": 0.005, "int8": 0.001, "AdamW8bit": 0.001}
 FLOAT8 = ["--model.converters=float8", "--quantize.linear.float8.emulate"]
 INT8 = ["--model.converters=int8"]
 STAGES = ["--parallelism.pipeline_parallel_degree=2"]
@@ -109,14 +110,14 @@ def curves(folder, settings):
 def test_they_train_as_well_as_bfloat16_and_adamw(curves, name):
     reference = curves["bfloat16"]
     assert reference[-1] < 0.95 * reference[0]
-    assert curves[name] == pytest.approx(reference, rel=MARGIN) and curves[name] != reference
+    assert curves[name] == pytest.approx(reference, rel=MARGINS[name.split()[0]]) and curves[name] != reference
 
 
 @pytest.mark.parametrize("converter", ["float8", "int8"])
 def test_chunks_train_as_well_as_whole_sequences(curves, converter):
     whole = curves[f"{converter} on whole sequences"]
     for layout in ("ranks", "stages"):
-        assert curves[f"{converter} on {layout}"] == pytest.approx(whole, rel=MARGIN)
+        assert curves[f"{converter} on {layout}"] == pytest.approx(whole, rel=MARGINS[converter])
 
 
 def test_weights_that_int8_trained_are_saved_and_loaded_by_name(curves, folder, settings):
@@ -130,7 +131,7 @@ def test_weights_that_int8_trained_are_saved_and_loaded_by_name(curves, folder, 
 def test_adamw_8bit_without_a_compiler(curves, folder, settings):
     """Slower a step, and the same curve as compiled on two ranks, which round their sums differently."""
     rows = train(folder, "plain", folder / "rows.jsonl", *settings, "--optimizer.name=AdamW8bit", TORCH_COMPILE_DISABLE="1")
-    assert [row["loss"] for row in rows] == pytest.approx(curves["AdamW8bit on ranks"], rel=MARGIN)
+    assert [row["loss"] for row in rows] == pytest.approx(curves["AdamW8bit on ranks"], rel=MARGINS["AdamW8bit"])
 
 
 def test_the_bytes_that_adamw_8bit_saves():
@@ -139,7 +140,8 @@ def test_the_bytes_that_adamw_8bit_saves():
     for name in ("AdamW", "AdamW8bit"):
         tensors = optimizer_tensors(build_optimizer(model, load_config([f"--optimizer.name={name}"])), parameters)
         assert set(tensors) == {f"optimizer.{name}.{key}" for name in parameters for key in ("step", "exp_avg", "exp_avg_sq")}
-        sizes[name] = sum(part.nbytes for tensor in tensors.values() for part in inner(tensor)) / sum(map(torch.numel, model.parameters()))
+        state_bytes = sum(part.nbytes for tensor in tensors.values() for part in inner(tensor))
+        sizes[name] = state_bytes / sum(parameter.numel() for parameter in parameters.values())
     assert 8 <= sizes["AdamW"] < 8.001 and 2 < sizes["AdamW8bit"] < 2.06, sizes
 
 

@@ -129,8 +129,8 @@ ANSWERS: dict[str, str] = {
 
 # Values, as `key=value`, or `key=*` for any value that is not admitted.
 VALUE_ANSWERS: dict[str, str] = {
-    "optimizer.name=AdamW4bit": 'is not there, since torchao 0.18 cannot shard its state over ranks: set optimizer.name = "AdamW8bit"',
-    "optimizer.name=AdamWFp8": 'is not there, since torchao 0.18 cannot shard its state over ranks: set optimizer.name = "AdamW8bit"',
+    "optimizer.name=AdamW4bit": 'is not there, since torchao 0.18 cannot shard its state: set optimizer.name = "AdamW8bit"',
+    "optimizer.name=AdamWFp8": 'is not there, since torchao 0.18 cannot shard its state: set optimizer.name = "AdamW8bit"',
     "model.converters=quantize.linear.float8": 'was renamed: set model.converters = ["float8"]',
     "model.converters=mx": 'is not there, MX formats are not supported: choose "float8" or "int8"',
     "model.converters=quantize.linear.mx": 'is not there, MX formats are not supported: choose "float8" or "int8"',

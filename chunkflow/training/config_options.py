@@ -116,7 +116,7 @@ class ChunkFlow:
 
 @dataclass
 class Optimizer:
-    name: str = option("AdamW", "optimizer; AdamW8bit (torchao) keeps 2 bytes a parameter, not 8", choices=("AdamW", "AdamW8bit"))
+    name: str = option("AdamW", "AdamW8bit (torchao) keeps 2 bytes a parameter, not 8", choices=("AdamW", "AdamW8bit"))
     lr: float = option(8e-4, "learning rate after warm-up", NOT_NEGATIVE)
     beta1: float = option(0.9, "decay of the gradient's mean", BELOW_1)
     beta2: float = option(0.95, "decay of the gradient's mean square", BELOW_1)

@@ -52,13 +52,13 @@ def check_converters(config, family: ModuleType, args: Any) -> None:
         for word in float8.filter_fqns:
             if word != SMALL_LAYERS and not any(word in name for name in names):
                 raise ValueError(
-                    f'quantize.linear.float8.filter_fqns = "{word}" is part of no linear layer\'s name: their names are like'
-                    f" {', '.join(name for name in names if not name.startswith('layers') or name.startswith(names[0][:9]))}"
+                    f'quantize.linear.float8.filter_fqns = "{word}" is part of no linear layer\'s name: use parts of names such as'
+                    f" {', '.join(name for name in names if name.startswith('layers.0.'))}"
                 )
     if not layers_to_convert(model, config):
         raise ValueError(
-            f'model.converters = "{converters[0]}" finds no layer in {config.model.name} {config.model.flavor}: sizes are no multiples'
-            " of 16, or quantize.linear.float8.filter_fqns leaves out all; remove the one or change the other"
+            f'model.converters = "{converters[0]}" finds no layer in {config.model.name} {config.model.flavor}: remove it, or change'
+            " quantize.linear.float8.filter_fqns (sizes have to be multiples of 16, too)"
         )
 
 
@@ -107,4 +107,4 @@ def convert_model(model: nn.Module, config) -> None:
         # Swapped modules instead of weights of a tensor subclass: parameters are then like any others for FSDP2 and checkpoints.
         quantize_(model, Int8MixedPrecisionTrainingConfig(module_swap=True), filter_fn=chosen)
         how = ""
-    logger.info(f"Converted {len(names)} of {linear_layers} linear layers to {converter} training{how}; their weights stay as they are")
+    logger.info(f"Converted {len(names)} of {linear_layers} linear layers to {converter} training{how}; weights stay")

@@ -21,17 +21,17 @@ def check_optimizer(config) -> None:
     if settings.name == "AdamW8bit":
         if config.training.dtype == "float64":
             raise ValueError(
-                'optimizer.name = "AdamW8bit" contradicts training.dtype = "float64", since it computes in float32: set "AdamW"'
+                'optimizer.name = "AdamW8bit" computes in float32, which contradicts training.dtype = "float64": set "AdamW"'
             )
         if settings.implementation != "fused":
             raise ValueError(
-                f'optimizer.implementation = "{settings.implementation}" is for optimizer.name = "AdamW", AdamW8bit has its own kernels:'
-                " remove one"
+                f'optimizer.implementation = "{settings.implementation}" is for AdamW, optimizer.name = "AdamW8bit" has its own'
+                " kernels: remove one"
             )
         if config.comm.mode == "fake_backend":
             raise ValueError(
-                'optimizer.name = "AdamW8bit" reads its tensors, which have no content with comm.mode = "fake_backend": set "AdamW" for'
-                " this check"
+                'optimizer.name = "AdamW8bit" reads its tensors, which have no content with comm.mode = "fake_backend": set "AdamW"'
+                " for this check"
             )
     compiled = {
         'optimizer.name = "AdamW8bit"': settings.name == "AdamW8bit",
@@ -46,8 +46,8 @@ def check_optimizer(config) -> None:
             get_cpp_compiler()
         except InvalidCxxCompiler:
             raise ValueError(
-                f"{next(name for name, used in compiled.items() if used)} compiles for the CPU, but there is no C++ compiler: install"
-                " g++ (or name one in CXX), or set TORCH_COMPILE_DISABLE=1 in the environment to run slower without"
+                f"{next(name for name, used in compiled.items() if used)} compiles for the CPU, but there is no C++ compiler:"
+                " install g++ (or name one in CXX), or set TORCH_COMPILE_DISABLE=1 in the environment to run slower without"
             ) from None
 
 
@@ -81,7 +81,8 @@ def _adamw_8bit(model: nn.Module, config, options: dict) -> Optimizer:
         return OptimState8bit(state.codes.new_empty(size, **options), scale, qmap, state.signed, dtype=state.dtype)
 
     optimizer = AdamW8bit(model.parameters(), **options)
-    moments = [state for name, state in optimizer_tensors(optimizer, dict(model.named_parameters())).items() if not name.endswith(".step")]
+    tensors = optimizer_tensors(optimizer, dict(model.named_parameters()))
+    moments = [state for name, state in tensors.items() if not name.endswith(".step")]
     locals_ = [state.to_local() if isinstance(state, DTensor) else state for state in moments]
     parts = [part for state in locals_ for part in ([state.codes, state.scale, state.qmap] if hasattr(state, "codes") else [state])]
     logger.info(
