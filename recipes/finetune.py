@@ -24,9 +24,10 @@ from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings
 from chunkflow.training import checkpoint, hf, parallel
 from chunkflow.training.config import ConfigError, main_config, to_toml, user_errors
+from chunkflow.training.converters import check_converters, convert_model
 from chunkflow.training.metrics import GarbageCollection, MetricsLogger, init_logger
 from chunkflow.training.model import apply_activation_checkpoint, apply_compile, model_args, open_tokenizer
-from chunkflow.training.optimizer import build_optimizer, set_learning_rate
+from chunkflow.training.optimizer import build_optimizer, check_optimizer, set_learning_rate
 from chunkflow.training.pictures import plan_figure
 from chunkflow.training.preemption import StopRequest
 from chunkflow.training.profiling import profiler
@@ -46,6 +47,8 @@ def check(config) -> None:
     tokenizer = open_tokenizer(config)
     family, args = model_args(config, tokenizer.vocab_size if tokenizer else 0)
     hf.check(config, family, args)
+    check_converters(config, family, args)
+    check_optimizer(config)
     checkpoint.check(config, args)
     if torch.cuda.is_available() and config.training.mixed_precision_param != "bfloat16":
         raise ConfigError(
@@ -122,6 +125,7 @@ def main() -> None:
         name = f"{config.model.name} {config.model.flavor}"
         logger.info(f"Building {name} with {args}")
         logger.info(f"Model {name} size: {sum(p.numel() for p in model.parameters()):,} total parameters")
+        convert_model(model, config)
         apply_compile(model, config)
         apply_activation_checkpoint(model, config)
         parallel.apply_fsdp(model, mesh, config, reshard)

@@ -27,9 +27,10 @@ from chunkflow.planning.planner import PipelineSettings, PlanSettings, plan_step
 from chunkflow.planning.simulate import picture
 from chunkflow.training import checkpoint, hf, parallel, stages
 from chunkflow.training.config import ConfigError, main_config, to_toml, user_errors
+from chunkflow.training.converters import check_converters, convert_model
 from chunkflow.training.metrics import GarbageCollection, MetricsLogger, init_logger
 from chunkflow.training.model import apply_activation_checkpoint, apply_compile, model_args, open_tokenizer
-from chunkflow.training.optimizer import build_optimizer, set_learning_rate
+from chunkflow.training.optimizer import build_optimizer, check_optimizer, set_learning_rate
 from chunkflow.training.pictures import plan_figure
 from chunkflow.training.preemption import StopRequest
 from chunkflow.training.profiling import profiler
@@ -55,6 +56,8 @@ def check(config) -> None:
     tokenizer = open_tokenizer(config)
     family, args = model_args(config, tokenizer.vocab_size if tokenizer else 0)
     hf.check(config, family, args)
+    check_converters(config, family, args)
+    check_optimizer(config)
     checkpoint.check(config, args)
     stages.layers_of_stages(config, args)
     if torch.cuda.is_available() and config.training.mixed_precision_param != "bfloat16":
@@ -143,6 +146,7 @@ def main() -> None:
         logger.info(f"Model {name} size: {size:,} total parameters, layers of its {len(layers)} stages: {list(map(len, layers))}")
         chunk_stages = []
         for stage, model in models.items():
+            convert_model(model, config)
             apply_compile(model, config)
             apply_activation_checkpoint(model, config)
             parallel.apply_fsdp(model, data_mesh, config, reshard=False)

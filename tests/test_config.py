@@ -34,6 +34,7 @@ CONTRACT = {
     "model.tokenizer_path": "",
     "model.rope_theta": None,
     "model.rope_scaling": None,
+    "model.converters": [],
     "training.dataset": "python_stdlib",
     "training.dataset_path": "",
     "training.global_batch_size": 16,
@@ -91,6 +92,9 @@ CONTRACT = {
     "metrics.enable_tensorboard": True,
     "metrics.save_tb_folder": "tb",
     "metrics.disable_color_printing": False,
+    "quantize.linear.float8.recipe_name": None,
+    "quantize.linear.float8.filter_fqns": [],
+    "quantize.linear.float8.emulate": False,
     "profiling.enable_profiling": False,
     "profiling.save_traces_folder": "profile_traces",
     "profiling.profile_freq": 10,
@@ -106,8 +110,7 @@ CONTRACT = {
     "debug.deterministic": False,
 }
 CONTRACT_LATER = """
-model.converters chunkflow.kv_offload chunkflow.keep_attention quantize.linear.float8.recipe_name quantize.linear.float8.filter_fqns
-quantize.linear.float8.emulate
+chunkflow.kv_offload chunkflow.keep_attention
 """.split()
 
 # torchtitan's keys, section by section, and older spellings of them.
@@ -257,8 +260,12 @@ def test_tables():
         (["--compile.enable=maybe"], "is not true or false"),
         (["--compile.components=model,loss"], 'compile.components = "loss" is not compiled, head and loss run in slices'),
         (["--training.overlong=trunc"], 'choose one of "error", "truncate", "drop" (did you mean "truncate"?)'),
-        (["--optimizer.name=adamw"], 'choose "AdamW"'),
-        (["--optimizer.name=AdamW8bit"], "is not available in this version"),
+        (["--optimizer.name=adamw"], 'choose one of "AdamW"'),
+        (["--optimizer.name=AdamW4bit"], 'cannot shard its state: set optimizer.name = "AdamW8bit"'),
+        (["--optimizer.name=AdamWFp8"], 'cannot shard its state: set optimizer.name = "AdamW8bit"'),
+        (["--model.converters=quantize.linear.float8"], 'was renamed: set model.converters = ["float8"]'),
+        (["--model.converters=mx"], "MX formats are not supported"),
+        (["--quantize.linear.float8.recipe_name=row"], '(did you mean "rowwise"?)'),
         (["--training.dataset=allenai/c4"], "hub names, parquet and mixtures are not read yet"),
         (["--training.dataset=jsonl"], "set training.dataset_path"),
         (["--training.dataset=synthetic", "--training.dataset_path=short"], '"lmsys" or "llama3_sft"'),
@@ -302,7 +309,10 @@ def test_refusals_on_the_command_line(argv, words):
         ("[fault_tolerance]\nenable = false\n", 1, "fault_tolerance.enable is not used"),
         ("[experimental]\npipeline_parallel_degree = 2\n", 1, "parallelism.pipeline_parallel_degree"),
         ("[checkpoint]\nenable_checkpoint = false\n", 2, "checkpoint.enable_checkpoint was renamed: set checkpoint.enable"),
-        ("[quantize.linear.float8]\nemulate = true\n", None, "is not available in this version"),
+        ("[quantize.linear.float8]\nemulate = 1\n", 2, "quantize.linear.float8.emulate = 1 is not true or false"),
+        ("[quantize.linear.float8]\nenable_fsdp_float8_all_gather = true\n", 2, "is not used"),
+        ("[quantize.linear.mx]\nfilter_fqns = []\n", None, "quantize.linear.mx.filter_fqns is not used: MX formats"),
+        ("[quantize.linear]\nfloat8 = true\n", None, "is a section"),
         ("[job]\nconfig_file = 'x.toml'\n", 2, "belongs on the command line"),
         ("[training]\nsteps = \n", 2, "not valid TOML"),
         ("[training]\nsteps = 1\nsteps = 2\n", 3, "not valid TOML"),

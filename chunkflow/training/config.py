@@ -61,7 +61,7 @@ def _keys(section: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
 
 
 KEYS: dict[str, Key] = dict(_keys(Config))
-SECTIONS = {name.rpartition(".")[0] for name in KEYS}
+SECTIONS = {name[:place] for name in KEYS for place, letter in enumerate(name) if letter == "."}
 
 
 def load_config(argv: list[str]) -> Config:

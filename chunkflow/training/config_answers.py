@@ -7,8 +7,6 @@ from __future__ import annotations
 
 # Keys and sections that are planned but not in this version. Looked up first: delete an entry when its key arrives.
 LATER: dict[str, str] = {
-    "quantize": "is not available in this version: set training.mixed_precision_param to choose what the model computes in",
-    "model.converters": "is not available in this version: no float8 or int8 training yet, remove the key",
     "chunkflow.kv_offload": "is not available in this version: K/V state stays on the device, remove the key",
     "chunkflow.keep_attention": "is not available in this version: a recomputed chunk repeats its attention, remove the key",
     "lora": "is not available in this version: all parameters are trained, remove the section",
@@ -98,6 +96,11 @@ ANSWERS: dict[str, str] = {
     "activation_checkpoint.preserve_rng_state": "is not used: nothing in the models is random, remove the key",
     "activation_checkpoint.determinism_check": "is not used: nothing in the models is random, remove the key",
     "activation_checkpoint.debug": "is not used: remove the key",
+    "quantize.linear.float8.enable_fsdp_float8_all_gather": "is not used: layers are gathered in training.mixed_precision_param and cast"
+    " for each product, remove the key",
+    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": "is not used: it belongs to float8 all-gathers, which are not"
+    " there, remove the key",
+    "quantize.linear.float8.force_recompute_fp8_weight_in_bwd": "is not used: remove the key",
     "quantize.linear.mx": "is not used: MX formats are not supported, remove the section",
     "quantize.grouped_mm": _NO_EXPERTS,
     "float8": 'has moved: add "float8" to model.converters and use quantize.linear.float8',
@@ -122,7 +125,11 @@ ANSWERS: dict[str, str] = {
 
 # Values, as `key=value`, or `key=*` for any value that is not admitted.
 VALUE_ANSWERS: dict[str, str] = {
-    "optimizer.name=AdamW8bit": 'is not available in this version: set optimizer.name = "AdamW"',
+    "optimizer.name=AdamW4bit": 'is not there, since torchao 0.18 cannot shard its state: set optimizer.name = "AdamW8bit"',
+    "optimizer.name=AdamWFp8": 'is not there, since torchao 0.18 cannot shard its state: set optimizer.name = "AdamW8bit"',
+    "model.converters=quantize.linear.float8": 'was renamed: set model.converters = ["float8"]',
+    "model.converters=mx": 'is not there, MX formats are not supported: choose "float8" or "int8"',
+    "model.converters=quantize.linear.mx": 'is not there, MX formats are not supported: choose "float8" or "int8"',
     "optimizer.name=Adam": 'is not there: set optimizer.name = "AdamW" and optimizer.weight_decay = 0',
     "activation_checkpoint.mode=memory_budget": "is not there: chunkflow.chunk_size and chunkflow.k bound the activations,"
     ' set "none", "selective" or "full"',

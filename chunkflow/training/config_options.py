@@ -79,6 +79,7 @@ class Model:
     tokenizer_path: str = option("", "tokenizer; empty: that of hf_assets_path, without it the one shipped for Python sources")
     rope_theta: float | None = option(None, "base of the rotary angles; unset: the model's", POSITIVE)
     rope_scaling: dict | None = option(None, "Hugging Face's keys; unset: the model's", entries=ROPE_SCALING)
+    converters: list[str] = option([], "what linear layers multiply in, the head excepted (torchao)", choices=("float8", "int8"))
 
 
 @dataclass
@@ -120,13 +121,13 @@ class ChunkFlow:
 
 @dataclass
 class Optimizer:
-    name: str = option("AdamW", "optimizer", choices=("AdamW",))
+    name: str = option("AdamW", "AdamW8bit (torchao) keeps 2 bytes a parameter, not 8", choices=("AdamW", "AdamW8bit"))
     lr: float = option(8e-4, "learning rate after warm-up", NOT_NEGATIVE)
     beta1: float = option(0.9, "decay of the gradient's mean", BELOW_1)
     beta2: float = option(0.95, "decay of the gradient's mean square", BELOW_1)
     eps: float = option(1e-8, "added to the denominator", NOT_NEGATIVE)
     weight_decay: float = option(0.1, "of all parameters", NOT_NEGATIVE)
-    implementation: str = option("fused", "PyTorch's implementation", choices=("fused", "foreach", "for-loop"))
+    implementation: str = option("fused", "PyTorch's implementation of AdamW", choices=("fused", "foreach", "for-loop"))
 
 
 @dataclass
@@ -195,6 +196,27 @@ class Compile:
 
 
 @dataclass
+class Float8:
+    recipe_name: str | None = option(
+        None, "how values are scaled; unset: tensorwise", choices=("tensorwise", "rowwise", "rowwise_with_gw_hp")
+    )
+    filter_fqns: list[str] = option(
+        [], "parts of names of layers to leave out; auto_filter_small_kn: those too small to gain, by torchao's benchmarks"
+    )
+    emulate: bool = option(False, "float8 values, but products in float32: on a CPU or an older GPU, slower than without")
+
+
+@dataclass
+class QuantizedLinear:
+    float8: Float8 = field(default_factory=Float8)
+
+
+@dataclass
+class Quantize:
+    linear: QuantizedLinear = field(default_factory=QuantizedLinear)
+
+
+@dataclass
 class Metrics:
     log_freq: int = option(10, "steps between logged steps; step 1 is always logged", AT_LEAST_1)
     enable_tensorboard: bool = option(True, "write TensorBoard events")
@@ -245,6 +267,7 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
+    quantize: Quantize = field(default_factory=Quantize)
     metrics: Metrics = field(default_factory=Metrics)
     profiling: Profiling = field(default_factory=Profiling)
     comm: Comm = field(default_factory=Comm)

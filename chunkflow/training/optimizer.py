@@ -2,24 +2,122 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+logger = logging.getLogger(__name__)
 
 
-def build_optimizer(model: nn.Module, config) -> torch.optim.AdamW:
-    """AdamW; weight decay applies to all parameters, as in torchtitan."""
+def check_optimizer(config) -> None:
+    """That the config's optimizer can run here. ValueError, one sentence, where not."""
     settings = config.optimizer
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=settings.implementation == "fused",
-        foreach=settings.implementation == "foreach",
+    if settings.name == "AdamW8bit":
+        if config.training.dtype == "float64":
+            raise ValueError(
+                'optimizer.name = "AdamW8bit" computes in float32, which contradicts training.dtype = "float64": set "AdamW"'
+            )
+        if settings.implementation != "fused":
+            raise ValueError(
+                f'optimizer.implementation = "{settings.implementation}" is for AdamW, optimizer.name = "AdamW8bit" has its own'
+                " kernels: remove one"
+            )
+        if config.comm.mode == "fake_backend":
+            raise ValueError(
+                'optimizer.name = "AdamW8bit" reads its tensors, which have no content with comm.mode = "fake_backend": set "AdamW"'
+                " for this check"
+            )
+    compiled = {
+        'optimizer.name = "AdamW8bit"': settings.name == "AdamW8bit",
+        "compile.enable = true": config.compile.enable and config.compile.backend == "inductor",
+    }
+    on_cpu = not torch.cuda.is_available() or config.training.enable_cpu_offload
+    if config.comm.mode != "fake_backend" and on_cpu and any(compiled.values()) and not _compiles_nothing():
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise ValueError(
+                f"{next(name for name, used in compiled.items() if used)} compiles for the CPU, but there is no C++ compiler:"
+                " install g++ (or name one in CXX), or set TORCH_COMPILE_DISABLE=1 in the environment to run slower without"
+            ) from None
+
+
+def _compiles_nothing() -> bool:
+    return os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+
+
+def build_optimizer(model: nn.Module, config) -> Optimizer:
+    """AdamW, or torchao's AdamW8bit; weight decay applies to all parameters, as in torchtitan."""
+    settings = config.optimizer
+    options = dict(
+        lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay
     )
+    if settings.name == "AdamW8bit":
+        return _adamw_8bit(model, config, options)
+    fused, foreach = settings.implementation == "fused", settings.implementation == "foreach"
+    return torch.optim.AdamW(model.parameters(), **options, fused=fused, foreach=foreach)
+
+
+def _adamw_8bit(model: nn.Module, config, options: dict) -> Optimizer:
+    """Moments in 8 bits with a scale for each block of 256; a rank's part of fewer than 4096 elements, or of no whole number of
+    blocks, keeps its moments in float32. torchao is imported here: it takes seconds, and it warns."""
+    from torchao.optim import AdamW8bit
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    @OptimState8bit.implements(torch.ops.aten.new_empty.default)
+    def new_empty(function, types, arguments, options):
+        """What torchao 0.18 lacks for dcp.async_save, which makes such a state and then copies the three tensors of another."""
+        state, size = arguments
+        scale, qmap = (part.new_empty(part.shape, **options) for part in (state.scale, state.qmap))
+        return OptimState8bit(state.codes.new_empty(size, **options), scale, qmap, state.signed, dtype=state.dtype)
+
+    optimizer = AdamW8bit(model.parameters(), **options)
+    tensors = optimizer_tensors(optimizer, dict(model.named_parameters()))
+    moments = [state for name, state in tensors.items() if not name.endswith(".step")]
+    locals_ = [state.to_local() if isinstance(state, DTensor) else state for state in moments]
+    parts = [part for state in locals_ for part in ([state.codes, state.scale, state.qmap] if hasattr(state, "codes") else [state])]
+    logger.info(
+        f"AdamW8bit keeps this rank's moments in {sum(part.nbytes for part in parts):,} bytes, AdamW would take"
+        f" {4 * sum(state.numel() for state in locals_):,}"
+    )
+    if _compiles_nothing():
+        torch.compiler.set_stance("force_eager")  # torchao asks for one whole graph, which is an error where nothing compiles
+    else:
+        logger.info("AdamW8bit compiles its update in the first step, which takes up to a minute")
+    return optimizer
+
+
+def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """All state of the optimizer as "optimizer.NAME.KEY", for the names given; zeros where there has been no step yet.
+
+    The tensors themselves, sharded as their parameters are: torch.distributed.checkpoint saves them and loads into them. Another
+    number of ranks may load them, with one exception: where it would cut an 8-bit block of 256 elements, torchao raises a
+    ValueError (rows whose length is a multiple of 256 are never cut).
+    """
+    tensors = {}
+    for group in optimizer.param_groups:
+        trained = {id(parameter) for parameter in group["params"]}
+        for name, parameter in parameters.items():
+            if id(parameter) not in trained or not parameter.requires_grad:
+                continue
+            state = optimizer.state[parameter]
+            if not state:  # as the first step would make it
+                step_device = parameter.device if group.get("fused") else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
+                zeros = getattr(optimizer, "_new_buffer", None)  # torchao's
+                state["exp_avg"] = zeros(parameter, True) if zeros else torch.zeros_like(parameter)
+                state["exp_avg_sq"] = zeros(parameter, False) if zeros else torch.zeros_like(parameter)
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+    return tensors
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, decay_ratio: float | None, decay_type: str, minimum: float) -> float:
@@ -47,5 +145,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config) -> fl
         step, config.training.steps, schedule.warmup_steps, schedule.decay_ratio, schedule.decay_type, schedule.min_lr_factor
     )
     for group in optimizer.param_groups:
-        group["lr"] = config.optimizer.lr * factor
+        if isinstance(group["lr"], torch.Tensor):  # torchao's, so that a new rate is no reason to compile anew
+            group["lr"].fill_(config.optimizer.lr * factor)
+        else:
+            group["lr"] = config.optimizer.lr * factor
     return config.optimizer.lr * factor

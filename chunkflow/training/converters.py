@@ -1,0 +1,110 @@
+"""Linear layers that multiply in float8 or int8 (torchao): inputs, weights and gradients are cast for each product.
+
+The layers' parameters keep their names, their dtype and their bytes. The head stays as it is: its product is the loss's own
+(chunkflow.execution.loss). torchao is imported here only when a converter is asked for: that takes seconds, and it warns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+# torchtitan's word in filter_fqns: also leave out the layers that torchao's benchmarks found too small to gain.
+SMALL_LAYERS = "auto_filter_small_kn"
+
+
+def check_converters(config, family: ModuleType, args: Any) -> None:
+    """That the config's converter can run here and finds layers. ValueError, one sentence, where not."""
+    converters = config.model.converters
+    if not converters:
+        return
+    if len(converters) > 1:
+        raise ValueError(f'model.converters = "{",".join(converters)}" are two for the same layers: choose one')
+    if config.training.dtype == "float64":
+        raise ValueError(
+            f'model.converters = "{converters[0]}" contradicts training.dtype = "float64", which computes in float64: remove one'
+        )
+    float8 = config.quantize.linear.float8
+    if converters == ["float8"]:
+        cuda = torch.cuda.is_available() and config.comm.mode != "fake_backend"
+        if not float8.emulate and not (cuda and torch.cuda.get_device_capability() >= (8, 9)):
+            device = f"{torch.cuda.get_device_name()} has none" if cuda else "this runs on the CPU"
+            raise ValueError(
+                f'model.converters = "float8" needs a GPU with float8 products (compute capability 8.9), but {device}: set'
+                ' quantize.linear.float8.emulate to try it without, or use "int8"'
+            )
+        if SMALL_LAYERS in float8.filter_fqns and float8.recipe_name == "rowwise_with_gw_hp":
+            raise ValueError(
+                f'quantize.linear.float8.filter_fqns = "{SMALL_LAYERS}" has no figures for recipe_name = "rowwise_with_gw_hp": name'
+                " the layers to leave out instead"
+            )
+    with torch.device("meta"):
+        model = family.Transformer(args)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if converters == ["float8"]:
+        for word in float8.filter_fqns:
+            if word != SMALL_LAYERS and not any(word in name for name in names):
+                raise ValueError(
+                    f'quantize.linear.float8.filter_fqns = "{word}" is part of no linear layer\'s name: use parts of names such as'
+                    f" {', '.join(name for name in names if name.startswith('layers.0.'))}"
+                )
+    if not layers_to_convert(model, config):
+        raise ValueError(
+            f'model.converters = "{converters[0]}" finds no layer in {config.model.name} {config.model.flavor}: remove it, or change'
+            " quantize.linear.float8.filter_fqns (sizes have to be multiples of 16, too)"
+        )
+
+
+def layers_to_convert(model: nn.Module, config) -> set[str]:
+    """Names of the linear layers whose sizes are multiples of 16, save for the head and, with float8, those of filter_fqns."""
+    float8 = config.quantize.linear.float8
+    left_out = {"output"}
+    if config.model.converters == ["float8"]:
+        left_out |= set(float8.filter_fqns)
+    large = None
+    if SMALL_LAYERS in left_out:
+        from torchao.float8 import _auto_filter_for_recipe
+
+        large = _auto_filter_for_recipe(float8.recipe_name or "tensorwise", [])
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.in_features % 16 == 0 == module.out_features % 16
+        and not any(word in name for word in left_out)
+        and (large is None or large(module, name))
+    }
+
+
+def convert_model(model: nn.Module, config) -> None:
+    """Applies model.converters to a model, or to the stage of one; before it is compiled, sharded and filled."""
+    if not config.model.converters:
+        return
+    (converter,) = config.model.converters
+    names = layers_to_convert(model, config)
+    linear_layers = sum(isinstance(module, nn.Linear) for module in model.modules())
+    chosen = lambda module, name: name in names  # noqa: E731
+    if converter == "float8":
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        settings = config.quantize.linear.float8
+        recipe = Float8LinearConfig.from_recipe_name(settings.recipe_name or "tensorwise")
+        # A weight's gradient is a product over a chunk's tokens, of which float8 kernels want a multiple of 16: pad with zeros.
+        recipe = dataclasses.replace(recipe, emulate=settings.emulate, pad_inner_dim=True)
+        convert_to_float8_training(model, config=recipe, module_filter_fn=chosen)
+        how = f", {settings.recipe_name or 'tensorwise'}{', emulated' if settings.emulate else ''}"
+    else:
+        from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
+        from torchao.quantization import quantize_
+
+        # Swapped modules instead of weights of a tensor subclass: parameters are then like any others for FSDP2 and checkpoints.
+        quantize_(model, Int8MixedPrecisionTrainingConfig(module_swap=True), filter_fn=chosen)
+        how = ""
+    logger.info(f"Converted {len(names)} of {linear_layers} linear layers to {converter} training{how}; weights stay")
