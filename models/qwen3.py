@@ -98,7 +98,9 @@ class Transformer(nn.Module):
             return None
         if self.norm is not None:
             x_TC = self.norm(x_TC)
-        return x_TC if self.output is None else sliced_cross_entropy(x_TC, self.output.weight, chunk.labels)
+        if self.output is None:
+            return x_TC
+        return sliced_cross_entropy(x_TC, self.output.weight, chunk.labels, chunk.loss_gradient)
 
     def init_parameter(self, name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
         """Fills one unsharded parameter in place. The values depend on its name, its shape and the generator alone."""

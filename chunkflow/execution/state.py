@@ -20,8 +20,9 @@ class ChunkTensors:
 
     tokens, labels, positions: (T,) int64. `labels[t]` is the target of position t (already shifted), -100 where there is none.
     `lengths` are the tokens of each segment; the first one attends to `prefix` earlier tokens of its sequence.
-    `index` is the chunk's place in its group. The executor sets `state` (None for a standalone chunk) and `state_only`
-    (FORWARD_STATE: only this chunk's K/V are wanted) before each forward.
+    `index` is the chunk's place in its group. The executor sets, before each forward: `state` (None for a standalone chunk),
+    `state_only` (FORWARD_STATE: only this chunk's K/V are wanted), and `loss_gradient`, what the chunk's backward will send to its
+    loss, where that backward is the very next action (else None).
     """
 
     def __init__(self, chunk: Chunk, index: int, tokens: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor):
@@ -31,6 +32,7 @@ class ChunkTensors:
         self.tokens, self.labels, self.positions = tokens, labels, positions
         self.state: KeyValueState | None = None
         self.state_only = False
+        self.loss_gradient: float | None = None
         # Cumulative lengths of queries and of keys, for variable-length attention on CUDA.
         self.ends = list(accumulate(self.lengths, initial=0))
         self.query_ends = torch.tensor(self.ends, dtype=torch.int32)
