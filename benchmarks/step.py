@@ -7,7 +7,8 @@
 What chunks gain depends on the model: every micro-batch makes and adds up a gradient as large as the weights, which costs a whole
 sequence of 300 tokens (the mix's median) as much as a chunk of 2048, and matrices of few rows multiply slowly. So the default is
 what the recipe runs, bf16 with fp32 sums under FSDP2 (on a mesh of one), and a model as small as still has the proportions of real
-ones: matrices too large for a cache, most of the work in the layers. In the debug model, whose matrices fit a cache, both are small.
+ones: matrices too large for a cache, most of the work in the layers. In the debug model, with matrices that fit a cache, both are
+small.
 
 Time: medians of interleaved runs. "Bare kernels" are the step's own matrix products and flash attention calls, same shapes and
 dtypes (logits are fp32 always), run in a row with nothing around them; their time over the step's time is the last column. On a
