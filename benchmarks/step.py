@@ -1,10 +1,18 @@
 """A whole step in chunks against whole sequences one by one (chunkflow.enable = false), on this machine.
 
     python benchmarks/step.py              # time, on a long-tailed mix: ratio, and the share of what bare kernels reach
+    python benchmarks/step.py --dim 256 --layers 4 --vocab 2048 --precision float32    # the debug model
     python benchmarks/step.py --memory     # peak memory while the longest sequence grows from 4K to 64K tokens
 
-Time: medians of interleaved runs. "Bare kernels" are the step's own matrix products and flash attention calls, same shapes, run in a
-row with nothing around them; their time over the step's time is the last column. Memory: each figure in a fresh process.
+What chunks gain depends on the model: every micro-batch makes and adds up a gradient as large as the weights, which costs a whole
+sequence of 300 tokens (the mix's median) as much as a chunk of 2048, and matrices of few rows multiply slowly. So the default is
+what the recipe runs, bf16 with fp32 sums under FSDP2 (on a mesh of one), and a model as small as still has the proportions of real
+ones: matrices too large for a cache, most of the work in the layers. In the debug model, with matrices that fit a cache, both are
+small.
+
+Time: medians of interleaved runs. "Bare kernels" are the step's own matrix products and flash attention calls, same shapes and
+dtypes (logits are fp32 always), run in a row with nothing around them; their time over the step's time is the last column. On a
+machine that others use at the same time: OMP_NUM_THREADS=1 and --cpu-time. Memory: each figure in a fresh process.
 """
 
 from __future__ import annotations
@@ -14,8 +22,11 @@ import dataclasses
 import multiprocessing
 import statistics
 import time
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from attention import one_call
 from chunkflow.data.synthetic import synthetic_lengths
@@ -24,17 +35,43 @@ from chunkflow.execution.state import ChunkTensors
 from chunkflow.planning.chunks import build_groups, whole_sequences
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.schedule import linear_schedule
+from chunkflow.training import parallel
 from chunkflow.training.metrics import peak_memory, reset_peak_memory
-from chunkflow.training.parallel import init_weights
 from models import llama
 
 CPU = torch.device("cpu")
 
 
-def make_model(dtype: torch.dtype, **changes) -> llama.Transformer:
+def make_model(precision: str, **changes) -> llama.Transformer:
+    """`precision`: a dtype for everything, or "recipe"."""
     model = llama.Transformer(dataclasses.replace(llama.flavors["debugmodel"], **changes))
-    init_weights(model, 0)
-    return model.to(dtype)
+    if precision == "recipe":
+        config = SimpleNamespace(
+            comm=SimpleNamespace(init_timeout_seconds=300, mode="default"),
+            parallelism=SimpleNamespace(data_parallel_replicate_degree=1),
+            training=SimpleNamespace(
+                mixed_precision_param="bfloat16", mixed_precision_reduce="float32", enable_cpu_offload=False
+            ),
+        )
+        _, mesh = parallel.init_processes(config)
+        parallel.apply_fsdp(model, mesh, config, reshard=False)
+        parallel.init_weights(model, 0)
+        return model
+    parallel.init_weights(model, 0)
+    return model.to(getattr(torch, precision))
+
+
+def sizes(dim: int, layers: int, vocabulary: int) -> dict[str, int]:
+    """Llama's proportions: heads of 64, a quarter of them (two at least) for keys and values, a feed-forward of 8/3 the width."""
+    heads = dim // 64
+    return dict(
+        dim=dim,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=max(2, heads // 4),
+        hidden_dim=-(-8 * dim // 48) * 16,
+        vocab_size=vocabulary,
+    )
 
 
 def tensors(groups, vocabulary: int) -> list[list[ChunkTensors]]:
@@ -56,10 +93,14 @@ def tensors(groups, vocabulary: int) -> list[list[ChunkTensors]]:
 def step(model, groups, data, k: int):
     actions = linear_schedule([len(group.chunks) for group in groups], k)
     model.zero_grad()
-    return run_actions(model, groups, actions, data, sum(group.tokens for group in groups), CPU, lambda: None)
+    sharded = isinstance(model, FSDPModule)
+    if sharded:
+        parallel.begin_step(model, reshard=False)
+    before_last = (lambda: parallel.before_last_backward(model)) if sharded else (lambda: None)
+    return run_actions(model, groups, actions, data, sum(group.tokens for group in groups), CPU, before_last)
 
 
-def bare_kernels(args: llama.ModelArgs, groups, k: int, dtype: torch.dtype) -> float:
+def bare_kernels(args: llama.ModelArgs, groups, k: int, dtype: torch.dtype, clock) -> float:
     """Seconds of the step's matrix products and attention calls alone: forward, backward, and the forwards of recomputation."""
     attention = args.n_heads * args.head_dim
     keys = args.n_kv_heads * args.head_dim
@@ -67,21 +108,25 @@ def bare_kernels(args: llama.ModelArgs, groups, k: int, dtype: torch.dtype) -> f
     layer.append((args.hidden_dim, args.dim))
     products = [shape for shape in layer for _ in range(args.n_layers)]
     weights = {shape: torch.randn(*shape, dtype=dtype) for shape in {*products, (args.dim, args.vocab_size)}}
-    inputs = {width: torch.randn(1 << 16, width, dtype=dtype) for shape in weights for width in shape}
+    rows = max(chunk.tokens for group in groups for chunk in group.chunks)
+    inputs = {width: torch.randn(rows, width, dtype=dtype) for shape in weights for width in shape}
+    head = args.dim, args.vocab_size
+    logits_dtype = torch.promote_types(dtype, torch.float32)
+    wide_weight, wide_x = weights[head].to(logits_dtype), inputs[args.dim].to(logits_dtype)
     seconds = 0.0
     for group in groups:
         for index, chunk in enumerate(group.chunks):
             forwards = 2 if index < len(group.chunks) - k else 1
-            start = time.perf_counter()
-            for rows, columns in products:
-                weight, x, y = weights[rows, columns], inputs[rows][: chunk.tokens], inputs[columns][: chunk.tokens]
+            start = clock()
+            for width, columns in products:
+                weight, x, y = weights[width, columns], inputs[width][: chunk.tokens], inputs[columns][: chunk.tokens]
                 for _ in range(forwards):
                     x @ weight
                 y @ weight.t(), x.t() @ y
-            weight, x, y = weights[args.dim, args.vocab_size], inputs[args.dim][: chunk.tokens], None
-            y = x @ weight
-            y @ weight.t(), x.t() @ y
-            seconds += time.perf_counter() - start
+            x, y = inputs[args.dim][: chunk.tokens], inputs[args.vocab_size][: chunk.tokens]
+            wide_x[: chunk.tokens] @ wide_weight
+            y @ weights[head].t(), x.t() @ y
+            seconds += clock() - start
     # Attention: each sequence once, whole, in one call; its forward counts again for the share that is recomputed.
     longest = max(group.tokens for group in groups)
     q, k_, v, dout = (torch.randn(longest, heads, args.head_dim, dtype=dtype) for heads in (args.n_heads, *[args.n_kv_heads] * 2, args.n_heads))
@@ -91,25 +136,30 @@ def bare_kernels(args: llama.ModelArgs, groups, k: int, dtype: torch.dtype) -> f
             for s in chunk.segments:
                 ends[s.sequence] = s.start + s.length
         for length in ends.values():
-            start = time.perf_counter()
+            start = clock()
             one_call(*(x[:length] for x in (q, k_, v, dout)))
-            seconds += args.n_layers * (time.perf_counter() - start)
+            seconds += args.n_layers * (clock() - start)
         repeated = group.chunks[max(0, len(group.chunks) - k)].prefix
         if repeated:
-            start = time.perf_counter()
+            start = clock()
             flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
             flash(*(x[:repeated].transpose(0, 1).unsqueeze(0) for x in (q, k_, v)), 0.0, True)
-            seconds += args.n_layers * (time.perf_counter() - start)
+            seconds += args.n_layers * (clock() - start)
     return seconds
 
 
 def compare_time(arguments) -> None:
-    dtype = getattr(torch, arguments.dtype)
-    model = make_model(dtype)
+    dtype = torch.bfloat16 if arguments.precision == "recipe" else getattr(torch, arguments.precision)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    model = make_model(arguments.precision, **sizes(arguments.dim, arguments.layers, arguments.vocab))
     lengths = [min(length, arguments.longest) for length in synthetic_lengths(arguments.mix, arguments.sequences, arguments.seed)]
     cost = Cost.of_model(model.args)
     useful = sum(cost.training(length) for length in lengths)
-    print(f"{len(lengths)} sequences, {sum(lengths):,} tokens, longest {max(lengths):,}; {arguments.dtype}, {torch.get_num_threads()} threads")
+    print(
+        f"dim {arguments.dim}, {arguments.layers} layers, vocabulary {arguments.vocab}; {arguments.precision},"
+        f" {torch.get_num_threads()} threads; {len(lengths)} sequences, {sum(lengths):,} tokens, longest {max(lengths):,}",
+        flush=True,
+    )
     ways = {"whole sequences": (whole_sequences(lengths), 1)}
     for k in arguments.k:
         ways[f"chunks of {arguments.chunk_size}, k = {k}"] = build_groups(lengths, arguments.chunk_size), k
@@ -117,11 +167,11 @@ def compare_time(arguments) -> None:
     seconds, bare = {name: [] for name in ways}, {name: [] for name in ways}
     for run in range(arguments.runs + 1):
         for name, (groups, k) in ways.items():
-            start = time.perf_counter()
+            start = clock()
             step(model, groups, data[name], k)
             if run:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-                bare[name].append(bare_kernels(model.args, groups, k, dtype))
+                seconds[name].append(clock() - start)
+                bare[name].append(bare_kernels(model.args, groups, k, dtype, clock))
     base = statistics.median(seconds["whole sequences"])
     for name in ways:
         median = statistics.median(seconds[name])
@@ -133,7 +183,7 @@ def compare_time(arguments) -> None:
 
 def measure_memory(longest: int, chunk_size: int | None, results) -> None:
     """Peak of one step above what the process held before it, and the K/V state's share of it, in MiB."""
-    model = make_model(torch.float32, n_layers=2, dim=128, n_heads=2, n_kv_heads=1, hidden_dim=344)
+    model = make_model("float32", n_layers=2, dim=128, n_heads=2, n_kv_heads=1, hidden_dim=344)
     lengths = [longest, *[400] * 10]
     groups = build_groups(lengths, chunk_size) if chunk_size else whole_sequences(lengths)
     step(model, build_groups([256], 256), tensors(build_groups([256], 256), 2048), 1)  # gradients exist
@@ -166,15 +216,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--mix", default="lmsys", choices=("lmsys", "llama3_sft"))
-    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--longest", type=int, default=16384, help="longer ones are cut to this")
     parser.add_argument("--chunk-size", type=int, default=2048)
     parser.add_argument("--k", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--precision", default="recipe", choices=("recipe", "float32", "float64"))
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds instead of wall time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     compare_memory(arguments) if arguments.memory else compare_time(arguments)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

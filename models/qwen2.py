@@ -113,7 +113,7 @@ class Transformer(nn.Module):
             return token_logits(x_TC[-1], self.output.weight)
         if chunk.each_loss:
             return token_losses(x_TC, self.output.weight, chunk.labels)
-        return sliced_cross_entropy(x_TC, self.output.weight, chunk.labels)
+        return sliced_cross_entropy(x_TC, self.output.weight, chunk.labels, chunk.loss_gradient)
 
     def init_parameter(self, name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
         """Fills one unsharded parameter in place. The values depend on its name, its shape and the generator alone."""

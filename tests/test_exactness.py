@@ -12,7 +12,7 @@ from chunkflow.planning.chunks import build_groups, whole_sequences
 from chunkflow.planning.planner import live_chunks
 from chunkflow.planning.schedule import Action, Kind, linear_schedule
 from chunkflow.training.parallel import init_weights
-from models import families
+from models import families, llama
 from tests.reference import (
     assert_same_gradients,
     chunk_tensors,
@@ -154,13 +154,34 @@ def test_forward_state_skips_what_nobody_reads():
     assert not {"norm", "output", "layers.2.feed_forward", "layers.2.attention.wq", "layers.2.attention.wo"} & set(calls)
 
 
-def test_the_loss_in_slices_is_that_of_all_logits(monkeypatch):
-    monkeypatch.setitem(loss._SLICE_ELEMENTS, "cpu", 1000)  # slices of 128 tokens, the least there is
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_loss_in_slices_is_that_of_all_logits(at_once, monkeypatch):
+    monkeypatch.setattr(loss, "_LEAST_TOKENS", 128)
+    monkeypatch.setitem(loss._SLICE_ELEMENTS, "cpu", 1000)  # slices of 128 tokens
     hidden = torch.randn(300, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(96, 16, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(96, (300,))
     labels[::3] = -100
-    ours, theirs = loss.sliced_cross_entropy(hidden, weight, labels), naive_cross_entropy(hidden, weight, labels)
+    ours = loss.sliced_cross_entropy(hidden, weight, labels, 0.3 if at_once else None)
+    theirs = naive_cross_entropy(hidden, weight, labels)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
     for a, b in zip(torch.autograd.grad(0.3 * ours, (hidden, weight)), torch.autograd.grad(0.3 * theirs, (hidden, weight))):
         assert (a - b).norm() <= 1e-12 * b.norm()
+
+
+def test_gradients_made_at_once_are_refused_to_another_backward():
+    hidden, weight = torch.randn(5, 16, requires_grad=True), torch.randn(96, 16, requires_grad=True)
+    made_for_a_third = loss.sliced_cross_entropy(hidden, weight, torch.arange(5), 1 / 3)
+    with pytest.raises(RuntimeError, match="another gradient than its forward was told"):
+        made_for_a_third.backward()
+
+
+@pytest.mark.parametrize("k, expected", [(1, 6), (3, 4)])
+def test_the_head_runs_once_where_backward_comes_next(k, expected, monkeypatch):
+    """Of 4 dependent and 2 standalone chunks all but the k - 1 that wait; those compute their logits twice."""
+    told = []
+    monkeypatch.setattr(
+        llama, "sliced_cross_entropy", lambda *inputs: told.append(inputs[3]) or loss.sliced_cross_entropy(*inputs)
+    )
+    chunked_gradients(small_model("llama3"), random_sequences([40, 10, 10], 96, 0, masked=0.0), build_groups([40, 10, 10], 10), k)
+    assert len(told) == 6 and sum(gradient == 1 / 57 for gradient in told) == expected

@@ -41,6 +41,7 @@ def run_actions(
     losses: dict[tuple[int, int], torch.Tensor] = {}  # of the chunks that hold activations
     dummies: list[torch.Tensor] = []
     last_backward = max(index for index, action in enumerate(actions) if action.kind is Kind.BACKWARD)
+    following = [*actions[1:], None]
     for index, (kind, group, number) in enumerate(actions):
         if index == last_backward:
             before_last_backward()
@@ -66,6 +67,7 @@ def run_actions(
                 states[group] = KeyValueState(groups[group])
             chunk.state = states[group]
         chunk.state_only = kind is Kind.FORWARD_STATE
+        chunk.loss_gradient = 1 / targets if following[index] == Action(Kind.BACKWARD, group, number) else None
         with torch.set_grad_enabled(not chunk.state_only):
             loss = model(chunk.tokens, chunk)
         if not chunk.state_only:

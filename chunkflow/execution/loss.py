@@ -1,5 +1,8 @@
-"""Head and cross-entropy, in slices of tokens: neither all logits nor anything weight-sized is held between forward and backward.
+"""Head and cross-entropy, in slices of tokens: neither all logits nor, while other chunks run, anything weight-sized is held.
 And the head for a single token, in slices of the vocabulary.
+
+Where a chunk's backward is the very next action, its forward makes the head's gradients too, from the same logits; otherwise
+backward computes the logits again.
 
 Shape suffixes: T tokens of the chunk, S tokens of a slice, C hidden size, V vocabulary.
 """
@@ -9,17 +12,22 @@ from __future__ import annotations
 import torch
 
 IGNORE = -100  # the label of a position that has no target
-# Logits of one slice: on a CPU 4 MiB in fp32, which a cache holds; on CUDA 256 MiB, which fill the device.
+# Logits of one slice: on a CPU 4 MiB in fp32, which a cache holds; on CUDA 256 MiB, which fill the device. Fewer tokens than
+# the least do not pay, whatever the vocabulary: each slice adds to a weight-sized gradient.
 _SLICE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+_LEAST_TOKENS = 512
 
 
-def sliced_cross_entropy(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+def sliced_cross_entropy(
+    hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels_T: torch.Tensor, loss_gradient: float | None = None
+) -> torch.Tensor:
     """The SUM of the cross-entropies of all positions that have a target: 0-dim, in at least fp32.
 
-    `labels_T` are targets, already shifted; -100 means none. Logits are computed in at least fp32, a slice at a time, and again
-    in backward.
+    `labels_T` are targets, already shifted; -100 means none. Logits are computed in at least fp32, a slice at a time.
+    `loss_gradient`: backward comes next and will send this to the loss, so gradients are made at once; None: in backward, from
+    logits that are computed again.
     """
-    return _SlicedCrossEntropy.apply(hidden_TC, weight_VC, labels_T)
+    return _SlicedCrossEntropy.apply(hidden_TC, weight_VC, labels_T, loss_gradient)
 
 
 @torch.no_grad()
@@ -45,38 +53,70 @@ def token_logits(hidden_C: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tenso
 
 class _SlicedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TC, weight_VC, labels_T):
+    def forward(ctx, hidden_TC, weight_VC, labels_T, loss_gradient):
         compute = torch.promote_types(hidden_TC.dtype, torch.float32)
         head = _Head(weight_VC, compute)
         loss = torch.zeros((), dtype=compute, device=hidden_TC.device)
         lse_T = torch.empty(hidden_TC.size(0), dtype=compute, device=hidden_TC.device)
+        gradients = None if loss_gradient is None else _Gradients(hidden_TC, weight_VC, labels_T, loss_gradient)
         for piece in _slices(hidden_TC.size(0), weight_VC):
-            logits_SV = head.logits(hidden_TC[piece])
-            labels_S = labels_T[piece]
-            torch.logsumexp(logits_SV, dim=-1, out=lse_T[piece])
+            logits_SV, labels_S = head.logits(hidden_TC[piece]), labels_T[piece]
             target_S = logits_SV.gather(1, labels_S.clamp(min=0).unsqueeze(1)).squeeze(1)
+            highest_S = logits_SV.amax(dim=1)
+            exponentials_SV = logits_SV.sub_(highest_S.unsqueeze(1)).exp_()
+            sum_S = exponentials_SV.sum(dim=1)
+            torch.add(highest_S, sum_S.log(), out=lse_T[piece])
             loss += torch.where(labels_S == IGNORE, 0, lse_T[piece] - target_S).sum()
-        ctx.save_for_backward(hidden_TC, weight_VC, labels_T, lse_T)
+            if gradients:
+                gradients.add(piece, exponentials_SV, sum_S)
+        ctx.loss_gradient = loss_gradient
+        if gradients:
+            ctx.save_for_backward(*gradients.result())
+        else:
+            ctx.save_for_backward(hidden_TC, weight_VC, labels_T, lse_T)
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
+        if ctx.loss_gradient is not None:
+            same = (dloss / ctx.loss_gradient - 1).abs() < 1e-6
+            torch._assert_async(same, "backward sent the loss another gradient than its forward was told")
+            return *ctx.saved_tensors, None, None
         hidden_TC, weight_VC, labels_T, lse_T = ctx.saved_tensors
         head = _Head(weight_VC, lse_T.dtype)
-        dhidden_TC = torch.empty_like(hidden_TC)
-        dweight_VC = None
+        gradients = _Gradients(hidden_TC, weight_VC, labels_T, dloss)
         for piece in _slices(hidden_TC.size(0), weight_VC):
-            labels_S = labels_T[piece]
-            dlogits_SV = head.logits(hidden_TC[piece]).sub_(lse_T[piece].unsqueeze(1)).exp_()
-            targets = labels_S.clamp(min=0).unsqueeze(1)
-            dlogits_SV.scatter_add_(1, targets, dlogits_SV.new_full((1, 1), -1.0).expand_as(targets))
-            dlogits_SV *= torch.where(labels_S == IGNORE, 0, dloss).unsqueeze(1)
-            dlogits_SV = dlogits_SV.to(hidden_TC.dtype)
-            torch.mm(dlogits_SV, weight_VC, out=dhidden_TC[piece])
-            part_VC = dlogits_SV.t() @ hidden_TC[piece]
-            # More than one slice adds up in at least fp32, as one product over all tokens would: one such sum is held, no second.
-            dweight_VC = part_VC if dweight_VC is None else dweight_VC.to(lse_T.dtype).add_(part_VC)
-        return dhidden_TC, dweight_VC.to(weight_VC.dtype), None
+            probabilities_SV = head.logits(hidden_TC[piece]).sub_(lse_T[piece].unsqueeze(1)).exp_()
+            gradients.add(piece, probabilities_SV, torch.ones_like(lse_T[piece]))
+        return *gradients.result(), None, None
+
+
+class _Gradients:
+    """Those of hidden states and weight, a slice at a time. `dloss`: what backward sends to the loss."""
+
+    def __init__(self, hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels_T: torch.Tensor, dloss: float | torch.Tensor):
+        self.hidden_TC, self.weight_VC, self.labels_T, self.dloss = hidden_TC, weight_VC, labels_T, dloss
+        self.dhidden_TC = torch.empty_like(hidden_TC)
+        self.dweight_VC: torch.Tensor | None = None
+
+    def add(self, piece: slice, exponentials_SV: torch.Tensor, sum_S: torch.Tensor) -> None:
+        """Of one slice, whose probabilities are `exponentials_SV / sum_S`. Overwrites the former."""
+        labels_S, hidden_SC = self.labels_T[piece], self.hidden_TC[piece]
+        dloss_S = (labels_S != IGNORE).to(sum_S.dtype) * self.dloss
+        dlogits_SV = exponentials_SV.mul_((dloss_S / sum_S).unsqueeze(1))
+        dlogits_SV.scatter_add_(1, labels_S.clamp(min=0).unsqueeze(1), -dloss_S.unsqueeze(1))
+        dlogits_SV = dlogits_SV.to(hidden_SC.dtype)
+        torch.mm(dlogits_SV, self.weight_VC, out=self.dhidden_TC[piece])
+        # More than one slice adds up in at least fp32, as one product over all tokens would.
+        if self.dweight_VC is None:
+            self.dweight_VC = dlogits_SV.t() @ hidden_SC
+        elif dlogits_SV.dtype == sum_S.dtype:
+            self.dweight_VC.addmm_(dlogits_SV.t(), hidden_SC)
+        else:
+            self.dweight_VC = self.dweight_VC.to(sum_S.dtype).add_(dlogits_SV.t() @ hidden_SC)  # one such sum is held, no second
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.dhidden_TC, self.dweight_VC.to(self.weight_VC.dtype)
 
 
 class _Head:
@@ -95,7 +135,7 @@ class _Head:
 
 def slice_tokens(device_type: str, vocab_size: int) -> int:
     """How many tokens a slice has."""
-    return max(128, _SLICE_ELEMENTS[device_type] // vocab_size)
+    return max(_LEAST_TOKENS, _SLICE_ELEMENTS[device_type] // vocab_size)
 
 
 def _slices(tokens: int, weight_VC: torch.Tensor) -> list[slice]:

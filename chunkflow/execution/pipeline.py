@@ -199,13 +199,15 @@ class StateAwareSchedule(PipelineScheduleMulti):
         self.leaving: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self.live, self.left = [0] * len(self._stages), [self._n_microbatches] * len(self._stages)
         self.result = PipelineResult(self.device, len(self._stages))
+        actions = [entry for entry in program if not isinstance(entry, Transfer)]
+        following = iter([*actions[1:], None])
         for entry in program:
             while self.leaving and (len(self.leaving) > SENDS_IN_FLIGHT or self.leaving[0][0].is_completed()):
                 self.leaving.popleft()[0].wait()
             if isinstance(entry, Transfer):
                 self._transfer(entry)
             else:
-                self._act(entry)
+                self._act(entry, next(following))
         for work, _ in self.leaving:
             work.wait()
         self.leaving.clear()
@@ -228,7 +230,7 @@ class StateAwareSchedule(PipelineScheduleMulti):
         result.receive_buffers = max(result.receive_buffers, len(self.arriving))
         result.stage_inputs[place] = max(result.stage_inputs[place], len(stage.args_recv_info))
 
-    def _act(self, action: StageAction) -> None:
+    def _act(self, action: StageAction, following: StageAction | None) -> None:
         kind, group, number, stage = action
         index, place = self.offsets[group] + number, self.places[stage]
         if kind is not Kind.RECOMPUTE:  # its input is still here, and its gradient may be on the way
@@ -241,15 +243,16 @@ class StateAwareSchedule(PipelineScheduleMulti):
         elif kind is Kind.EVALUATE:
             self._evaluate(place, stage, group, number, index)
         else:
-            self._forward(place, stage, group, number, index, state_only=kind is Kind.FORWARD_STATE)
+            chunk = self._chunk(stage, group, number)
+            chunk.state_only = kind is Kind.FORWARD_STATE
+            chunk.loss_gradient = 1 / self.targets if following == action._replace(kind=Kind.BACKWARD) else None
+            self._forward(place, index, chunk)
         self.result.clock.marks.append((action, start, self.result.clock.now()))
 
-    def _forward(self, place: int, stage_index: int, group: int, number: int, index: int, state_only: bool) -> None:
+    def _forward(self, place: int, index: int, chunk: ChunkTensors) -> None:
         stage, result = self._stages[place], self.result
-        chunk = self._chunk(stage_index, group, number)
-        chunk.state_only = state_only
         output = stage.forward(index, chunk)
-        if state_only:
+        if chunk.state_only:
             if stage.is_last:
                 stage.forget_output(index)
             return

@@ -22,8 +22,9 @@ class ChunkTensors:
     no labels at all (None): the model continues the chunk instead of learning from it.
     `lengths` are the tokens of each segment; the first one attends to `prefix` earlier tokens of its sequence.
     `index` is the chunk's place in its group. The executor sets, before each forward, `state` (None for a standalone chunk),
-    `state_only` (FORWARD_STATE: only this chunk's K/V are wanted) and `each_loss` (EVALUATE: the loss of each token, without a
-    graph, is wanted in place of their sum).
+    `state_only` (FORWARD_STATE: only this chunk's K/V are wanted), `each_loss` (EVALUATE: the loss of each token, without a graph, is
+    wanted in place of their sum), and `loss_gradient`: what the chunk's backward will send to its loss, where that backward is the very
+    next action (else None).
     """
 
     def __init__(self, chunk: Chunk, index: int, tokens: torch.Tensor, labels: torch.Tensor | None, positions: torch.Tensor):
@@ -33,6 +34,7 @@ class ChunkTensors:
         self.tokens, self.labels, self.positions = tokens, labels, positions
         self.state: KeyValueState | None = None
         self.state_only = self.each_loss = False
+        self.loss_gradient: float | None = None
         # Cumulative lengths of queries and of keys, for variable-length attention on CUDA.
         self.ends = list(accumulate(self.lengths, initial=0))
         self.query_ends = torch.tensor(self.ends, dtype=torch.int32)
