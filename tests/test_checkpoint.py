@@ -373,7 +373,7 @@ def test_two_runs_never_write_one_folder(place):
     slow = place.recipe((BEFORE_STEP, "            import time; time.sleep(30)\n" + BEFORE_STEP))
     first = place.start("run", recipe=slow)
     deadline = time.monotonic() + 60
-    while "Training starts" not in place.log.read_text():
+    while not place.log.exists() or "Training starts" not in place.log.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     said = place.run("run", status=1)

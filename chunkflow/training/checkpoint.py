@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from chunkflow.training import hf, parallel
 from chunkflow.training.config import KEYS, Config, ConfigError
+from chunkflow.training.optimizer import optimizer_tensors
 from chunkflow.training.progress import Progress
 from models import families
 
@@ -214,29 +215,6 @@ def named_parameters(models: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
     return named
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Every tensor of the optimizer's state, by its parameter's name."""
-    return {
-        f"optimizer.{name}.{key}": value
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-@torch.no_grad()
-def make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Brings the state into being before the first step, to be loaded into: one update with a rate of zero."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates):
-        group["lr"] = rate
-
-
 def _random_states(rank: int) -> dict[str, torch.Tensor]:
     states = {f"random.cpu.{rank}": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -302,6 +280,11 @@ def _read(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGro
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(tensors, storage_reader=_Reader(folder), process_group=group, no_dist=group is None)
     except CheckpointException as error:
+        if "block boundary" in str(error):
+            raise ValueError(
+                f"{folder}: this number of ranks would cut AdamW8bit's blocks of 256 elements: resume on as many ranks as before, or half"
+                " or twice as many"
+            ) from None
         raise ValueError(f"{folder} cannot be read ({_first_failure(error)}): remove it to go on from an earlier one") from None
 
 
@@ -414,7 +397,6 @@ class Checkpoints:
         tensors = {f"model.{name}": parameter for name, parameter in self.parameters.items()}
         random = {}
         if not weights_only:
-            make_optimizer_state(self.optimizer)
             tensors |= optimizer_tensors(self.optimizer, self.parameters)
             there = _tensors_in(folder)
             random = {name: state for name, state in _random_states(self.rank).items() if name in there}
@@ -480,8 +462,6 @@ class Checkpoints:
         complete = not (self.settings.last_save_model_only and step == self.config.training.steps)
         tensors = {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}
         if complete:
-            if not all(parameter in self.optimizer.state for parameter in self.parameters.values()):
-                make_optimizer_state(self.optimizer)  # no step was applied yet
             tensors |= optimizer_tensors(self.optimizer, self.parameters) | _random_states(self.rank)
         manifest = {
             "format": FORMAT,
