@@ -37,10 +37,10 @@ def place(tmp_path, forks):
                 "--metrics.log_freq=1", "--metrics.no_enable_tensorboard", "--checkpoint.enable", "--checkpoint.interval=2", *options,
             ]  # fmt: skip
 
-        def start(self, name, *options, recipe=FINETUNE, processes=1):
+        def start(self, name, *options, recipe=FINETUNE, processes=1, environ={}):
             self.log = tmp_path / f"{name}.log"
             self.log.unlink(missing_ok=True)
-            return forks.start(recipe, self.options(name, *options), environment(tmp_path), self.log, processes)
+            return forks.start(recipe, self.options(name, *options), environment(tmp_path, **environ), self.log, processes)
 
         def run(self, name, *options, status=0, **more):
             """What the run said."""
@@ -215,6 +215,8 @@ def test_what_is_kept_and_what_is_loaded(place):
     # weights alone, into another run: the first loss is that of the trained model
     first, *_ = untimed(rows_of(place.path / "run"))
     load = f"--checkpoint.initial_load_path={place.path}/run/checkpoint/step-7"
+    said = place.run("changed", load, "--training.steps=1", "--debug.seed=5", "--model.rope_theta=1e6")
+    assert "Loading the checkpoint from" in said, "extending a context is no other model"
     place.run("other", load, "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_model_only")
     assert rows_of(place.path / "other")[0]["loss"] < first["loss"] - 0.3
     assert "Training is complete" in place.run("other", load, "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_model_only")
@@ -228,6 +230,22 @@ def test_what_is_kept_and_what_is_loaded(place):
     place.run("exported", f"--model.hf_assets_path={place.path}/hf", "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_in_hf")
     assert [row["loss"] for row in rows_of(place.path / "exported")] == [row["loss"] for row in rows_of(place.path / "other")]
     assert (place.path / "exported/checkpoint/step-2-hf/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("how", ["8-bit AdamW", "int8", "HSDP, offloaded"])
+def test_other_states_resume_bitwise(place, how):
+    """Two ranks, stopped after step 5 of 6."""
+    options = {
+        "8-bit AdamW": ["--optimizer.name=AdamW8bit"],
+        "int8": ["--model.converters=int8", "--parallelism.fsdp_reshard_after_forward=never"],
+        "HSDP, offloaded": ["--parallelism.data_parallel_replicate_degree=2", "--training.enable_cpu_offload"],
+    }[how]
+    environ = {"TORCH_COMPILE_DISABLE": "1"}
+    place.run("reference", *options, processes=2, environ=environ)
+    place.run("run", *options, recipe=place.recipe((BEFORE_STEP, BEFORE_STEP + STOP_AT_5)), processes=2, status=75, environ=environ)
+    place.run("run", *options, processes=2, environ=environ)
+    assert untimed(rows_of(place.path / "run")) == untimed(rows_of(place.path / "reference"))
+    assert outcome(place.path / "run", 6)[2] == outcome(place.path / "reference", 6)[2]
 
 
 def test_excluded_state_starts_anew_once(place):

@@ -129,7 +129,7 @@ def model_identity(config: Config, args: Any) -> dict[str, Any]:
     """What must be the same for tensors to fit and to mean the same, by the key or size that says it."""
     sizes = {f"model {name}": value for name, value in dataclasses.asdict(args).items()}
     named = ("model.name", "model.converters", "training.dtype", "optimizer.name")
-    return {name: _setting(config, name) for name in named if name in KEYS} | sizes
+    return {name: _setting(config, name) for name in named} | sizes
 
 
 def model_of(manifest: dict[str, Any]) -> tuple[str, Any]:
@@ -164,17 +164,14 @@ def check(config: Config, args: Any) -> None:
         return
     manifest = read_manifest(folder)
     ours = json.loads(json.dumps(model_identity(config, args)))
+    free = {"optimizer.name"} if "optimizer" in _excluded(config, manifest) else set()
+    remedy = "set it back, or choose another job.dump_folder to start anew"
+    if initial:  # weights alone, whose context may be extended
+        free = {"optimizer.name", "model.converters", "model rope_theta", "model rope_scaling", "model max_positions"}
+        remedy = "name a checkpoint of this model"
     for name, value in manifest["model"].items():
-        only_weights = initial or "optimizer" in _excluded(config, manifest)
-        if name in ours and ours[name] != value and not (name == "optimizer.name" and only_weights):
-            remedy = (
-                "name a checkpoint of this model"
-                if initial
-                else 'set it back, or checkpoint.exclude_from_loading = ["optimizer"]'
-                if name == "optimizer.name"
-                else "set it back, or choose another job.dump_folder to start anew"
-            )
-            raise ValueError(f"{folder} is of another model: {name} was {value!r} there and is {ours[name]!r} here: {remedy}")
+        if name not in free and ours.get(name) != value:
+            raise ValueError(f"{folder} is of another model: {name} was {value!r} there and is {ours.get(name)!r} here: {remedy}")
     if not initial and not manifest["complete"] and manifest["progress"]["step"] < config.training.steps:
         raise ValueError(
             f"{folder} has the model only (checkpoint.last_save_model_only), so training cannot go on to training.steps ="
@@ -523,27 +520,20 @@ class Checkpoints:
         path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for written in (path, temporary):
             _sync(written)
-        if target.exists():
-            self._set_aside(target)
+        if target.exists():  # without a manifest, or this step would not come again: no checkpoint
+            _remove(target)
         temporary.rename(target)
         _sync(self.folder)
         if self.settings.keep_latest_k:
-            for step, old in list(complete_checkpoints(self.folder).items())[: -self.settings.keep_latest_k]:
+            for old in list(complete_checkpoints(self.folder).values())[: -self.settings.keep_latest_k]:
                 _remove(old)
-        for leftover in self.folder.glob("step-*.replaced"):
-            _remove(leftover)
-
-    def _set_aside(self, path: Path) -> None:
-        aside = path.with_name(path.name + ".replaced")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
 
     def _clean(self, resumed: Path | None) -> Path | None:
         """Before training goes on from `resumed`: what kills left half done goes; later steps (where checkpoint.load_step named an
         earlier one) would else be taken for the newest, and get another name."""
         if not self.settings.enable:
             return resumed
-        for pattern in ("step-*.saving", "step-*.removing", "step-*.replaced"):
+        for pattern in ("step-*.saving", "step-*.removing"):
             for leftover in self.folder.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
         found = complete_checkpoints(self.folder)
@@ -585,7 +575,11 @@ def _outcome(function) -> Any:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder so that a kill in the middle leaves nothing that looks complete."""
+    """Removes a folder so that a kill in the middle leaves nothing that looks complete. One that cannot be removed stays."""
     gone = path.with_name(path.name + ".removing")
-    path.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    try:
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    except OSError as error:
+        logger.warning(f"{path} could not be removed ({error.strerror}): remove it by hand")
