@@ -67,6 +67,18 @@ def test_the_readme_names_what_exists():
         assert (REPO / path).exists(), f"the README names {path}"
 
 
+def test_reliability_names_tests_that_exist():
+    """docs/reliability.md puts a test behind every promise: a part of its name, or its file."""
+    table = [line.split("|")[-2] for line in (REPO / "docs" / "reliability.md").read_text().splitlines() if line.startswith("|")][2:]
+    assert len(table) > 12
+    functions = re.findall(r"^def (test_\w+)", (REPO / "tests" / "test_checkpoint.py").read_text(), re.MULTILINE)
+    for cell in table:
+        names = [name for name in re.findall(r"`([^`]+)`", cell) if not name.startswith("python ")]
+        assert names, cell
+        for name in names:
+            assert (REPO / name).exists() if "/" in name else any(name in function for function in functions), name
+
+
 @pytest.mark.parametrize("benchmark", sorted(path.name for path in (REPO / "benchmarks").glob("*.py")))
 def test_benchmarks_start(benchmark):
     done = subprocess.run(

@@ -119,6 +119,9 @@ def claim_folder(config: Config) -> Any:
             return lock
         except BlockingIOError:
             time.sleep(0.5)
+        except OSError as error:
+            logger.warning(f"{lock.name} cannot be locked ({error.strerror}): take care that only one run writes to this folder")
+            return lock
     raise ValueError(f"another run is writing to job.dump_folder = {config.job.dump_folder!r}: end it, or name another folder")
 
 
@@ -324,14 +327,6 @@ def _raise_first(sentences: Iterable[str]) -> None:
             raise ValueError(sentence)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _first_failure(error: BaseException) -> str:
     """What an exception of torch.distributed.checkpoint is about, in words."""
     while isinstance(error, CheckpointException) or error.__cause__:
@@ -519,11 +514,11 @@ class Checkpoints:
         path = temporary / "manifest.json"
         path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for written in (path, temporary):
-            _sync(written)
+            hf.sync(written)
         if target.exists():  # without a manifest, or this step would not come again: no checkpoint
             _remove(target)
         temporary.rename(target)
-        _sync(self.folder)
+        hf.sync(self.folder)
         if self.settings.keep_latest_k:
             for old in list(complete_checkpoints(self.folder).values())[: -self.settings.keep_latest_k]:
                 _remove(old)

@@ -539,13 +539,13 @@ def write_folder(
             if (Path(assets).expanduser() / name).is_file():
                 shutil.copyfile(Path(assets).expanduser() / name, temporary / name)
         for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
+            sync(path)
         before = target.with_name(target.name + ".old")
         if target.exists():
             target.rename(before)
         temporary.rename(target)
         shutil.rmtree(before, ignore_errors=True)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -555,7 +555,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Returns when the file, or the folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
