@@ -30,7 +30,9 @@ def run_ranks(function, world_size: int, *arguments, seconds: float = 180) -> li
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    # Ranks are forked from a process that has imported torch, once for all tests, and nothing else.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["chunkflow.execution.pipeline", "chunkflow.training.checkpoint", "tests.reference"])
     results = context.Queue()
     processes = [
         context.Process(target=_child, args=(function, rank, world_size, port, arguments, results), daemon=True)

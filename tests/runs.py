@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -69,23 +68,19 @@ def forks() -> Forks:
 def run(
     tmp_path: Path, *overrides: str, processes: int = 1, seconds: int = 240, forked: bool = False, **environ: str
 ) -> subprocess.CompletedProcess:
-    """`python recipes/finetune.py ...`, or run_train.sh for several processes; `forked`: the recipe itself (TRAIN_FILE, as for
-    run_train.sh), in forks. Output as text, both streams in one."""
-    if forked:
+    """A recipe (TRAIN_FILE, recipes/finetune.py) in a fork, or run_train.sh for several processes; `forked`: these, too, in forks.
+    Output as text, both streams in one."""
+    if forked or processes == 1:
         recipe, log = environ.pop("TRAIN_FILE", str(RECIPE)), tmp_path / "forked.log"
         log.unlink(missing_ok=True)
         statuses = forks().start(recipe, list(overrides), environment(tmp_path, **environ), log, processes).wait(seconds)
         return subprocess.CompletedProcess([recipe, *overrides], max(statuses, key=abs), log.read_text())
-    if processes == 1:
-        command = [sys.executable, str(RECIPE), *overrides]
-    else:
-        # No --job.config_file: the empty file sets nothing.
-        (tmp_path / "empty.toml").touch()
-        command = [str(REPO / "run_train.sh"), *overrides]
-        environ = {"NGPU": str(processes), "CONFIG_FILE": str(tmp_path / "empty.toml")} | environ
+    # No --job.config_file: the empty file sets nothing.
+    (tmp_path / "empty.toml").touch()
+    environ = {"NGPU": str(processes), "CONFIG_FILE": str(tmp_path / "empty.toml")} | environ
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        return subprocess.run(command, env=environment(tmp_path, **environ), timeout=seconds, **pipes)
+        return subprocess.run([str(REPO / "run_train.sh"), *overrides], env=environment(tmp_path, **environ), timeout=seconds, **pipes)
     finally:
         end_processes(str(tmp_path))  # torchrun's, should it have run out of time
 

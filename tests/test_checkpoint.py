@@ -83,7 +83,7 @@ BEFORE_STEP = "            garbage.run(step)\n"
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, forks, layout):
-    """Through run_train.sh, stopped by SIGTERM or SIGUSR1 at steps of its own choice, TensorBoard's curves included."""
+    """Through run_train.sh, stopped by SIGTERM or SIGUSR1 at steps of its own choice; on two ranks TensorBoard's curves, too."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     steps = 12
@@ -97,6 +97,8 @@ def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, forks, layout):
         "--training.global_batch_size=3", f"--training.steps={steps}", "--lr_scheduler.warmup_steps=2", "--chunkflow.chunk_size=32",
         "--metrics.log_freq=1", "--checkpoint.enable", "--checkpoint.interval=100", *options,
     ]  # fmt: skip
+    if layout != "two ranks":  # importing TensorBoard takes as long as all the rest
+        settings.append("--metrics.no_enable_tensorboard")
     begun = []
     for resume in range(6):
         with open(tmp_path / "log", "w+") as log:
@@ -115,6 +117,8 @@ def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, forks, layout):
     assert rows == expected[0]
     assert ledger == expected[1]
     assert files == expected[2]
+    if layout != "two ranks":
+        return
     events = EventAccumulator(str(tmp_path / "run" / "tb"))
     events.Reload()
     curve = events.Scalars("loss_metrics/global_avg_loss")
