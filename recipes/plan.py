@@ -113,6 +113,7 @@ def predict(config, steps: int) -> dict:
         reduce=parallel.DTYPES[training.mixed_precision_reduce].itemsize,
         shards=replicas // config.parallelism.data_parallel_replicate_degree,
         reshard=reshard,
+        eight_bit=config.optimizer.name == "AdamW8bit",
         offload=training.enable_cpu_offload,
         checkpoint_every={"none": 0, "full": 1, "selective": int(activation_checkpoint.selective_ac_option)}[activation_checkpoint.mode],
         slice_tokens=slice_tokens("cuda", args.vocab_size),

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from chunkflow.execution.executor import dummy_chunk
+from chunkflow.planning.memory import Layout, StageSizes
 from chunkflow.training.config import load_config
 from chunkflow.training.converters import check_converters, convert_model, layers_to_convert
 from chunkflow.training.optimizer import build_optimizer, check_optimizer, optimizer_tensors
@@ -142,6 +143,9 @@ def test_the_bytes_that_adamw_8bit_saves():
         assert set(tensors) == {f"optimizer.{name}.{key}" for name in parameters for key in ("step", "exp_avg", "exp_avg_sq")}
         state_bytes = sum(part.nbytes for tensor in tensors.values() for part in inner(tensor))
         sizes[name] = state_bytes / sum(parameter.numel() for parameter in parameters.values())
+        shapes = {parameter: tuple(tensor.shape) for parameter, tensor in parameters.items()}
+        planned = StageSizes(model.args, shapes, Layout(eight_bit=name == "AdamW8bit"))
+        assert state_bytes == planned.optimizer, "what plan.py predicts"
     assert 8 <= sizes["AdamW"] < 8.001 and 2 < sizes["AdamW8bit"] < 2.06, sizes
 
 

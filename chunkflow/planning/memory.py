@@ -18,7 +18,7 @@ from chunkflow.planning.schedule import Action, Kind
 
 PARTS = {
     "parameters": "parameters, this rank's shard",
-    "optimizer": "optimizer, AdamW's two moments",
+    "optimizer": "optimizer, its two moments",
     "gradients": "gradients, this rank's shard",
     "gathered_parameters": "parameters gathered by FSDP2",
     "unsharded_gradients": "gradients before they are reduced",
@@ -39,10 +39,16 @@ class Layout(NamedTuple):
     reduce: int = 4  # gradients while they are summed, over chunks and ranks
     shards: int = 1
     reshard: bool = False  # after each forward (ZeRO-3)
+    eight_bit: bool = False  # AdamW8bit
     offload: bool = False  # shards and optimizer live in host memory
     checkpoint_every: int = 0  # every n-th layer keeps its input only; 0: none
     slice_tokens: int = 512  # of the head's logits
     sends_in_flight: int = 0  # messages between pipeline ranks that may wait for the other end
+
+
+def _moment_8bit(elements: int) -> int:
+    """torchao's: a byte an element, a scale for each block of 256, a table of 256 values; small or ragged parts stay fp32."""
+    return elements + 4 * (elements // 256) + 4 * 256 if elements >= 4096 and elements % 256 == 0 else 4 * elements
 
 
 class StageSizes:
@@ -58,11 +64,15 @@ class StageSizes:
         root, layer, self.layers = sum(map(prod, root_shapes)), sum(map(prod, layer_shapes)), len(groups)
 
         # A shard has every n-th part of a parameter's rows, rounded up; what is gathered is all shards.
+        def shard(shape: Sequence[int]) -> int:
+            return -(-shape[0] // layout.shards) * prod(shape[1:])
+
         def sharded(shapes: Iterable[Sequence[int]]) -> int:
-            return sum(-(-shape[0] // layout.shards) * prod(shape[1:]) for shape in shapes)
+            return sum(map(shard, shapes))
 
         self.parameters = self.gradients = sharded(shapes.values()) * layout.stored
-        self.optimizer = 2 * self.parameters + 4 * len(shapes)  # and a step count each
+        moments = sum(_moment_8bit(shard(shape)) if layout.eight_bit else shard(shape) * layout.stored for shape in shapes.values())
+        self.optimizer = 2 * moments + 4 * len(shapes)  # and a step count each
 
         # "never" keeps everything gathered, and sums the gradients of all chunks unsharded, until the step's last backward. ZeRO-3
         # gathers the layer in use while the next one arrives, and reduces a layer's gradients at once.
