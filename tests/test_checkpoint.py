@@ -227,10 +227,12 @@ def test_what_is_kept_and_what_is_loaded(place):
     said = place.run("other", "--debug.seed=5", status=2)
     assert "has the model only (checkpoint.last_save_model_only)" in said and said.count("\n") == 1
 
-    # a checkpoint becomes a Hugging Face folder
+    # a checkpoint becomes a Hugging Face folder, which is read as one
     convert = [sys.executable, str(REPO / "recipes" / "convert.py"), f"{place.path}/run/checkpoint/step-7", f"{place.path}/hf"]
     done = subprocess.run([*convert, "--dtype", "float32"], env=environment(place.path), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "Wrote llama3" in done.stdout, done.stderr
+    said = place.run("wrong", f"--checkpoint.initial_load_path={place.path}/hf", status=2)
+    assert "is a Hugging Face folder: set checkpoint.initial_load_in_hf" in said
     place.run("exported", f"--model.hf_assets_path={place.path}/hf", "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_in_hf")
     assert [row["loss"] for row in rows_of(place.path / "exported")] == [row["loss"] for row in rows_of(place.path / "other")]
     assert (place.path / "exported/checkpoint/step-2-hf/model.safetensors").exists()

@@ -163,6 +163,10 @@ def check(config: Config, args: Any) -> None:
     folder, initial = resume_folder(config), None
     if folder is None and config.checkpoint.initial_load_path and not config.checkpoint.initial_load_in_hf:
         initial = folder = Path(config.checkpoint.initial_load_path).expanduser()
+        if (folder / "config.json").exists() and not (folder / "manifest.json").exists():
+            raise ConfigError(
+                f"checkpoint.initial_load_path = {str(folder)!r} is a Hugging Face folder: set checkpoint.initial_load_in_hf, too"
+            )
     if folder is None:
         return
     manifest = read_manifest(folder)
