@@ -512,7 +512,7 @@ def test_two_thousand_steps_do_not_grow(tmp_path, forks):
     options = [
         f"--job.dump_folder={tmp_path / 'run'}", f"--model.hf_assets_path={tmp_path / 'model'}", "--training.dataset=jsonl",
         f"--training.dataset_path={data}", "--training.seq_len=30", "--training.overlong=truncate", "--training.steps=2000",
-        "--training.global_batch_size=3", "--chunkflow.chunk_size=16", "--metrics.log_freq=50", "--checkpoint.enable",
+        "--training.global_batch_size=3", "--chunkflow.chunk_size=24", "--metrics.log_freq=50", "--checkpoint.enable",
         "--checkpoint.interval=100", "--checkpoint.keep_latest_k=2", "--checkpoint.async_mode=async",
     ]  # fmt: skip
     job = forks.start(FINETUNE, options, environment(tmp_path), tmp_path / "log")
