@@ -82,48 +82,53 @@ BEFORE_STEP = "            garbage.run(step)\n"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, forks, layout):
-    """Through run_train.sh, stopped by SIGTERM or SIGUSR1 at steps of its own choice; on two ranks TensorBoard's curves, too."""
+def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
+    """Both through run_train.sh; stopped by SIGTERM or SIGUSR1 at steps of its own choice. On two ranks TensorBoard's curves, too."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    steps = 12
-    loop = KillLoop(tmp_path, steps, forks)
-    expected = loop.finish(layout, tmp_path / "undisturbed")
+    steps = 20
+    data, empty = write_rows(tmp_path / "rows.jsonl", LENGTHS), tmp_path / "empty.toml"
+    empty.touch()
     processes, recipe, options = LAYOUTS[layout]
-    (tmp_path / "empty.toml").touch()
-    environ = environment(tmp_path, NGPU=str(processes), CONFIG_FILE=str(tmp_path / "empty.toml"), TRAIN_FILE=str(REPO / "recipes" / recipe))
+    environ = environment(tmp_path, NGPU=str(processes), CONFIG_FILE=str(empty), TRAIN_FILE=str(REPO / "recipes" / recipe))
     settings = [
-        f"--job.dump_folder={tmp_path / 'run'}", "--training.dataset=jsonl", f"--training.dataset_path={loop.data}",
-        "--training.global_batch_size=3", f"--training.steps={steps}", "--lr_scheduler.warmup_steps=2", "--chunkflow.chunk_size=32",
-        "--metrics.log_freq=1", "--checkpoint.enable", "--checkpoint.interval=100", *options,
+        "--training.dataset=jsonl", f"--training.dataset_path={data}", "--training.global_batch_size=3", f"--training.steps={steps}",
+        "--lr_scheduler.warmup_steps=2", "--chunkflow.chunk_size=32", "--metrics.log_freq=1", "--checkpoint.enable",
+        "--checkpoint.interval=100", *options,
     ]  # fmt: skip
     if layout != "two ranks":  # importing TensorBoard takes as long as all the rest
         settings.append("--metrics.no_enable_tensorboard")
-    begun = []
-    for resume in range(6):
+
+    def start(name: str, rows: int | None, number: int, status: int) -> int:
+        """Runs until there are so many rows, then sends the signal (None: lets it end); how many rows there are in the end."""
         with open(tmp_path / "log", "w+") as log:
-            job = subprocess.Popen([str(REPO / "run_train.sh"), *settings], env=environ, stdout=log, stderr=subprocess.STDOUT)
+            command = [str(REPO / "run_train.sh"), f"--job.dump_folder={tmp_path / name}", *settings]
+            job = subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT)
             try:
-                if resume < 5:
-                    wait_for_rows(tmp_path / "run", len(begun) * 2 + 1, lambda: job.poll() is None)
-                    job.send_signal((signal.SIGTERM, signal.SIGUSR1)[resume % 2])
-                status = job.wait(120)
+                if rows is not None:
+                    wait_for_rows(tmp_path / name, rows, lambda: job.poll() is None)
+                    job.send_signal(number)
+                assert job.wait(120) == status, Path(log.name).read_text()[-3000:]
             finally:
-                end_processes(str(tmp_path / "run"))
-            assert status == (75 if resume < 5 else 0), (resume, status, Path(log.name).read_text()[-3000:])
-        begun.append(len(rows_of(tmp_path / "run")))
-    assert begun[-1] == steps and len(set(begun)) == 6, f"each start came further: {begun}"
-    rows, ledger, files = outcome(tmp_path / "run", steps)
-    assert rows == expected[0]
-    assert ledger == expected[1]
-    assert files == expected[2]
+                end_processes(str(tmp_path / name))
+        return len(rows_of(tmp_path / name))
+
+    assert start("undisturbed", None, 0, 0) == steps
+    done = 0
+    for turn in range(5):  # each start trains a step at least
+        done = start("run", done + 1, (signal.SIGTERM, signal.SIGUSR1)[turn % 2], 75)
+    assert done < steps == start("run", None, 0, 0)
+    got, expected = outcome(tmp_path / "run", steps), outcome(tmp_path / "undisturbed", steps)
+    assert got[0] == expected[0], "rows of metrics.jsonl"
+    assert got[1] == expected[1], "ledger"
+    assert got[2] == expected[2], "tensors of the last checkpoint"
     if layout != "two ranks":
         return
     events = EventAccumulator(str(tmp_path / "run" / "tb"))
     events.Reload()
     curve = events.Scalars("loss_metrics/global_avg_loss")
     assert [event.step for event in curve] == list(range(1, steps + 1)), "no step twice, none missing"
-    assert [event.value for event in curve] == pytest.approx([row["loss"] for row in rows])
+    assert [event.value for event in curve] == pytest.approx([row["loss"] for row in got[0]])
 
 
 def test_twenty_kills_come_to_the_undisturbed_run(tmp_path, forks):
