@@ -461,6 +461,19 @@ def test_a_folder_that_vanishes_or_becomes_a_file(place):
     assert "is not a folder: remove it" in place.run("file", status=2)
 
 
+def test_a_folder_that_may_not_be_written(place):
+    """Taken away in the middle of the run, from a user who is not root."""
+    take = "            import os\n            if step == 4:\n                os.chmod(folder / 'checkpoint', 0o555)\n"
+    take += "                os.geteuid() or os.seteuid(65534)\n"
+    said = place.run("run", recipe=place.recipe((BEFORE_STEP, take + BEFORE_STEP)), status=1)
+    assert "could not be saved (Permission denied" in said and "3 attempts in a row failed" in said
+    assert place.steps("run") == [2] and [row["step"] for row in rows_of(place.path / "run")] == [1, 2, 3, 4, 5, 6]
+    (place.path / "run" / "checkpoint").chmod(0o755)
+    place.run("reference")
+    place.run("run")
+    assert untimed(rows_of(place.path / "run")) == untimed(rows_of(place.path / "reference"))
+
+
 # ---- steps that are not sound
 
 POISON = "            grad_norm = parallel.clip_grad_norm("

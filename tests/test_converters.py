@@ -30,11 +30,11 @@ from models import llama, qwen2
 from tests.distributed import run_ranks
 from tests.runs import RECIPE, REPO, run, train, write_rows
 
-LENGTHS = [150, 20, 64, 5, 90, 31, 7, 12, 1, 48, 33, 70]
+LENGTHS = [300, 20, 64, 5, 130, 31, 7, 90, 12, 1, 48, 200, 9, 77, 33]
 PIPELINE = REPO / "recipes" / "finetune_pipeline.py"
-STEPS = 5
-# Of the loss, at each of the steps, in which it falls by a seventh. Measured: float8 0.0023, int8 0.0021, AdamW8bit 0.0012.
-MARGINS = {"float8": 0.005, "int8": 0.004, "AdamW8bit": 0.003}
+STEPS = 6
+# Of the loss, at each of the steps, in which it falls by a tenth. Measured: float8 0.0023, int8 0.0003, AdamW8bit 0.0005.
+MARGINS = {"float8": 0.005, "int8": 0.001, "AdamW8bit": 0.001}
 FLOAT8 = ["--model.converters=float8", "--quantize.linear.float8.emulate"]
 INT8 = ["--model.converters=int8"]
 STAGES = ["--parallelism.pipeline_parallel_degree=2"]
@@ -74,7 +74,7 @@ def settings(folder):
         f"--training.steps={STEPS}",
         "--lr_scheduler.warmup_steps=3",
         "--optimizer.lr=1e-3",
-        "--chunkflow.chunk_size=64",
+        "--chunkflow.chunk_size=128",
         "--metrics.log_freq=1",
         "--metrics.no_enable_tensorboard",
     ]
