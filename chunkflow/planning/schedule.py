@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from chunkflow.planning.chunks import Group
-
 
 class Kind(str, Enum):
     FORWARD = "F"  # keeps the chunk's activations

@@ -14,7 +14,6 @@ import dataclasses
 import fcntl
 import json
 import logging
-import os
 import pickle
 import re
 import shutil
@@ -267,9 +266,8 @@ def _tensors_in(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / '.metadata'} cannot be read ({error}): remove {folder} to go on from an earlier one") from None
 
 
-def _read(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    """Fills the tensors in place. ValueError with the name of one that the checkpoint lacks or has in another shape or type."""
-    there = _tensors_in(folder)
+def _read(folder: Path, there: dict[str, Any], tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
+    """Fills the tensors in place. ValueError with the name of one that is not `there`, or in another shape or type."""
     for name, tensor in tensors.items():
         if name not in there:
             raise ValueError(f"{folder} has no {name}: it is of another model or optimizer, or of another version")
@@ -298,7 +296,8 @@ def load_model_weights(model: nn.Module, folder: str | Path) -> None:
     manifest = read_manifest(folder)
     _raise_first(_damaged(folder, name, figures) for name, figures in manifest["files"].items())
     with torch.no_grad():
-        _read(folder, {f"model.{name}": parameter for name, parameter in named_parameters([model]).items()}, None)
+        tensors = {f"model.{name}": parameter for name, parameter in named_parameters([model]).items()}
+        _read(folder, _tensors_in(folder), tensors, None)
 
 
 # ----------------------------------------------------------------------------------------------------------------- files
@@ -370,7 +369,7 @@ class Checkpoints:
         Returns how far it had come. Where there is none, a run begins, with the weights of checkpoint.initial_load_path if it has one.
         Raises ValueError for what is damaged or does not fit.
         """
-        folder = self._agreed(lambda: self._clean(resume_folder(self.config)))
+        folder = self._on_rank_0(lambda: self._clean(resume_folder(self.config)))
         if folder is None:
             initial = self.settings.initial_load_path
             if initial and not self.settings.initial_load_in_hf:
@@ -391,13 +390,12 @@ class Checkpoints:
         own = [_damaged(folder, *file) for file in files[self.rank :: dist.get_world_size()]]
         _raise_first(self._gathered(next(filter(None, own), "")))
         tensors = {f"model.{name}": parameter for name, parameter in self.parameters.items()}
-        random = {}
+        there, random = _tensors_in(folder), {}
         if not weights_only:
             tensors |= optimizer_tensors(self.optimizer, self.parameters)
-            there = _tensors_in(folder)
             random = {name: state for name, state in _random_states(self.rank).items() if name in there}
         with torch.no_grad():
-            _read(folder, tensors | random, self.group)
+            _read(folder, there, tensors | random, self.group)
         for name, state in random.items():
             (torch.cuda if name.startswith("random.cuda") else torch).set_rng_state(state)
         logger.info(f"Finished loading the checkpoint in {time.perf_counter() - begin:.2f} seconds.")
@@ -554,15 +552,13 @@ class Checkpoints:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def _agreed(self, function) -> Any:
+    def _on_rank_0(self, function) -> Any:
         """What `function` returns on rank 0, on all ranks; what it raises there, everywhere."""
         outcome = [_outcome(function) if self.rank == 0 else None]
         dist.broadcast_object_list(outcome, src=0, group=self.group)
         if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]
-
-    _on_rank_0 = _agreed
 
 
 def _outcome(function) -> Any:
