@@ -1,9 +1,10 @@
-"""Chunk-aware attention against one flash call on the whole sequence: forward + backward, medians of interleaved runs.
+"""Chunk-aware attention against one flash call on the whole sequence: forward + backward, medians of
+interleaved runs.
 
     python benchmarks/attention.py
 
-The chunks carry K/V and their gradients, all chunks keep their graphs (k = N), so that both sides do the same arithmetic.
-Prints chunked time / one-call time for each dtype, sequence length and chunk size.
+The chunks carry K/V and their gradients, all chunks keep their graphs (k = N), so that both sides do the same
+arithmetic. Prints chunked time / one-call time for each dtype, sequence length and chunk size.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def in_chunks(q, k, v, dout, chunk_size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
@@ -68,7 +71,10 @@ def main():
             base = statistics.median(seconds["one call"])
             for size in arguments.chunk_sizes:
                 ratio = statistics.median(seconds[size]) / base
-                print(f"{dtype:9} {tokens:6} tokens in chunks of {size}: {ratio:.3f} x one call ({base:.3f} s)", flush=True)
+                print(
+                    f"{dtype:9} {tokens:6} tokens in chunks of {size}: {ratio:.3f} x one call ({base:.3f} s)",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

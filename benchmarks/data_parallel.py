@@ -1,10 +1,11 @@
 """How even data-parallel ranks are: balanced chunks against the usual "same number of sequences a rank".
 
-    python benchmarks/data_parallel.py             # simulated: imbalance, padding, template overhead on 8 to 512 ranks
-    python benchmarks/data_parallel.py --measure   # step time on 2 gloo processes
+    python benchmarks/data_parallel.py             # simulated: imbalance, padding, template overhead on 8 to
+    512 ranks python benchmarks/data_parallel.py --measure   # step time on 2 gloo processes
 
-Simulated with the costs of Qwen2.5-7B, means over steps. Imbalance is slowest rank / mean - 1; "bound" is what the costliest
-sequence alone forces. "Always" is the overhead, in slots, of the one template that ZeRO-3 ranks run in lockstep.
+Simulated with the costs of Qwen2.5-7B, means over steps. Imbalance is slowest rank / mean - 1; "bound" is
+what the costliest sequence alone forces. "Always" is the overhead, in slots, of the one template that ZeRO-3
+ranks run in lockstep.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.schedule import DUMMY, Action, Kind, linear_schedule
 
-QWEN_7B = SimpleNamespace(dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, head_dim=128, hidden_dim=18944, vocab_size=152064)
+QWEN_7B = SimpleNamespace(
+    dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, head_dim=128, hidden_dim=18944, vocab_size=152064
+)
 CHUNK_SIZE = 2048
 
 
@@ -36,7 +39,10 @@ def same_count(lengths: list[int], ranks: int) -> list[list[int]]:
 
 def simulate(steps: int) -> None:
     cost = Cost.of_model(QWEN_7B)
-    print("mix         batch  ranks | same count: imbalance  padding | balanced: imbalance  padding  (bound)  always | planned in")
+    print(
+        "mix         batch  ranks | same count: imbalance  padding | balanced: imbalance  padding  (bound) "
+        " always | planned in"
+    )
     for mix in ("lmsys", "llama3_sft"):
         for batch, ranks in ((256, 8), (256, 64), (256, 512), (4096, 64), (4096, 512)):
             columns = [[] for _ in range(7)]
@@ -46,11 +52,15 @@ def simulate(steps: int) -> None:
                 costs = [cost.chunked_training(length, CHUNK_SIZE, 1) for length in lengths]
                 mean = sum(costs) / ranks
                 usual = same_count(lengths, ranks)
-                chunks = sum(len(g.chunks) for own in usual for g in build_groups(lengths, CHUNK_SIZE, sequences=own))
+                chunks = sum(
+                    len(g.chunks) for own in usual for g in build_groups(lengths, CHUNK_SIZE, sequences=own)
+                )
                 begin = time.perf_counter()
                 plan = plan_step(lengths, PlanSettings(cost, ranks=ranks, chunk_size=CHUNK_SIZE))
                 seconds = time.perf_counter() - begin
-                lock = plan_step(lengths, PlanSettings(cost, ranks=ranks, chunk_size=CHUNK_SIZE, lockstep=True))
+                lock = plan_step(
+                    lengths, PlanSettings(cost, ranks=ranks, chunk_size=CHUNK_SIZE, lockstep=True)
+                )
                 row = (
                     100 * (max(sum(costs[i] for i in own) for own in usual) / mean - 1),
                     100 * (1 - sum(lengths) / (chunks * CHUNK_SIZE)),
@@ -64,7 +74,8 @@ def simulate(steps: int) -> None:
                     column.append(value)
             a, b, c, d, e, f, g = map(statistics.mean, columns)
             print(
-                f"{mix:11} {batch:5} {ranks:6} | {a:20.1f} % {b:7.1f} % | {c:17.1f} % {d:7.1f} % ({e:6.1f} %) {f:5.1f} % | {g:6.1f} ms"
+                f"{mix:11} {batch:5} {ranks:6} | {a:20.1f} % {b:7.1f} % | {c:17.1f} % {d:7.1f} % ({e:6.1f} %)"
+                f" {f:5.1f} % | {g:6.1f} ms"
             )
 
 
@@ -79,7 +90,9 @@ def measure(rank: int, port: int, arguments) -> None:
     config = SimpleNamespace(
         comm=SimpleNamespace(init_timeout_seconds=300, mode="default"),
         parallelism=SimpleNamespace(data_parallel_replicate_degree=1, pipeline_parallel_degree=1),
-        training=SimpleNamespace(mixed_precision_param="float32", mixed_precision_reduce="float32", enable_cpu_offload=False),
+        training=SimpleNamespace(
+            mixed_precision_param="float32", mixed_precision_reduce="float32", enable_cpu_offload=False
+        ),
     )
     device, mesh = parallel.init_processes(config)
     ways = ["same count", "balanced, never", "balanced, always"]
@@ -91,7 +104,9 @@ def measure(rank: int, port: int, arguments) -> None:
     seconds = {way: [] for way in ways}
     lengths_of_all = synthetic_lengths("lmsys", arguments.sequences * (arguments.runs + 1), 0)
     for run in range(arguments.runs + 1):
-        lengths = [min(x, 16384) for x in lengths_of_all[run * arguments.sequences : (run + 1) * arguments.sequences]]
+        lengths = [
+            min(x, 16384) for x in lengths_of_all[run * arguments.sequences : (run + 1) * arguments.sequences]
+        ]
         for way in ways:
             reshard = way.endswith("always")
             if way == "same count":
@@ -106,20 +121,36 @@ def measure(rank: int, port: int, arguments) -> None:
             start = time.perf_counter()
             parallel.begin_step(model, reshard)
             model.zero_grad()
-            run_actions(model, groups, actions, data, sum(lengths), device, lambda: parallel.before_last_backward(model))
+            run_actions(
+                model,
+                groups,
+                actions,
+                data,
+                sum(lengths),
+                device,
+                lambda: parallel.before_last_backward(model),
+            )
             dist.barrier()
             if run:
                 seconds[way].append(time.perf_counter() - start)
     if rank == 0:
-        print(f"{arguments.runs} steps of {arguments.sequences} sequences (lmsys), chunks of 1024, 2 processes of one thread:")
+        print(
+            f"{arguments.runs} steps of {arguments.sequences} sequences (lmsys), chunks of 1024, 2 processes"
+            " of one thread:"
+        )
         for way in ways:
             total = sum(seconds[way])
-            print(f"{way:18}: {total:7.2f} s in all, {sum(seconds['same count']) / total:.2f} x as fast as the same count")
+            print(
+                f"{way:18}: {total:7.2f} s in all, {sum(seconds['same count']) / total:.2f} x as fast as the"
+                " same count"
+            )
     dist.destroy_process_group()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sequences", type=int, default=32)

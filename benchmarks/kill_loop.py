@@ -2,10 +2,10 @@
 
     python benchmarks/kill_loop.py --kills 200
 
-For each layout (one process, two ranks, two pipeline stages, two stages x two ranks) one undisturbed run, then one whose processes all
-get SIGKILL at random moments, while they start, train and save, until the kills are used up; then it is left to finish. Every step is
-saved, in the background in every second life. Rows of metrics.jsonl, the tokens' ledger and the checksums of the last checkpoint's
-tensors have to be equal.
+For each layout (one process, two ranks, two pipeline stages, two stages x two ranks) one undisturbed run,
+then one whose processes all get SIGKILL at random moments, while they start, train and save, until the kills
+are used up; then it is left to finish. Every step is saved, in the background in every second life. Rows of
+metrics.jsonl, the tokens' ledger and the checksums of the last checkpoint's tensors have to be equal.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ def outcome(folder: Path, steps: int) -> tuple[list, dict, dict]:
     """What must be equal: rows but for timing, the ledger, and the last checkpoint's tensors by checksum."""
     rows = [{name: value for name, value in row.items() if name not in TIMING} for row in rows_of(folder)]
     manifest = json.loads((folder / "checkpoint" / f"step-{steps}" / "manifest.json").read_text())
-    return rows, manifest["ledger"], {name: file for name, file in manifest["files"].items() if name != ".metadata"}
+    return (
+        rows,
+        manifest["ledger"],
+        {name: file for name, file in manifest["files"].items() if name != ".metadata"},
+    )
 
 
 class KillLoop:
@@ -50,22 +54,37 @@ class KillLoop:
     def start(self, name: str, folder: Path, mode: str):
         processes, recipe, options = LAYOUTS[name]
         settings = [
-            f"--job.dump_folder={folder}", "--training.dataset=jsonl", f"--training.dataset_path={self.data}",
-            "--training.global_batch_size=3", f"--training.steps={self.steps}", "--lr_scheduler.warmup_steps=2",
-            "--chunkflow.chunk_size=32", "--metrics.log_freq=1", "--metrics.no_enable_tensorboard",
-            "--checkpoint.enable", "--checkpoint.interval=1", "--checkpoint.keep_latest_k=2", f"--checkpoint.async_mode={mode}", *options,
-        ]  # fmt: skip
-        return self.forks.start(REPO / "recipes" / recipe, settings, self.environ, folder.with_suffix(".log"), processes)
+            f"--job.dump_folder={folder}",
+            "--training.dataset=jsonl",
+            f"--training.dataset_path={self.data}",
+            "--training.global_batch_size=3",
+            f"--training.steps={self.steps}",
+            "--lr_scheduler.warmup_steps=2",
+            "--chunkflow.chunk_size=32",
+            "--metrics.log_freq=1",
+            "--metrics.no_enable_tensorboard",
+            "--checkpoint.enable",
+            "--checkpoint.interval=1",
+            "--checkpoint.keep_latest_k=2",
+            f"--checkpoint.async_mode={mode}",
+            *options,
+        ]
+        return self.forks.start(
+            REPO / "recipes" / recipe, settings, self.environ, folder.with_suffix(".log"), processes
+        )
 
     def finish(self, name: str, folder: Path) -> tuple:
         job = self.start(name, folder, "disabled")
         statuses = job.wait(240)
         if any(statuses):
-            raise AssertionError(f"{name}: statuses {statuses}\n{folder.with_suffix('.log').read_text()[-3000:]}")
+            raise AssertionError(
+                f"{name}: statuses {statuses}\n{folder.with_suffix('.log').read_text()[-3000:]}"
+            )
         return outcome(folder, self.steps)
 
     def disturbed(self, name: str, folder: Path, kills: int) -> tuple:
-        """The outcome of a run that got so many kills, each at a random moment within a few steps of its start or of the last one."""
+        """The outcome of a run that got so many kills, each at a random moment within a few steps of its
+        start or of the last one."""
         for kill in range(kills):
             rows = folder / "metrics.jsonl"
             begun = rows.read_text().count("\n") if rows.exists() else 0
@@ -76,7 +95,9 @@ class KillLoop:
             target, deadline = begun + self.random.choice([0, 1, 1, 2]), time.monotonic() + 120
             while (rows.read_text().count("\n") if rows.exists() else 0) < target and job.poll() is None:
                 if time.monotonic() > deadline:
-                    raise AssertionError(f"{name} does not get on\n{folder.with_suffix('.log').read_text()[-3000:]}")
+                    raise AssertionError(
+                        f"{name} does not get on\n{folder.with_suffix('.log').read_text()[-3000:]}"
+                    )
                 time.sleep(0.01)
             time.sleep(self.random.uniform(0, 0.5))
             job.kill()
@@ -88,13 +109,17 @@ class KillLoop:
         slug = name.replace(" ", "_")
         expected = self.finish(name, self.place / f"{slug}_undisturbed")
         got = self.disturbed(name, self.place / slug, kills)
-        for what, ours, theirs in zip(("rows of metrics.jsonl", "ledger", "tensors of the last checkpoint"), got, expected):
+        for what, ours, theirs in zip(
+            ("rows of metrics.jsonl", "ledger", "tensors of the last checkpoint"), got, expected
+        ):
             if ours != theirs:
                 raise AssertionError(f"{name}: other {what} after {kills} kills:\n{ours}\n{theirs}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=200, help="in all, spread over the layouts")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
@@ -103,11 +128,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         loop = KillLoop(Path(folder), arguments.steps, forks(), arguments.seed)
         for place, name in enumerate(arguments.layouts):
-            own = arguments.kills // len(arguments.layouts) + (place < arguments.kills % len(arguments.layouts))
+            own = arguments.kills // len(arguments.layouts) + (
+                place < arguments.kills % len(arguments.layouts)
+            )
             begin, before = time.perf_counter(), loop.in_saves
             loop.run(name, own)
             seconds = time.perf_counter() - begin
-            print(f"{name}: {own} kills, {loop.in_saves - before} of them in a save: bit for bit the same ({seconds:.0f} s)", flush=True)
+            print(
+                f"{name}: {own} kills, {loop.in_saves - before} of them in a save: bit for bit the same"
+                f" ({seconds:.0f} s)",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""Pipelines of whole sequences against the paper's rule and ours: simulated on 4, 8 and 16 stages, measured on 2 processes.
+"""Pipelines of whole sequences against the paper's rule and ours: simulated on 4, 8 and 16 stages, measured
+on 2 processes.
 
     python benchmarks/pipeline.py
 
-Simulated: the bubble (1 - useful work / time; recomputation is not useful) of random steps, and makespans relative to the lower
-bound of any chunked schedule. Each step is a batch of 64, 128 or 256 sequences in chunks of 2K, 4K or 8K tokens, k = 1, 2 or 4.
-`lmsys` lengths follow LMSys-Chat-1M's figures (over 99 % below 4K tokens, 0.013 % above 32K, the longest about 300K); in
-`long_heavy`, one sequence in 20 has 8K to 256K tokens. Chunks cost their tokens, or also their attention, as in a model of 7B.
+Simulated: the bubble (1 - useful work / time; recomputation is not useful) of random steps, and makespans
+relative to the lower bound of any chunked schedule. Each step is a batch of 64, 128 or 256 sequences in
+chunks of 2K, 4K or 8K tokens, k = 1, 2 or 4. `lmsys` lengths follow LMSys-Chat-1M's figures (over 99 % below
+4K tokens, 0.013 % above 32K, the longest about 300K); in `long_heavy`, one sequence in 20 has 8K to 256K
+tokens. Chunks cost their tokens, or also their attention, as in a model of 7B.
 
-Measured: recipes/finetune_pipeline.py on train_configs/debug_pipeline.toml with longer sequences; seconds of a step (the median
-after the first) and the peak memory of the larger process. Whole sequences keep the activations of their longest one on every
-stage, or recompute them layer by layer.
+Measured: recipes/finetune_pipeline.py on train_configs/debug_pipeline.toml with longer sequences; seconds of
+a step (the median after the first) and the peak memory of the larger process. Whole sequences keep the
+activations of their longest one on every stage, or recompute them layer by layer.
 """
 
 from __future__ import annotations
@@ -27,12 +29,19 @@ from pathlib import Path
 
 from chunkflow.planning.chunks import Group, build_groups, whole_sequences
 from chunkflow.planning.cost import Cost
-from chunkflow.planning.pipeline_schedule import Costs, equal_stages, lower_bound, paper_schedule, state_aware_schedule
+from chunkflow.planning.pipeline_schedule import (
+    Costs,
+    equal_stages,
+    lower_bound,
+    paper_schedule,
+    state_aware_schedule,
+)
 from chunkflow.planning.simulate import in_given_order, simulate
 
 REPO = Path(__file__).parent.parent
 LINEAR = Cost(per_token=1.0, per_pair=0.0)
-# Qwen2.5-7B: 7.1e9 weights in matrix products, 28 layers of 28 heads of 128. In units of a token's matrix products.
+# Qwen2.5-7B: 7.1e9 weights in matrix products, 28 layers of 28 heads of 128. In units of a token's matrix
+# products.
 ATTENTION = Cost(per_token=1.0, per_pair=4 * 28 * 28 * 128 / (2 * 7.1e9))
 
 
@@ -81,7 +90,9 @@ def simulated(options: argparse.Namespace) -> None:
                         whole = stage_costs(whole_sequences(lengths), cost, stages)
                         runs = [
                             simulate(paper_schedule(whole, 1, stages), whole, lengths),
-                            simulate(paper_schedule(costs, k, stages), costs, [group.tokens for group in groups]),
+                            simulate(
+                                paper_schedule(costs, k, stages), costs, [group.tokens for group in groups]
+                            ),
                             simulate(ours, costs, [group.tokens for group in groups]),
                         ]
                         bound = lower_bound(costs, k, stages)
@@ -99,7 +110,10 @@ def report(name: str, rows: list, end: str = "") -> None:
 
     def spread(ratios) -> str:
         ordered = sorted(ratios)
-        return "".join(f"{x:8.3f}" for x in (statistics.mean(ordered), ordered[int(0.95 * (len(ordered) - 1))], ordered[-1]))
+        return "".join(
+            f"{x:8.3f}"
+            for x in (statistics.mean(ordered), ordered[int(0.95 * (len(ordered) - 1))], ordered[-1])
+        )
 
     print(f"{name:20}{means}  {spread(paper)}{spread(ours)}{end}", flush=True)
 
@@ -117,12 +131,20 @@ def measured(options: argparse.Namespace) -> None:
         "chunks of 2048, k = 1": ["--chunkflow.chunk_size=2048"],
         "chunks of 2048, k = 2": ["--chunkflow.chunk_size=2048", "--chunkflow.k=2"],
     }
-    environment = {"NGPU": "2", "CONFIG_FILE": "train_configs/debug_pipeline.toml", "TRAIN_FILE": "recipes/finetune_pipeline.py"}
-    print(f"\n{'2 processes, sequences of up to ' + format(options.seq_len, ','):38}{'seconds a step':>16}{'peak GiB':>10}")
+    environment = {
+        "NGPU": "2",
+        "CONFIG_FILE": "train_configs/debug_pipeline.toml",
+        "TRAIN_FILE": "recipes/finetune_pipeline.py",
+    }
+    print(
+        f"\n{'2 processes, sequences of up to ' + format(options.seq_len, ','):38}{'seconds a step':>16}{'peak GiB':>10}"
+    )
     for name, settings in kinds.items():
         with tempfile.TemporaryDirectory() as folder:
             command = [str(REPO / "run_train.sh"), *common, *settings, f"--job.dump_folder={folder}"]
-            done = subprocess.run(command, env=os.environ | environment, cwd=REPO, capture_output=True, text=True)
+            done = subprocess.run(
+                command, env=os.environ | environment, cwd=REPO, capture_output=True, text=True
+            )
             if done.returncode:
                 raise SystemExit(f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
             rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -131,12 +153,18 @@ def measured(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stages", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--steps", type=int, default=12, help="random steps for each k and kind of cost (12); 0: none")
+    parser.add_argument(
+        "--steps", type=int, default=12, help="random steps for each k and kind of cost (12); 0: none"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-steps", type=int, default=6, help="measured steps (6); 0: none")
-    parser.add_argument("--seq-len", type=int, default=16384, help="longest measured sequence, tokens (16384)")
+    parser.add_argument(
+        "--seq-len", type=int, default=16384, help="longest measured sequence, tokens (16384)"
+    )
     options = parser.parse_args()
     if options.steps:
         simulated(options)

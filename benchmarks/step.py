@@ -1,18 +1,20 @@
 """A whole step in chunks against whole sequences one by one (chunkflow.enable = false), on this machine.
 
-    python benchmarks/step.py              # time, on a long-tailed mix: ratio, and the share of what bare kernels reach
-    python benchmarks/step.py --dim 256 --layers 4 --vocab 2048 --precision float32    # the debug model
-    python benchmarks/step.py --memory     # peak memory while the longest sequence grows from 4K to 64K tokens
+    python benchmarks/step.py              # time, on a long-tailed mix: ratio, and the share of what bare
+    kernels reach python benchmarks/step.py --dim 256 --layers 4 --vocab 2048 --precision float32    # the
+    debug model python benchmarks/step.py --memory     # peak memory while the longest sequence grows from 4K
+    to 64K tokens
 
-What chunks gain depends on the model: every micro-batch makes and adds up a gradient as large as the weights, which costs a whole
-sequence of 300 tokens (the mix's median) as much as a chunk of 2048, and matrices of few rows multiply slowly. So the default is
-what the recipe runs, bf16 with fp32 sums under FSDP2 (on a mesh of one), and a model as small as still has the proportions of real
-ones: matrices too large for a cache, most of the work in the layers. In the debug model, with matrices that fit a cache, both are
-small.
+What chunks gain depends on the model: every micro-batch makes and adds up a gradient as large as the weights,
+which costs a whole sequence of 300 tokens (the mix's median) as much as a chunk of 2048, and matrices of few
+rows multiply slowly. So the default is what the recipe runs, bf16 with fp32 sums under FSDP2 (on a mesh of
+one), and a model as small as still has the proportions of real ones: matrices too large for a cache, most of
+the work in the layers. In the debug model, with matrices that fit a cache, both are small.
 
-Time: medians of interleaved runs. "Bare kernels" are the step's own matrix products and flash attention calls, same shapes and
-dtypes (logits are fp32 always), run in a row with nothing around them; their time over the step's time is the last column. On a
-machine that others use at the same time: OMP_NUM_THREADS=1 and --cpu-time. Memory: each figure in a fresh process.
+Time: medians of interleaved runs. "Bare kernels" are the step's own matrix products and flash attention
+calls, same shapes and dtypes (logits are fp32 always), run in a row with nothing around them; their time over
+the step's time is the last column. On a machine that others use at the same time: OMP_NUM_THREADS=1 and
+--cpu-time. Memory: each figure in a fresh process.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from attention import one_call
 from torch.distributed.fsdp import FSDPModule
 
-from attention import one_call
 from chunkflow.data.synthetic import synthetic_lengths
 from chunkflow.execution.executor import run_actions
 from chunkflow.execution.state import ChunkTensors
@@ -62,16 +64,17 @@ def make_model(precision: str, **changes) -> llama.Transformer:
 
 
 def sizes(dim: int, layers: int, vocabulary: int) -> dict[str, int]:
-    """Llama's proportions: heads of 64, a quarter of them (two at least) for keys and values, a feed-forward of 8/3 the width."""
+    """Llama's proportions: heads of 64, a quarter of them (two at least) for keys and values, a feed-forward
+    of 8/3 the width."""
     heads = dim // 64
-    return dict(
-        dim=dim,
-        n_layers=layers,
-        n_heads=heads,
-        n_kv_heads=max(2, heads // 4),
-        hidden_dim=-(-8 * dim // 48) * 16,
-        vocab_size=vocabulary,
-    )
+    return {
+        "dim": dim,
+        "n_layers": layers,
+        "n_heads": heads,
+        "n_kv_heads": max(2, heads // 4),
+        "hidden_dim": -(-8 * dim // 48) * 16,
+        "vocab_size": vocabulary,
+    }
 
 
 def tensors(groups, vocabulary: int) -> list[list[ChunkTensors]]:
@@ -101,10 +104,16 @@ def step(model, groups, data, k: int):
 
 
 def bare_kernels(args: llama.ModelArgs, groups, k: int, dtype: torch.dtype, clock) -> float:
-    """Seconds of the step's matrix products and attention calls alone: forward, backward, and the forwards of recomputation."""
+    """Seconds of the step's matrix products and attention calls alone: forward, backward, and the forwards of
+    recomputation."""
     attention = args.n_heads * args.head_dim
     keys = args.n_kv_heads * args.head_dim
-    layer = [(args.dim, attention), *[(args.dim, keys)] * 2, (attention, args.dim), *[(args.dim, args.hidden_dim)] * 2]
+    layer = [
+        (args.dim, attention),
+        *[(args.dim, keys)] * 2,
+        (attention, args.dim),
+        *[(args.dim, args.hidden_dim)] * 2,
+    ]
     layer.append((args.hidden_dim, args.dim))
     products = [shape for shape in layer for _ in range(args.n_layers)]
     weights = {shape: torch.randn(*shape, dtype=dtype) for shape in {*products, (args.dim, args.vocab_size)}}
@@ -119,7 +128,11 @@ def bare_kernels(args: llama.ModelArgs, groups, k: int, dtype: torch.dtype, cloc
             forwards = 2 if index < len(group.chunks) - k else 1
             start = clock()
             for width, columns in products:
-                weight, x, y = weights[width, columns], inputs[width][: chunk.tokens], inputs[columns][: chunk.tokens]
+                weight, x, y = (
+                    weights[width, columns],
+                    inputs[width][: chunk.tokens],
+                    inputs[columns][: chunk.tokens],
+                )
                 for _ in range(forwards):
                     x @ weight
                 y @ weight.t(), x.t() @ y
@@ -127,9 +140,13 @@ def bare_kernels(args: llama.ModelArgs, groups, k: int, dtype: torch.dtype, cloc
             wide_x[: chunk.tokens] @ wide_weight
             y @ weights[head].t(), x.t() @ y
             seconds += clock() - start
-    # Attention: each sequence once, whole, in one call; its forward counts again for the share that is recomputed.
+    # Attention: each sequence once, whole, in one call; its forward counts again for the share that is
+    # recomputed.
     longest = max(group.tokens for group in groups)
-    q, k_, v, dout = (torch.randn(longest, heads, args.head_dim, dtype=dtype) for heads in (args.n_heads, *[args.n_kv_heads] * 2, args.n_heads))
+    q, k_, v, dout = (
+        torch.randn(longest, heads, args.head_dim, dtype=dtype)
+        for heads in (args.n_heads, *[args.n_kv_heads] * 2, args.n_heads)
+    )
     for group in groups:
         ends: dict[int, int] = {}
         for chunk in group.chunks:
@@ -152,12 +169,16 @@ def compare_time(arguments) -> None:
     dtype = torch.bfloat16 if arguments.precision == "recipe" else getattr(torch, arguments.precision)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     model = make_model(arguments.precision, **sizes(arguments.dim, arguments.layers, arguments.vocab))
-    lengths = [min(length, arguments.longest) for length in synthetic_lengths(arguments.mix, arguments.sequences, arguments.seed)]
+    lengths = [
+        min(length, arguments.longest)
+        for length in synthetic_lengths(arguments.mix, arguments.sequences, arguments.seed)
+    ]
     cost = Cost.of_model(model.args)
     useful = sum(cost.training(length) for length in lengths)
     print(
-        f"dim {arguments.dim}, {arguments.layers} layers, vocabulary {arguments.vocab}; {arguments.precision},"
-        f" {torch.get_num_threads()} threads; {len(lengths)} sequences, {sum(lengths):,} tokens, longest {max(lengths):,}",
+        f"dim {arguments.dim}, {arguments.layers} layers, vocabulary {arguments.vocab};"
+        f" {arguments.precision}, {torch.get_num_threads()} threads; {len(lengths)} sequences,"
+        f" {sum(lengths):,} tokens, longest {max(lengths):,}",
         flush=True,
     )
     ways = {"whole sequences": (whole_sequences(lengths), 1)}
@@ -176,8 +197,8 @@ def compare_time(arguments) -> None:
     for name in ways:
         median = statistics.median(seconds[name])
         print(
-            f"{name:28}: {median:6.2f} s  {base / median:5.2f} x as fast  {useful / median / 1e9:5.0f} useful GFLOP/s"
-            f"  {statistics.median(bare[name]) / median:.2f} of bare kernels"
+            f"{name:28}: {median:6.2f} s  {base / median:5.2f} x as fast  {useful / median / 1e9:5.0f} useful"
+            f" GFLOP/s  {statistics.median(bare[name]) / median:.2f} of bare kernels"
         )
 
 
@@ -205,7 +226,8 @@ def compare_memory(arguments) -> None:
             peak, state = results.get()
             process.join()
             figures.append(
-                f"chunks of {chunk_size}: {peak:6.0f} MiB, of which K/V {state:4.0f} (rest {peak - state:5.0f})"
+                f"chunks of {chunk_size}: {peak:6.0f} MiB, of which K/V {state:4.0f} (rest"
+                f" {peak - state:5.0f})"
                 if chunk_size
                 else f"whole: {peak:6.0f} MiB"
             )
@@ -213,7 +235,9 @@ def compare_memory(arguments) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--mix", default="lmsys", choices=("lmsys", "llama3_sft"))
     parser.add_argument("--sequences", type=int, default=32)

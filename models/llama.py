@@ -1,9 +1,11 @@
-"""Llama 3.1 and 3.2, the whole family in one file. Rotary pairs lie as Hugging Face has them, so weights load unpermuted.
+"""Llama 3.1 and 3.2, the whole family in one file. Rotary pairs lie as Hugging Face has them, so weights load
+unpermuted.
 
-There is no batch dimension: the model gets one chunk. A pipeline stage is this model with layers and ends deleted.
+There is no batch dimension: the model gets one chunk. A pipeline stage is this model with layers and ends
+deleted.
 
-Shape suffixes: T tokens of the chunk, C model width, H query heads, G key/value heads, N either of these, D head dimension,
-R = D / 2 rotated pairs.
+Shape suffixes: T tokens of the chunk, C model width, H query heads, G key/value heads, N either of these, D
+head dimension, R = D / 2 rotated pairs.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ ROPE_KEYS = {
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """Sizes of one model. `rope_scaling` has the keys of Hugging Face's config.json; `max_positions` is in tokens."""
+    """Sizes of one model. `rope_scaling` has the keys of Hugging Face's config.json; `max_positions` is in
+    tokens."""
 
     dim: int
     n_layers: int
@@ -47,7 +50,9 @@ class ModelArgs:
 
     def __post_init__(self):
         if self.rope_type not in ROPE_KEYS:
-            raise ValueError(f"rope_scaling has rope_type {self.rope_type!r}: use one of {', '.join(ROPE_KEYS)}")
+            raise ValueError(
+                f"rope_scaling has rope_type {self.rope_type!r}: use one of {', '.join(ROPE_KEYS)}"
+            )
         for key in ROPE_KEYS[self.rope_type]:
             if not isinstance(self.rope_scaling.get(key), (int, float)) or self.rope_scaling[key] <= 0:
                 raise ValueError(f"rope_scaling {self.rope_scaling} needs {key!r}, a number above 0: set it")
@@ -58,15 +63,30 @@ class ModelArgs:
         return scaling.get("rope_type", scaling.get("type", "default"))  # "type" in older files
 
 
-_scaling = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-_llama3_1 = dict(rope_scaling=_scaling | dict(factor=8.0))
-_llama3_2 = dict(rope_scaling=_scaling | dict(factor=32.0), tied_embeddings=True)
+_scaling = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_llama3_1 = {"rope_scaling": _scaling | {"factor": 8.0}}
+_llama3_2 = {"rope_scaling": _scaling | {"factor": 32.0}, "tied_embeddings": True}
 flavors = {
-    "debugmodel": ModelArgs(dim=256, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=688, vocab_size=2048),
-    "8B": ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336, **_llama3_1),
-    "70B": ModelArgs(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, head_dim=128, hidden_dim=28672, **_llama3_1),
-    "1B": ModelArgs(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, hidden_dim=8192, **_llama3_2),
-    "3B": ModelArgs(dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, head_dim=128, hidden_dim=8192, **_llama3_2),
+    "debugmodel": ModelArgs(
+        dim=256, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=688, vocab_size=2048
+    ),
+    "8B": ModelArgs(
+        dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336, **_llama3_1
+    ),
+    "70B": ModelArgs(
+        dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, head_dim=128, hidden_dim=28672, **_llama3_1
+    ),
+    "1B": ModelArgs(
+        dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, hidden_dim=8192, **_llama3_2
+    ),
+    "3B": ModelArgs(
+        dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, head_dim=128, hidden_dim=8192, **_llama3_2
+    ),
 }
 
 
@@ -83,10 +103,10 @@ class Transformer(nn.Module):
     def forward(self, x: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor | None:
         """One chunk through this stage. x: tokens (T,) where there are embeddings, else hidden states (T, C).
 
-        Returns hidden states (T, C), or with an output head the sum of token losses (0-dim, at least fp32), or each of them (T,)
-        for `chunk.each_loss`; for a chunk without labels, which is to be continued, the last token's logits (vocabulary, at least
-        fp32). Where only the chunk's keys and values are wanted (`chunk.state_only`), nobody reads what follows those of the last
-        layer: None.
+        Returns hidden states (T, C), or with an output head the sum of token losses (0-dim, at least fp32),
+        or each of them (T,) for `chunk.each_loss`; for a chunk without labels, which is to be continued, the
+        last token's logits (vocabulary, at least fp32). Where only the chunk's keys and values are wanted
+        (`chunk.state_only`), nobody reads what follows those of the last layer: None.
         """
         x_TC = x if self.tok_embeddings is None else self.tok_embeddings(x)
         rotary = Rotary(self.args, chunk.positions, torch.promote_types(x_TC.dtype, torch.float32))
@@ -107,19 +127,22 @@ class Transformer(nn.Module):
         return sliced_cross_entropy(x_TC, self.output.weight, chunk.labels, chunk.loss_gradient)
 
     def init_parameter(self, name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
-        """Fills one unsharded parameter in place. The values depend on its name, its shape and the generator alone."""
+        """Fills one unsharded parameter in place. The values depend on its name, its shape and the generator
+        alone."""
         module = name.split(".")[-2]
         if name.endswith("bias"):
             nn.init.zeros_(whole)
         elif module.endswith("norm"):
             nn.init.ones_(whole)
         else:
-            # Each layer adds to the residual stream twice; without the factor its variance would grow with depth.
+            # Each layer adds to the residual stream twice; without the factor its variance would grow with
+            # depth.
             std = 0.02 / math.sqrt(2 * self.args.n_layers) if module in ("wo", "w2") else 0.02
             nn.init.trunc_normal_(whole, std=std, a=-3 * std, b=3 * std, generator=generator)
 
     def tie_embeddings(self) -> None:
-        """Makes the head's weight the embeddings' own parameter, where the model ties them and this stage has both."""
+        """Makes the head's weight the embeddings' own parameter, where the model ties them and this stage has
+        both."""
         if self.args.tied_embeddings and self.tok_embeddings is not None and self.output is not None:
             self.output.weight = self.tok_embeddings.weight
 
@@ -138,7 +161,12 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(
-        self, x_TC: torch.Tensor, rotary: Rotary, chunk: ChunkTensors, layer: int, keys_values_only: bool = False
+        self,
+        x_TC: torch.Tensor,
+        rotary: Rotary,
+        chunk: ChunkTensors,
+        layer: int,
+        keys_values_only: bool = False,
     ) -> torch.Tensor | None:
         attention_TC = self.attention(self.attention_norm(x_TC), rotary, chunk, layer, keys_values_only)
         if keys_values_only:
@@ -179,9 +207,11 @@ class FeedForward(nn.Module):
 
 
 class Rotary:
-    """Turns queries and keys by the angles of their positions, in at least fp32. Made once a forward, for all layers.
+    """Turns queries and keys by the angles of their positions, in at least fp32. Made once a forward, for all
+    layers.
 
-    Not a dataclass or a tuple of tensors: FSDP2 would cast them to the parameters' dtype on their way into a layer.
+    Not a dataclass or a tuple of tensors: FSDP2 would cast them to the parameters' dtype on their way into a
+    layer.
     """
 
     def __init__(self, args: ModelArgs, positions_T: torch.Tensor, dtype: torch.dtype):
@@ -196,7 +226,8 @@ class Rotary:
 
 
 def rotary_frequencies(args: ModelArgs, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Radians per position of each rotated pair, (R,) in fp64, and a factor for cosine and sine: transformers' formulas."""
+    """Radians per position of each rotated pair, (R,) in fp64, and a factor for cosine and sine:
+    transformers' formulas."""
     pairs_R = torch.arange(args.head_dim // 2, dtype=torch.float64, device=device)
     plain_R = args.rope_theta ** (-2 * pairs_R / args.head_dim)
     if args.rope_type == "default":
@@ -207,12 +238,14 @@ def rotary_frequencies(args: ModelArgs, device: torch.device) -> tuple[torch.Ten
         return plain_R / factor, 1.0
     original = scaling.get("original_max_position_embeddings") or args.max_positions
     if args.rope_type == "llama3":
-        # Pairs that turn often within the original length stay, those that turn seldom are slowed, those between are mixed.
+        # Pairs that turn often within the original length stay, those that turn seldom are slowed, those
+        # between are mixed.
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept_R = ((original * plain_R / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         return torch.lerp(plain_R / factor, plain_R, kept_R), 1.0
 
-    # YaRN (arXiv 2309.00071): the same idea, mixed linearly in the pair's index, and attention made sharper by a factor.
+    # YaRN (arXiv 2309.00071): the same idea, mixed linearly in the pair's index, and attention made sharper
+    # by a factor.
     def pair_with(turns: float) -> float:
         return args.head_dim * math.log(original / (2 * math.pi * turns)) / (2 * math.log(args.rope_theta))
 
@@ -227,7 +260,9 @@ def rotary_frequencies(args: ModelArgs, device: torch.device) -> tuple[torch.Ten
     attention_factor = scaling.get("attention_factor")
     if attention_factor is None:
         mscale, mscale_all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        attention_factor = sharpness(mscale) / sharpness(mscale_all_dim) if mscale and mscale_all_dim else sharpness(1)
+        attention_factor = (
+            sharpness(mscale) / sharpness(mscale_all_dim) if mscale and mscale_all_dim else sharpness(1)
+        )
     return torch.lerp(plain_R, plain_R / factor, slowed_R), attention_factor
 
 
@@ -244,12 +279,15 @@ class RMSNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """For devices where F.rms_norm is not one kernel: that keeps three tensors of x's size (six in bf16), this keeps x."""
+    """For devices where F.rms_norm is not one kernel: that keeps three tensors of x's size (six in bf16),
+    this keeps x."""
 
     @staticmethod
     def forward(ctx, x, weight, eps: float):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square().div(x.size(-1)).add(eps).rsqrt()
+        inverse = (
+            torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square().div(x.size(-1)).add(eps).rsqrt()
+        )
         ctx.save_for_backward(x, weight, inverse)
         return (wide * inverse).mul_(weight).to(x.dtype)
 

@@ -3,8 +3,9 @@
     python recipes/convert.py outputs/checkpoint/step-100 my_model --dtype bfloat16 --assets original_model
     python recipes/convert.py my_model my_model_bf16 --dtype bfloat16
 
-Files have at most 5 GB; no process group, no device. A folder's weights pass through memory one file at a time, a checkpoint's at once.
---assets names the folder that config.json and the tokenizer are copied from; unset, it is the one that the weights came from.
+Files have at most 5 GB; no process group, no device. A folder's weights pass through memory one file at a
+time, a checkpoint's at once. --assets names the folder that config.json and the tokenizer are copied from;
+unset, it is the one that the weights came from.
 """
 
 import argparse
@@ -19,7 +20,9 @@ from models import families
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("input", type=Path, help="checkpoint folder, or Hugging Face folder with safetensors")
     parser.add_argument("output", type=Path, help="folder to write; must not exist")
     parser.add_argument("--dtype", choices=tuple(hf.DTYPES), required=True, help="of the weights written")
@@ -57,7 +60,10 @@ def convert(source: Path, target: Path, dtype: str, assets: Path | None = None) 
     config = hf.config_json(name, args, dtype, assets)
     shapes = {hf.hf_name(parameter): shape for parameter, shape in shapes.items()}
     hf.write_folder(target, shapes, iter(tensors), hf.DTYPES[dtype], config, assets)
-    print(f"Wrote {name} with {sum(shape.numel() for shape in shapes.values()):,} parameters in {dtype} to {target}")
+    print(
+        f"Wrote {name} with {sum(shape.numel() for shape in shapes.values()):,} parameters in {dtype} to"
+        f" {target}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     NGPU=2 CONFIG_FILE=train_configs/debug_model.toml ./run_train.sh --training.steps=20
 
-Copy this file, edit it, and start it with TRAIN_FILE=my_recipe.py ./run_train.sh. A step: the plan of its global batch is ready
-(every rank made the same one while the last step ran), each rank runs its own actions on its own chunks, gradients are summed
-over ranks, the optimizer steps.
+Copy this file, edit it, and start it with TRAIN_FILE=my_recipe.py ./run_train.sh. A step: the plan of its
+global batch is ready (every rank made the same one while the last step ran), each rank runs its own actions
+on its own chunks, gradients are summed over ranks, the optimizer steps.
 """
 
 import logging
@@ -41,8 +41,8 @@ def check(config) -> None:
     """What the config and the folders it names can tell. Raises ValueError before any process starts."""
     if config.parallelism.pipeline_parallel_degree > 1:
         raise ConfigError(
-            f"parallelism.pipeline_parallel_degree = {config.parallelism.pipeline_parallel_degree}: this recipe has no stages,"
-            " use recipes/finetune_pipeline.py (TRAIN_FILE), or set it to 1"
+            f"parallelism.pipeline_parallel_degree = {config.parallelism.pipeline_parallel_degree}: this"
+            " recipe has no stages, use recipes/finetune_pipeline.py (TRAIN_FILE), or set it to 1"
         )
     tokenizer = open_tokenizer(config)
     family, args = model_args(config, tokenizer.vocab_size if tokenizer else 0)
@@ -52,7 +52,8 @@ def check(config) -> None:
     checkpoint.check(config, args)
     if torch.cuda.is_available() and config.training.mixed_precision_param != "bfloat16":
         raise ConfigError(
-            f"training.mixed_precision_param = {config.training.mixed_precision_param} cannot be used on CUDA, whose variable-length"
+            f"training.mixed_precision_param = {config.training.mixed_precision_param} cannot be used on"
+            " CUDA, whose variable-length"
             ' attention computes in bfloat16: set "bfloat16"'
         )
 
@@ -61,7 +62,9 @@ def main() -> None:
     config = main_config(check=check)
     init_logger()
     if checkpoint.finished(config):
-        logger.info(f"Training is complete: step {config.training.steps} is saved; raise training.steps to go on")
+        logger.info(
+            f"Training is complete: step {config.training.steps} is saved; raise training.steps to go on"
+        )
         return
     stop = StopRequest()
     seed = parallel.set_seed(config)
@@ -73,10 +76,16 @@ def main() -> None:
     with user_errors():
         tokenizer = open_tokenizer(config)
         family, args = model_args(config, tokenizer.vocab_size if tokenizer else 0)
-        dataset = open_dataset(training.dataset, training.dataset_path, tokenizer, vocab_size=args.vocab_size, seed=seed)
-    logger.info(f"{len(dataset):,} sequences, {sum(dataset.lengths):,} tokens, the longest has {max(dataset.lengths):,}")
+        dataset = open_dataset(
+            training.dataset, training.dataset_path, tokenizer, vocab_size=args.vocab_size, seed=seed
+        )
+    logger.info(
+        f"{len(dataset):,} sequences, {sum(dataset.lengths):,} tokens, the longest has"
+        f" {max(dataset.lengths):,}"
+    )
 
-    # Processes. With the fake backend this one stands for rank 0 of NGPU, and tensors have shapes but no content.
+    # Processes. With the fake backend this one stands for rank 0 of NGPU, and tensors have shapes but no
+    # content.
     fake = config.comm.mode == "fake_backend"
     device, mesh = parallel.init_processes(config)
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -88,7 +97,8 @@ def main() -> None:
             lock = None if fake else checkpoint.claim_folder(config)  # noqa: F841  while this process lives
             (folder / "config.toml").write_text(to_toml(config))
 
-    # Lengths become a plan for each step, the same on every rank; each rank then reads the tokens of its own sequences.
+    # Lengths become a plan for each step, the same on every rank; each rank then reads the tokens of its own
+    # sequences.
     cost = Cost.of_model(args)
     settings = PlanSettings(
         cost,
@@ -117,8 +127,9 @@ def main() -> None:
     if loader.notice:
         logger.info(loader.notice)
 
-    # Model: built without memory, cut into shards, then filled: from a folder, or at random, which depends on each parameter's name
-    # and the seed alone. A run that was here before goes on from its newest checkpoint, whatever the number of ranks.
+    # Model: built without memory, cut into shards, then filled: from a folder, or at random, which depends on
+    # each parameter's name and the seed alone. A run that was here before goes on from its newest checkpoint,
+    # whatever the number of ranks.
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
         with torch.device(device if fake else "meta"), parallel.default_dtype(training.dtype):
             model = family.Transformer(args)
@@ -140,21 +151,24 @@ def main() -> None:
                 checkpoints = checkpoint.Checkpoints(config, [model], optimizer, loader)
                 progress = checkpoints.load()
             compute_dtype = parallel.DTYPES[training.mixed_precision_param]
-            metrics = MetricsLogger(config, device, compute_dtype, start_step=progress.step, tokens_seen=progress.tokens_seen)
+            metrics = MetricsLogger(
+                config, device, compute_dtype, start_step=progress.step, tokens_seen=progress.tokens_seen
+            )
 
     first_step, stopping = progress.step + 1, False
     garbage = GarbageCollection(training.gc_freq)
     logger.info(
-        f"Training starts at step {first_step}: {training.steps} steps (warm-up {config.lr_scheduler.warmup_steps}) of"
-        f" {training.global_batch_size} sequences over {ranks} ranks, chunks of {config.chunkflow.chunk_size} tokens,"
-        f" k = {config.chunkflow.k}"
+        f"Training starts at step {first_step}: {training.steps} steps (warm-up"
+        f" {config.lr_scheduler.warmup_steps}) of {training.global_batch_size} sequences over {ranks} ranks,"
+        f" chunks of {config.chunkflow.chunk_size} tokens, k = {config.chunkflow.k}"
     )
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), profiler(config) as profile:
         for step, data in zip(range(first_step, training.steps + 1), loader):
             plan, busy = data.plan, parallel.BusyTimer(device)
             garbage.run(step)
 
-            # Forward and backward of this rank's chunks: gradients of the mean token loss of the global batch add up in .grad.
+            # Forward and backward of this rank's chunks: gradients of the mean token loss of the global batch
+            # add up in .grad.
             parallel.begin_step(model, reshard)
             optimizer.zero_grad()
             result = run_actions(
@@ -169,7 +183,10 @@ def main() -> None:
             grad_norm = parallel.clip_grad_norm(list(model.parameters()), training.max_norm)
             lr = set_learning_rate(optimizer, step, config)
             if fake:
-                logger.info(f"Rank 0 of {ranks} can run this step; loss and gradient norm mean nothing on the fake backend")
+                logger.info(
+                    f"Rank 0 of {ranks} can run this step; loss and gradient norm mean nothing on the fake"
+                    " backend"
+                )
                 dist.destroy_process_group()
                 return
 
@@ -180,9 +197,13 @@ def main() -> None:
             if data.targets and not unsound:
                 optimizer.step()
             if not data.targets:
-                logger.info(f"step {step}: none of its {plan.tokens:,} tokens is supervised, so nothing was updated")
+                logger.info(
+                    f"step {step}: none of its {plan.tokens:,} tokens is supervised, so nothing was updated"
+                )
 
-            metrics.count(plan.tokens, sum(cost.training(length) for length in data.lengths), loader.take_wait())
+            metrics.count(
+                plan.tokens, sum(cost.training(length) for length in data.lengths), loader.take_wait()
+            )
             if metrics.due(step):
                 own_loss = result.loss_sum.item()
                 figures = parallel.gather_over_ranks(
@@ -196,10 +217,14 @@ def main() -> None:
                     grad_norm=grad_norm.item(),
                     lr=lr,
                     supervised_tokens=data.targets,
-                    scalars=chunkflow_scalars(plan, data, loader.ledger, figures, progress.bad_steps + unsound),
+                    scalars=chunkflow_scalars(
+                        plan, data, loader.ledger, figures, progress.bad_steps + unsound
+                    ),
                 )
             if step == 1:
-                metrics.add_figure("chunkflow/plan of step 1", lambda: plan_figure(plan, config.chunkflow.chunk_size), step)
+                metrics.add_figure(
+                    "chunkflow/plan of step 1", lambda: plan_figure(plan, config.chunkflow.chunk_size), step
+                )
             if validation and validation.due(step):
                 validation.run(
                     step,
@@ -215,7 +240,8 @@ def main() -> None:
             if step == first_step:
                 parallel.set_timeouts(mesh, config.comm.train_timeout_seconds)
 
-            # A step that was not sound is reported, and too many of them end the run; else what was trained is saved when it is due.
+            # A step that was not sound is reported, and too many of them end the run; else what was trained
+            # is saved when it is due.
             stopping = stopping and step < training.steps
             with user_errors():
                 progress.count(
@@ -246,21 +272,29 @@ def main() -> None:
 
 
 def chunkflow_scalars(plan, data, ledger, figures, bad_steps) -> dict[str, float]:
-    """What TensorBoard shows beyond torchtitan's tags. `figures`: [busy seconds, live chunks, K/V state GiB] of each rank."""
+    """What TensorBoard shows beyond torchtitan's tags. `figures`: [busy seconds, live chunks, K/V state GiB]
+    of each rank."""
     busiest, live_chunks, state_gib = (max(column) for column in zip(*figures))
-    waiting = {f"chunkflow/waiting(%)/rank_{rank}": 100 * (1 - busy / busiest) for rank, (busy, _, _) in enumerate(figures)}
-    tokens = {f"data/{name}_tokens": count for name, count in vars(ledger).items()}
-    return waiting | tokens | {
-        "chunkflow/groups": sum(map(len, plan.groups)),
-        "chunkflow/recomputed(%)": 100 * plan.recomputed_chunks / plan.chunks,
-        "chunkflow/live_chunks_peak": live_chunks,
-        "chunkflow/kv_state(GiB)": state_gib,
-        "chunkflow/tokens_per_supervised_token": plan.tokens / max(data.targets, 1),
-        "chunkflow/template_overhead(%)": plan.template_overhead_percent,
-        "chunkflow/bad_steps": bad_steps,
-        "data/longest_sequence": max(data.lengths),
-        "data/epoch": data.epoch,
+    waiting = {
+        f"chunkflow/waiting(%)/rank_{rank}": 100 * (1 - busy / busiest)
+        for rank, (busy, _, _) in enumerate(figures)
     }
+    tokens = {f"data/{name}_tokens": count for name, count in vars(ledger).items()}
+    return (
+        waiting
+        | tokens
+        | {
+            "chunkflow/groups": sum(map(len, plan.groups)),
+            "chunkflow/recomputed(%)": 100 * plan.recomputed_chunks / plan.chunks,
+            "chunkflow/live_chunks_peak": live_chunks,
+            "chunkflow/kv_state(GiB)": state_gib,
+            "chunkflow/tokens_per_supervised_token": plan.tokens / max(data.targets, 1),
+            "chunkflow/template_overhead(%)": plan.template_overhead_percent,
+            "chunkflow/bad_steps": bad_steps,
+            "data/longest_sequence": max(data.lengths),
+            "data/epoch": data.epoch,
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Fine-tunes a model on long-tailed text, in chunks, on pipeline stages; each data-parallel replica is a pipeline of FSDP2 shards.
+"""Fine-tunes a model on long-tailed text, in chunks, on pipeline stages; each data-parallel replica is a
+pipeline of FSDP2 shards.
 
-    NGPU=2 CONFIG_FILE=train_configs/debug_pipeline.toml TRAIN_FILE=recipes/finetune_pipeline.py ./run_train.sh
+    NGPU=2 CONFIG_FILE=train_configs/debug_pipeline.toml TRAIN_FILE=recipes/finetune_pipeline.py
+    ./run_train.sh
 
-Copy this file, edit it, and start it with TRAIN_FILE=my_recipe.py ./run_train.sh. A step: the plan of its global batch is ready
-(every rank made it while the last step ran), each rank runs its own actions on the chunks of its replica and passes hidden states
-and their gradients to its neighbours, gradients are summed over replicas, the optimizer steps.
+Copy this file, edit it, and start it with TRAIN_FILE=my_recipe.py ./run_train.sh. A step: the plan of its
+global batch is ready (every rank made it while the last step ran), each rank runs its own actions on the
+chunks of its replica and passes hidden states and their gradients to its neighbours, gradients are summed
+over replicas, the optimizer steps.
 """
 
 import logging
@@ -45,12 +48,13 @@ def check(config) -> None:
     """What the config and the folders it names can tell. Raises ValueError before any process starts."""
     if config.parallelism.pipeline_parallel_degree == 1:
         raise ConfigError(
-            "parallelism.pipeline_parallel_degree = 1: this recipe is for pipelines, use recipes/finetune.py (TRAIN_FILE), or set it"
-            " to 2 or more"
+            "parallelism.pipeline_parallel_degree = 1: this recipe is for pipelines, use recipes/finetune.py"
+            " (TRAIN_FILE), or set it to 2 or more"
         )
     if config.parallelism.fsdp_reshard_after_forward == "always":
         raise ConfigError(
-            'parallelism.fsdp_reshard_after_forward = "always" would gather every layer for every chunk, and replicas have unequal'
+            'parallelism.fsdp_reshard_after_forward = "always" would gather every layer for every chunk, and'
+            " replicas have unequal"
             ' plans: with a pipeline set "default" or "never"'
         )
     tokenizer = open_tokenizer(config)
@@ -62,7 +66,8 @@ def check(config) -> None:
     stages.layers_of_stages(config, args)
     if torch.cuda.is_available() and config.training.mixed_precision_param != "bfloat16":
         raise ConfigError(
-            f"training.mixed_precision_param = {config.training.mixed_precision_param} cannot be used on CUDA, whose variable-length"
+            f"training.mixed_precision_param = {config.training.mixed_precision_param} cannot be used on"
+            " CUDA, whose variable-length"
             ' attention computes in bfloat16: set "bfloat16"'
         )
 
@@ -71,7 +76,9 @@ def main() -> None:
     config = main_config(check=check)
     init_logger()
     if checkpoint.finished(config):
-        logger.info(f"Training is complete: step {config.training.steps} is saved; raise training.steps to go on")
+        logger.info(
+            f"Training is complete: step {config.training.steps} is saved; raise training.steps to go on"
+        )
         return
     stop = StopRequest()
     seed = parallel.set_seed(config)
@@ -83,10 +90,16 @@ def main() -> None:
     with user_errors():
         tokenizer = open_tokenizer(config)
         family, args = model_args(config, tokenizer.vocab_size if tokenizer else 0)
-        dataset = open_dataset(training.dataset, training.dataset_path, tokenizer, vocab_size=args.vocab_size, seed=seed)
-    logger.info(f"{len(dataset):,} sequences, {sum(dataset.lengths):,} tokens, the longest has {max(dataset.lengths):,}")
+        dataset = open_dataset(
+            training.dataset, training.dataset_path, tokenizer, vocab_size=args.vocab_size, seed=seed
+        )
+    logger.info(
+        f"{len(dataset):,} sequences, {sum(dataset.lengths):,} tokens, the longest has"
+        f" {max(dataset.lengths):,}"
+    )
 
-    # Processes. With the fake backend this one stands for rank 0 of NGPU, and tensors have shapes but no content.
+    # Processes. With the fake backend this one stands for rank 0 of NGPU, and tensors have shapes but no
+    # content.
     fake = config.comm.mode == "fake_backend"
     pipeline_ranks = config.parallelism.pipeline_parallel_degree
     device, mesh = parallel.init_processes(config, pipeline_ranks)
@@ -101,8 +114,8 @@ def main() -> None:
             lock = None if fake else checkpoint.claim_folder(config)  # noqa: F841  while this process lives
             (folder / "config.toml").write_text(to_toml(config))
 
-    # Lengths become a plan for each step: the same groups on every rank, the same actions on the ranks of a replica, which all read
-    # the tokens of its sequences.
+    # Lengths become a plan for each step: the same groups on every rank, the same actions on the ranks of a
+    # replica, which all read the tokens of its sequences.
     cost = Cost.of_model(args)
     layers = stages.layers_of_stages(config, args)
     settings = PlanSettings(
@@ -133,17 +146,20 @@ def main() -> None:
     if loader.notice:
         logger.info(loader.notice)
 
-    # Model: built without memory, cut into stages and shards, then filled: from a folder, or at random, which depends on each
-    # parameter's name and the seed alone. A run that was here before goes on from its newest checkpoint, whatever its layout was.
-    # Parameters stay gathered from a step's first forward to its last backward, since replicas
-    # need not agree on their chunks.
+    # Model: built without memory, cut into stages and shards, then filled: from a folder, or at random, which
+    # depends on each parameter's name and the seed alone. A run that was here before goes on from its newest
+    # checkpoint, whatever its layout was. Parameters stay gathered from a step's first forward to its last
+    # backward, since replicas need not agree on their chunks.
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
         with torch.device(device if fake else "meta"), parallel.default_dtype(training.dtype):
             size = sum(parameter.numel() for parameter in family.Transformer(args).parameters())
             models = stages.build_stages(family, args, layers, pipeline_rank, pipeline_ranks)
         name = f"{config.model.name} {config.model.flavor}"
         logger.info(f"Building {name} with {args}")
-        logger.info(f"Model {name} size: {size:,} total parameters, layers of its {len(layers)} stages: {list(map(len, layers))}")
+        logger.info(
+            f"Model {name} size: {size:,} total parameters, layers of its {len(layers)} stages:"
+            f" {list(map(len, layers))}"
+        )
         chunk_stages = []
         for stage, model in models.items():
             convert_model(model, config)
@@ -156,7 +172,15 @@ def main() -> None:
                     checkpoint.initial_weights(model, family, config, seed)
             hidden_dtype = parallel.DTYPES[training.mixed_precision_param]
             chunk_stages.append(
-                ChunkStage(model, stage, len(layers), device, pipeline_group, hidden_dtype, parallel.before_last_backward)
+                ChunkStage(
+                    model,
+                    stage,
+                    len(layers),
+                    device,
+                    pipeline_group,
+                    hidden_dtype,
+                    parallel.before_last_backward,
+                )
             )
         schedule = StateAwareSchedule(chunk_stages)
         optimizer = build_optimizer(nn.ModuleList(models.values()), config)
@@ -165,22 +189,25 @@ def main() -> None:
             with user_errors():
                 checkpoints = checkpoint.Checkpoints(config, models.values(), optimizer, loader)
                 progress = checkpoints.load()
-            metrics = MetricsLogger(config, device, hidden_dtype, start_step=progress.step, tokens_seen=progress.tokens_seen)
+            metrics = MetricsLogger(
+                config, device, hidden_dtype, start_step=progress.step, tokens_seen=progress.tokens_seen
+            )
 
     first_step, stopping = progress.step + 1, False
     garbage = GarbageCollection(training.gc_freq)
     logger.info(
-        f"Training starts at step {first_step}: {training.steps} steps (warm-up {config.lr_scheduler.warmup_steps}) of"
-        f" {training.global_batch_size} sequences over {replicas} pipelines of"
-        f" {pipeline_ranks} ranks, chunks of {config.chunkflow.chunk_size} tokens, k = {config.chunkflow.k}"
+        f"Training starts at step {first_step}: {training.steps} steps (warm-up"
+        f" {config.lr_scheduler.warmup_steps}) of {training.global_batch_size} sequences over {replicas}"
+        f" pipelines of {pipeline_ranks} ranks, chunks of {config.chunkflow.chunk_size} tokens, k ="
+        f" {config.chunkflow.k}"
     )
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), profiler(config) as profile:
         for step, data in zip(range(first_step, training.steps + 1), loader):
             plan = data.plan
             garbage.run(step)
 
-            # Forward and backward of the replica's chunks on this rank's stages: gradients of the mean token loss of the global
-            # batch add up in .grad.
+            # Forward and backward of the replica's chunks on this rank's stages: gradients of the mean token
+            # loss of the global batch add up in .grad.
             for model in models.values():
                 parallel.begin_step(model, reshard=False)
             optimizer.zero_grad()
@@ -191,7 +218,10 @@ def main() -> None:
             grad_norm = stages.clip_grad_norm(models, training.max_norm, mesh)
             lr = set_learning_rate(optimizer, step, config)
             if fake:
-                logger.info(f"Rank 0 of {ranks} can run this step; loss and gradient norm mean nothing on the fake backend")
+                logger.info(
+                    f"Rank 0 of {ranks} can run this step; loss and gradient norm mean nothing on the fake"
+                    " backend"
+                )
                 dist.destroy_process_group()
                 return
 
@@ -202,9 +232,13 @@ def main() -> None:
             if data.targets and not unsound:
                 optimizer.step()
             if not data.targets:
-                logger.info(f"step {step}: none of its {plan.tokens:,} tokens is supervised, so nothing was updated")
+                logger.info(
+                    f"step {step}: none of its {plan.tokens:,} tokens is supervised, so nothing was updated"
+                )
 
-            metrics.count(plan.tokens, sum(cost.training(length) for length in data.lengths), loader.take_wait())
+            metrics.count(
+                plan.tokens, sum(cost.training(length) for length in data.lengths), loader.take_wait()
+            )
             if metrics.due(step):
                 own_loss = result.loss_sum.item()  # of the last stage; elsewhere 0
                 timeline = result.clock.timeline()
@@ -223,11 +257,15 @@ def main() -> None:
                     step,
                     plan,
                     loss=own_loss / max(data.targets, 1),
-                    max_loss=own_loss / data.own_targets if data.own_targets and pipeline_rank == pipeline_ranks - 1 else -math.inf,
+                    max_loss=own_loss / data.own_targets
+                    if data.own_targets and pipeline_rank == pipeline_ranks - 1
+                    else -math.inf,
                     grad_norm=grad_norm.item(),
                     lr=lr,
                     supervised_tokens=data.targets,
-                    scalars=chunkflow_scalars(plan, data, loader.ledger, figures, replicas, progress.bad_steps + unsound),
+                    scalars=chunkflow_scalars(
+                        plan, data, loader.ledger, figures, replicas, progress.bad_steps + unsound
+                    ),
                 )
             if step == 1 or (profile and step % config.profiling.profile_freq == 0):
                 measured = gather_timeline(result, pipeline_group) if profile else None
@@ -236,14 +274,19 @@ def main() -> None:
                     timelines = write_timelines(folder / f"timeline_step_{step}.json", planned, measured)
                     metrics.add_figure("chunkflow/timeline", lambda: picture(timelines), step)
             if step == 1:
-                metrics.add_figure("chunkflow/plan of step 1", lambda: plan_figure(plan, config.chunkflow.chunk_size), step)
+                metrics.add_figure(
+                    "chunkflow/plan of step 1", lambda: plan_figure(plan, config.chunkflow.chunk_size), step
+                )
             if validation and validation.due(step):
                 validation.run(
                     step,
                     metrics,
                     models.values(),
                     lambda data, take: schedule.evaluate(
-                        data.plan.pipeline.program[pipeline_rank], data.plan.groups[replica], data.chunks, take
+                        data.plan.pipeline.program[pipeline_rank],
+                        data.plan.groups[replica],
+                        data.chunks,
+                        take,
                     ),
                 )
             if profile:
@@ -251,7 +294,8 @@ def main() -> None:
             if step == first_step:
                 parallel.set_timeouts(mesh, config.comm.train_timeout_seconds)
 
-            # A step that was not sound is reported, and too many of them end the run; else what was trained is saved when it is due.
+            # A step that was not sound is reported, and too many of them end the run; else what was trained
+            # is saved when it is due.
             stopping = stopping and step < training.steps
             with user_errors():
                 progress.count(
@@ -282,25 +326,29 @@ def main() -> None:
 
 
 def chunkflow_scalars(plan, data, ledger, figures, replicas, bad_steps) -> dict[str, float]:
-    """What TensorBoard shows beyond torchtitan's tags. `figures`: of each rank, as main gathers them; a pipeline rank's replicas are
-    together."""
+    """What TensorBoard shows beyond torchtitan's tags. `figures`: of each rank, as main gathers them; a
+    pipeline rank's replicas are together."""
     useful, ends, simulated, live_chunks, stage_inputs, state_gib = zip(*figures)
     bubbles = {"chunkflow/bubble(%)/simulated": 100 * sum(simulated) / len(simulated)}
     for stage in range(len(figures) // replicas):
         own = useful[stage * replicas : (stage + 1) * replicas]
         bubbles[f"chunkflow/bubble(%)/stage_{stage}"] = 100 * (1 - sum(own) / replicas / max(ends))
     tokens = {f"data/{name}_tokens": count for name, count in vars(ledger).items()}
-    return bubbles | tokens | {
-        "chunkflow/groups": sum(map(len, plan.groups)),
-        "chunkflow/recomputed(%)": 100 * plan.recomputed_chunks / plan.chunks,
-        "chunkflow/live_chunks_peak": max(live_chunks),
-        "chunkflow/stage_inputs_peak": max(stage_inputs),
-        "chunkflow/kv_state(GiB)": max(state_gib),
-        "chunkflow/tokens_per_supervised_token": plan.tokens / max(data.targets, 1),
-        "chunkflow/bad_steps": bad_steps,
-        "data/longest_sequence": max(data.lengths),
-        "data/epoch": data.epoch,
-    }
+    return (
+        bubbles
+        | tokens
+        | {
+            "chunkflow/groups": sum(map(len, plan.groups)),
+            "chunkflow/recomputed(%)": 100 * plan.recomputed_chunks / plan.chunks,
+            "chunkflow/live_chunks_peak": max(live_chunks),
+            "chunkflow/stage_inputs_peak": max(stage_inputs),
+            "chunkflow/kv_state(GiB)": max(state_gib),
+            "chunkflow/tokens_per_supervised_token": plan.tokens / max(data.targets, 1),
+            "chunkflow/bad_steps": bad_steps,
+            "data/longest_sequence": max(data.lengths),
+            "data/epoch": data.epoch,
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Continues a text, or answers a question, with the model of a Hugging Face folder or of a run's checkpoint.
 
     python recipes/generate.py --model.hf_assets_path=my_model --chat --prompt "What is a chunk?"
-    python recipes/generate.py --job.config_file outputs/config.toml --checkpoint outputs/checkpoint/step-100 --prompt-file a.txt
+    python recipes/generate.py --job.config_file outputs/config.toml --checkpoint outputs/checkpoint/step-100
+    --prompt-file a.txt
 
-One process, on a GPU where there is one. The prompt goes through the model in chunks of chunkflow.chunk_size that leave nothing but
-their keys and values, so a long one takes the memory of one chunk and of its K/V; then one token at a time on the same K/V. What is
-generated goes to stdout as it comes, everything else to stderr.
+One process, on a GPU where there is one. The prompt goes through the model in chunks of chunkflow.chunk_size
+that leave nothing but their keys and values, so a long one takes the memory of one chunk and of its K/V; then
+one token at a time on the same K/V. What is generated goes to stdout as it comes, everything else to stderr.
 """
 
 import argparse
@@ -32,16 +33,30 @@ from chunkflow.training.model import model_args, open_tokenizer, positions
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
-        epilog="The run's keys, such as --model.hf_assets_path, count too: recipes/finetune.py --help lists them.",
+        epilog="The run's keys, such as --model.hf_assets_path, count too: recipes/finetune.py --help lists"
+        " them.",
         allow_abbrev=False,
     )
     parser.add_argument("--prompt", help="the text to continue")
     parser.add_argument("--prompt-file", type=Path, help="a file with the text to continue")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message, put into the model's chat template")
-    parser.add_argument("--checkpoint", type=Path, help="weights of a run; --job.config_file then names its config.toml")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a user's message, put into the model's chat template",
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, help="weights of a run; --job.config_file then names its config.toml"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="(%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="(%(default)s) 0: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=0.95, help="(%(default)s) only the likeliest tokens that have this share")
+    parser.add_argument(
+        "--temperature", type=float, default=0.7, help="(%(default)s) 0: always the likeliest token"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        help="(%(default)s) only the likeliest tokens that have this share",
+    )
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s) of the random choices")
     parser.error = fail
     own, keys = parser.parse_known_args()
@@ -51,7 +66,9 @@ def main() -> None:
         check_numbers(own)
         tokenizer = open_tokenizer(config)
         if tokenizer is None:
-            raise ValueError(f"{config.model.hf_assets_path} has no tokenizer: set model.tokenizer_path to the model's own")
+            raise ValueError(
+                f"{config.model.hf_assets_path} has no tokenizer: set model.tokenizer_path to the model's own"
+            )
         prompt, stops = encode(own, config, tokenizer)
         model = load_model(own, config, tokenizer, len(prompt), device)
     except ValueError as error:
@@ -67,7 +84,7 @@ def main() -> None:
     print(said, file=sys.stderr)
 
 
-# ----------------------------------------------------------------------------------------------------------- before work
+# ------------------------------------------------------------------------------------------------ before work
 
 
 def fail(reason: object) -> NoReturn:
@@ -78,7 +95,12 @@ def fail(reason: object) -> NoReturn:
 def check_numbers(own: argparse.Namespace) -> None:
     for option, value, good, rule in (
         ("--max-new-tokens", own.max_new_tokens, own.max_new_tokens >= 1, "at least 1"),
-        ("--temperature", own.temperature, 0 <= own.temperature < math.inf, "0 (always the likeliest token) or more"),
+        (
+            "--temperature",
+            own.temperature,
+            0 <= own.temperature < math.inf,
+            "0 (always the likeliest token) or more",
+        ),
         ("--top-p", own.top_p, 0 < own.top_p <= 1, "above 0 and at most 1 (all tokens)"),
     ):
         if not good:
@@ -88,13 +110,17 @@ def check_numbers(own: argparse.Namespace) -> None:
 def encode(own: argparse.Namespace, config, tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:
     """The prompt's ids, and each sequence of ids that ends what is generated."""
     if (own.prompt is None) == (own.prompt_file is None):
-        raise ValueError(f"{'no' if own.prompt is None else 'a second'} prompt: give one, by --prompt or by --prompt-file")
+        raise ValueError(
+            f"{'no' if own.prompt is None else 'a second'} prompt: give one, by --prompt or by --prompt-file"
+        )
     text = own.prompt
     if text is None:
         try:
             text = own.prompt_file.read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompt-file = {own.prompt_file} cannot be read ({error}): name a file of UTF-8 text") from None
+            raise ValueError(
+                f"--prompt-file = {own.prompt_file} cannot be read ({error}): name a file of UTF-8 text"
+            ) from None
     ends = hf.end_tokens(config.model.hf_assets_path) if config.model.hf_assets_path else []
     stops = [[number] for number in {tokenizer.eos_id, *ends} if number is not None]
     if own.chat:
@@ -102,16 +128,22 @@ def encode(own: argparse.Namespace, config, tokenizer: Tokenizer) -> tuple[list[
         return prompt, [*stops, end_of_turn] if end_of_turn else stops
     prompt = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
     if not prompt:
-        raise ValueError("the prompt has no tokens, and the model no token for the beginning of a text: write some text")
+        raise ValueError(
+            "the prompt has no tokens, and the model no token for the beginning of a text: write some text"
+        )
     return prompt, stops
 
 
-def load_model(own: argparse.Namespace, config, tokenizer: Tokenizer, prompt_tokens: int, device: torch.device) -> nn.Module:
-    """The whole model in training.mixed_precision_param, with the weights of --checkpoint, else of the config's folder."""
+def load_model(
+    own: argparse.Namespace, config, tokenizer: Tokenizer, prompt_tokens: int, device: torch.device
+) -> nn.Module:
+    """The whole model in training.mixed_precision_param, with the weights of --checkpoint, else of the
+    config's folder."""
     dtype = config.training.mixed_precision_param
     if device.type == "cuda" and dtype != "bfloat16":
         raise ValueError(
-            f"training.mixed_precision_param = {dtype} cannot be used on CUDA, whose variable-length attention computes in"
+            f"training.mixed_precision_param = {dtype} cannot be used on CUDA, whose variable-length"
+            " attention computes in"
             ' bfloat16: set "bfloat16"'
         )
     config.training.seq_len = 1  # the prompt decides, here
@@ -119,16 +151,22 @@ def load_model(own: argparse.Namespace, config, tokenizer: Tokenizer, prompt_tok
     total = prompt_tokens + own.max_new_tokens
     if total > positions(args) and config.model.rope_scaling is None:
         raise ValueError(
-            f"{prompt_tokens:,} tokens of the prompt and --max-new-tokens = {own.max_new_tokens:,} are beyond the"
-            f" {positions(args):,} positions of the model: shorten one of them, or extend the context with model.rope_scaling"
+            f"{prompt_tokens:,} tokens of the prompt and --max-new-tokens = {own.max_new_tokens:,} are beyond"
+            f" the {positions(args):,} positions of the model: shorten one of them, or extend the context"
+            " with model.rope_scaling"
         )
     if own.checkpoint:
         if not own.checkpoint.is_dir():
-            raise ValueError(f"--checkpoint = {own.checkpoint} is not a folder: name one such as outputs/checkpoint/step-100")
+            raise ValueError(
+                f"--checkpoint = {own.checkpoint} is not a folder: name one such as"
+                " outputs/checkpoint/step-100"
+            )
     elif folder := hf.weights_folder(config):
         hf.check_weights(folder, family, args)
     else:
-        raise ValueError("there are no weights: set --model.hf_assets_path to a folder with safetensors, or --checkpoint")
+        raise ValueError(
+            "there are no weights: set --model.hf_assets_path to a folder with safetensors, or --checkpoint"
+        )
     # A checkpoint is read as it was written, in training.dtype; that may be more than the device holds.
     with torch.device("meta"), parallel.default_dtype(config.training.dtype if own.checkpoint else dtype):
         model = family.Transformer(args)
@@ -140,7 +178,7 @@ def load_model(own: argparse.Namespace, config, tokenizer: Tokenizer, prompt_tok
     return model.to(device, parallel.DTYPES[dtype])
 
 
-# -------------------------------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------------------------- sampling
 
 
 @torch.no_grad()
@@ -149,18 +187,28 @@ def generate(
 ) -> Iterator[int]:
     """--max-new-tokens ids, one by one, each from the model's logits behind all before it.
 
-    Ids from `vocab_size` on, which pad the embeddings of some models and which no tokenizer can write, are never chosen.
+    Ids from `vocab_size` on, which pad the embeddings of some models and which no tokenizer can write, are
+    never chosen.
     """
-    # All chunks are known now: the prompt's, then one for each new token but the last. So the K/V state has room for them.
+    # All chunks are known now: the prompt's, then one for each new token but the last. So the K/V state has
+    # room for them.
     starts = [*range(0, len(prompt), chunk_size), *range(len(prompt), len(prompt) + own.max_new_tokens)]
     group = Group(tuple(Chunk((Segment(0, start, end - start),)) for start, end in zip(starts, starts[1:])))
     state, device = KeyValueState(group), model.tok_embeddings.weight.device
     generator = torch.Generator().manual_seed(own.seed)
     tokens = list(prompt)
-    with tqdm(total=len(prompt), unit="token", desc="reading the prompt", mininterval=1, disable=len(prompt) <= chunk_size) as bar:
+    with tqdm(
+        total=len(prompt),
+        unit="token",
+        desc="reading the prompt",
+        mininterval=1,
+        disable=len(prompt) <= chunk_size,
+    ) as bar:
         for index, (start, end) in enumerate(zip(starts, starts[1:])):
             inputs = torch.tensor(tokens[start:end])
-            chunk = ChunkTensors(group.chunks[index], index, inputs, None, torch.arange(start, end)).to(device)
+            chunk = ChunkTensors(group.chunks[index], index, inputs, None, torch.arange(start, end)).to(
+                device
+            )
             chunk.state = state
             chunk.state_only = end < len(prompt)
             logits_V = model(chunk.tokens, chunk)
@@ -174,10 +222,13 @@ def generate(
 
 
 def sample(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """An id, drawn from softmax(logits / temperature) among the fewest likeliest ids whose shares reach top_p together."""
+    """An id, drawn from softmax(logits / temperature) among the fewest likeliest ids whose shares reach top_p
+    together."""
     if temperature == 0:
         return int(logits_V.argmax())
-    shares_V = torch.softmax((logits_V - logits_V.max()) / temperature, dim=-1).cpu()  # the same draw on any device
+    shares_V = torch.softmax(
+        (logits_V - logits_V.max()) / temperature, dim=-1
+    ).cpu()  # the same draw on any device
     if top_p < 1:
         sorted_V, ids_V = shares_V.sort(descending=True)
         likelier_V = sorted_V.cumsum(0) - sorted_V
@@ -186,7 +237,8 @@ def sample(logits_V: torch.Tensor, temperature: float, top_p: float, generator: 
 
 
 def until_stop(ids: Iterator[int], stops: list[list[int]]) -> Iterator[int]:
-    """`ids` up to the first of `stops`, which is left out: what may be the beginning of one waits for what follows."""
+    """`ids` up to the first of `stops`, which is left out: what may be the beginning of one waits for what
+    follows."""
     held, longest = [], max(map(len, stops), default=1)
     for number in ids:
         held.append(number)

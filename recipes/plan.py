@@ -1,9 +1,11 @@
-"""Says what a config will do before it runs: chunks, padding, balance, bubble, peak memory by part. Launches nothing.
+"""Says what a config will do before it runs: chunks, padding, balance, bubble, peak memory by part. Launches
+nothing.
 
     NGPU=64 python recipes/plan.py --job.config_file my.toml
 
-Builds the real plans of the first 20 steps (--steps=N; an epoch at most) for NGPU x NNODES ranks from the lengths of the data, and one
-more with the longest sequence among the first step's. --json prints one JSON object. Memory is arithmetic for CUDA, not measured.
+Builds the real plans of the first 20 steps (--steps=N; an epoch at most) for NGPU x NNODES ranks from the
+lengths of the data, and one more with the longest sequence among the first step's. --json prints one JSON
+object. Memory is arithmetic for CUDA, not measured.
 """
 
 import argparse
@@ -50,7 +52,8 @@ def check(config) -> None:
         stages.layers_of_stages(config, args)
         if config.parallelism.fsdp_reshard_after_forward == "always":
             raise ConfigError(
-                'parallelism.fsdp_reshard_after_forward = "always" would gather every layer for every chunk, and replicas have unequal'
+                'parallelism.fsdp_reshard_after_forward = "always" would gather every layer for every chunk,'
+                " and replicas have unequal"
                 ' plans: with a pipeline set "default" or "never"'
             )
 
@@ -64,7 +67,10 @@ def main(argv: list[str] | None = None) -> None:
         print("--steps N (20): steps to plan. --json: print one JSON object.\n")
     config = main_config(rest, check=check, planned=True)
     if not options.steps.isdecimal() or int(options.steps) < 1:
-        print(f"error: --steps = {options.steps} is not a whole number of at least 1: give one such as 20", file=sys.stderr)
+        print(
+            f"error: --steps = {options.steps} is not a whole number of at least 1: give one such as 20",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     with user_errors():
         report = predict(config, int(options.steps))
@@ -79,7 +85,9 @@ def predict(config, steps: int) -> dict:
     tokenizer = open_tokenizer(config)
     family, args = model_args(config, tokenizer.vocab_size if tokenizer else 0)
     seed = parallel.set_seed(config)
-    dataset = open_dataset(training.dataset, training.dataset_path, tokenizer, vocab_size=args.vocab_size, seed=seed)
+    dataset = open_dataset(
+        training.dataset, training.dataset_path, tokenizer, vocab_size=args.vocab_size, seed=seed
+    )
 
     # The plan's settings are those of the recipes.
     layers = stages.layers_of_stages(config, args) if pipeline_ranks > 1 else [range(args.n_layers)]
@@ -115,7 +123,9 @@ def predict(config, steps: int) -> dict:
         reshard=reshard,
         eight_bit=config.optimizer.name == "AdamW8bit",
         offload=training.enable_cpu_offload,
-        checkpoint_every={"none": 0, "full": 1, "selective": int(activation_checkpoint.selective_ac_option)}[activation_checkpoint.mode],
+        checkpoint_every={"none": 0, "full": 1, "selective": int(activation_checkpoint.selective_ac_option)}[
+            activation_checkpoint.mode
+        ],
         slice_tokens=slice_tokens("cuda", args.vocab_size),
         sends_in_flight=SENDS_IN_FLIGHT if pipeline_ranks > 1 else 0,
     )
@@ -124,10 +134,14 @@ def predict(config, steps: int) -> dict:
         whole = sum(parameter.numel() for parameter in family.Transformer(args).parameters())
         for rank in range(pipeline_ranks):
             models = stages.build_stages(family, args, layers, rank, pipeline_ranks)
-            shapes = {stage: {name: tuple(p.shape) for name, p in model.named_parameters()} for stage, model in models.items()}
+            shapes = {
+                stage: {name: tuple(p.shape) for name, p in model.named_parameters()}
+                for stage, model in models.items()
+            }
             sizes.append({stage: StageSizes(args, own, layout) for stage, own in shapes.items()})
 
-    # The first steps as they will be, then the first one again with the longest sequence of all in the place of its longest.
+    # The first steps as they will be, then the first one again with the longest sequence of all in the place
+    # of its longest.
     batches, cursor = [], 0
     while len(batches) < steps and cursor < len(dataset):
         step = loader.step_at(cursor)
@@ -140,15 +154,23 @@ def predict(config, steps: int) -> dict:
     stress[stress.index(max(stress))] = longest
 
     def plan(lengths: list[int]) -> tuple[dict, list[dict[str, int]]]:
-        """A step's figures, and the parts at the peak of each pipeline rank, on the replica where they are largest."""
+        """A step's figures, and the parts at the peak of each pipeline rank, on the replica where they are
+        largest."""
         figures, peaks, bubbles, idle = {}, [{}] * pipeline_ranks, [], []
         for replica in range(replicas if pipeline_ranks > 1 else 1):
-            pipeline = PipelineSettings(stages.stage_costs(args, layers), pipeline_ranks, replica) if pipeline_ranks > 1 else None
+            pipeline = (
+                PipelineSettings(stages.stage_costs(args, layers), pipeline_ranks, replica)
+                if pipeline_ranks > 1
+                else None
+            )
             made = plan_step(lengths, settings._replace(pipeline=pipeline))
             if pipeline:
                 bubbles.append(made.pipeline.simulation.bubble)
                 idle.append(made.pipeline.simulation.idle)
-                work = [(made.groups[replica] or [ONE_TOKEN], rank, own) for rank, own in enumerate(made.pipeline.program)]
+                work = [
+                    (made.groups[replica] or [ONE_TOKEN], rank, own)
+                    for rank, own in enumerate(made.pipeline.program)
+                ]
             else:
                 work = [(made.groups[rank], 0, made.actions[rank]) for rank in range(replicas)]
             for groups, pipeline_rank, entries in work:
@@ -166,14 +188,21 @@ def predict(config, steps: int) -> dict:
         if reshard:
             figures["template_overhead_percent"] = made.template_overhead_percent
         if bubbles:
-            figures |= {"bubble_percent": 100 * sum(bubbles) / replicas, "idle_percent": 100 * sum(idle) / replicas}
+            figures |= {
+                "bubble_percent": 100 * sum(bubbles) / replicas,
+                "idle_percent": 100 * sum(idle) / replicas,
+            }
         return figures, peaks
 
     planned = []
     for number, lengths in enumerate([*batches, stress], start=1):
         planned.append(plan(lengths))
         if sys.stderr.isatty():
-            print(f"\rplanned {number} of {len(batches) + 1} steps", end="\n" if number > len(batches) else "", file=sys.stderr)
+            print(
+                f"\rplanned {number} of {len(batches) + 1} steps",
+                end="\n" if number > len(batches) else "",
+                file=sys.stderr,
+            )
     figures = [own for own, _ in planned[:-1]]
 
     def memory(peaks: list[list[dict[str, int]]]) -> dict:
@@ -213,15 +242,24 @@ ONE_TOKEN = Group((Chunk((Segment(0, 0, 1),)),))  # what a replica without seque
 
 def table(report: dict) -> str:
     """The report as text."""
-    chunks = f"chunks of {report['chunk_size']:,}, k = {report['k']}" if report["chunk_size"] else "whole sequences"
+    chunks = (
+        f"chunks of {report['chunk_size']:,}, k = {report['k']}"
+        if report["chunk_size"]
+        else "whole sequences"
+    )
     layers = report["stage_layers"]
     runs = [f"{len(list(own))} x {count}" for count, own in groupby(layers)]
     ranks = len(report["memory"]["pipeline_ranks_gib"])
-    stage_text = f"pipelines of {ranks} ranks, layers of stages {', '.join(runs)}; " if len(layers) > 1 else ""
-    gathered = "gathered layer by layer (ZeRO-3)" if report["reshard_after_forward"] else "gathered once a step"
+    stage_text = (
+        f"pipelines of {ranks} ranks, layers of stages {', '.join(runs)}; " if len(layers) > 1 else ""
+    )
+    gathered = (
+        "gathered layer by layer (ZeRO-3)" if report["reshard_after_forward"] else "gathered once a step"
+    )
     lines = [
         f"{report['model']}, {report['parameters']:,} parameters, {chunks}",
-        f"{report['ranks']} ranks: {stage_text}{report['replicas']} data-parallel; {report['shards']} shards, {gathered}",
+        f"{report['ranks']} ranks: {stage_text}{report['replicas']} data-parallel; {report['shards']} shards,"
+        f" {gathered}",
     ]
     if report["notice"]:
         lines.append(report["notice"])
@@ -229,7 +267,9 @@ def table(report: dict) -> str:
     lines += ["", f"{'a step, of the first ' + str(report['steps']):<46}{'mean':>12}{'worst':>12}{last:>16}"]
     for name, (text, form) in FIGURES.items():
         if name in report["mean"]:
-            mean, worst, stress = (format(report[column][name], form) for column in ("mean", "worst", "longest_sequence"))
+            mean, worst, stress = (
+                format(report[column][name], form) for column in ("mean", "worst", "longest_sequence")
+            )
             lines.append(f"  {text:<44}{mean:>12}{worst:>12}{stress:>16}")
     ours, stress = report["memory"], report["memory_longest_sequence"]
     lines += ["", f"{'GiB at the peak of the fullest rank, predicted':<58}{'worst':>12}{last:>16}"]
@@ -240,10 +280,16 @@ def table(report: dict) -> str:
     lines.append(f"  {'total':<56}{ours['total_gib']:>12.2f}{stress['total_gib']:>16.2f}")
     if len(layers) > 1:
         form = ".0f" if stress["total_gib"] >= 10 else ".2f"
-        lines.append("  total of each pipeline rank: " + ", ".join(format(gib, form) for gib in stress["pipeline_ranks_gib"]))
+        lines.append(
+            "  total of each pipeline rank: "
+            + ", ".join(format(gib, form) for gib in stress["pipeline_ranks_gib"])
+        )
     if report["host_gib_per_rank"]:
         lines.append(f"  in host memory, a rank: {report['host_gib_per_rank']:.2f}")
-    lines.append("Arithmetic, measured on no GPU. Not in it: CUDA's context, NCCL's buffers, fragmentation; leave 8 GiB for them.")
+    lines.append(
+        "Arithmetic, measured on no GPU. Not in it: CUDA's context, NCCL's buffers, fragmentation; leave 8"
+        " GiB for them."
+    )
     return "\n".join(lines)
 
 

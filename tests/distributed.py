@@ -11,7 +11,11 @@ import traceback
 
 def _child(function, rank, world_size, port, arguments, results):
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="localhost", MASTER_PORT=str(port)
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
     )
     import torch
 
@@ -26,16 +30,21 @@ def _child(function, rank, world_size, port, arguments, results):
 
 
 def run_ranks(function, world_size: int, *arguments, seconds: float = 180) -> list:
-    """What `function(*arguments)` returned on each rank. RuntimeError with a rank's traceback if one raised or time ran out."""
+    """What `function(*arguments)` returned on each rank. RuntimeError with a rank's traceback if one raised
+    or time ran out."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     # Ranks are forked from a process that has imported torch, once for all tests, and nothing else.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["chunkflow.execution.pipeline", "chunkflow.training.checkpoint", "tests.reference"])
+    context.set_forkserver_preload(
+        ["chunkflow.execution.pipeline", "chunkflow.training.checkpoint", "tests.reference"]
+    )
     results = context.Queue()
     processes = [
-        context.Process(target=_child, args=(function, rank, world_size, port, arguments, results), daemon=True)
+        context.Process(
+            target=_child, args=(function, rank, world_size, port, arguments, results), daemon=True
+        )
         for rank in range(world_size)
     ]
     for process in processes:
@@ -46,7 +55,9 @@ def run_ranks(function, world_size: int, *arguments, seconds: float = 180) -> li
             try:
                 rank, answer, error = results.get(timeout=max(0.1, deadline - time.monotonic()))
             except Exception:
-                raise RuntimeError(f"ranks {sorted(set(range(world_size)) - set(answers))} gave no answer in {seconds} s") from None
+                raise RuntimeError(
+                    f"ranks {sorted(set(range(world_size)) - set(answers))} gave no answer in {seconds} s"
+                ) from None
             if error:
                 raise RuntimeError(f"rank {rank}:\n{error}")
             answers[rank] = answer

@@ -1,6 +1,8 @@
-"""Runs recipes in processes forked from one that has imported torch already: the same code in as many processes, seconds sooner.
+"""Runs recipes in processes forked from one that has imported torch already: the same code in as many
+processes, seconds sooner.
 
-What run_train.sh adds to it is tested with run_train.sh. As a program this file is that process; `Forks` talks to it.
+What run_train.sh adds to it is tested with run_train.sh. As a program this file is that process; `Forks`
+talks to it.
 """
 
 from __future__ import annotations
@@ -27,22 +29,33 @@ class Forks:
     def __init__(self):
         environ = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "tests.forks"]
-        self.server = subprocess.Popen(command, cwd=REPO, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.server = subprocess.Popen(
+            command, cwd=REPO, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def _ask(self, **question):
         print(json.dumps(question), file=self.server.stdin, flush=True)
         return json.loads(self.server.stdout.readline())
 
-    def start(self, recipe: str | Path, arguments: list[str], environ: dict[str, str], log: Path, processes: int = 1) -> Job:
-        """`environ` is all of the environment; several processes get torchrun's variables. Both output streams of all go to `log`."""
+    def start(
+        self, recipe: str | Path, arguments: list[str], environ: dict[str, str], log: Path, processes: int = 1
+    ) -> Job:
+        """`environ` is all of the environment; several processes get torchrun's variables. Both output
+        streams of all go to `log`."""
         ranks = [{}]
         if processes > 1:
             with socket.socket() as probe:
                 probe.bind(("localhost", 0))
-                common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.getsockname()[1])}
+                common = {
+                    "WORLD_SIZE": str(processes),
+                    "MASTER_ADDR": "localhost",
+                    "MASTER_PORT": str(probe.getsockname()[1]),
+                }
             ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         environs = [environ | own for own in ranks]
-        return Job(self, self._ask(do="start", argv=[str(recipe), *arguments], environs=environs, log=str(log)))
+        return Job(
+            self, self._ask(do="start", argv=[str(recipe), *arguments], environs=environs, log=str(log))
+        )
 
     def close(self) -> None:
         self.server.stdin.close()
@@ -81,9 +94,9 @@ class Job:
 def serve() -> None:
     import torch.utils.tensorboard  # noqa: F401  what recipes import, once
 
-    import chunkflow.execution.pipeline  # noqa: F401
-    import chunkflow.training.checkpoint  # noqa: F401
-    import chunkflow.training.metrics  # noqa: F401
+    import chunkflow.execution.pipeline
+    import chunkflow.training.checkpoint
+    import chunkflow.training.metrics
     import chunkflow.training.timeline  # noqa: F401
 
     ended: dict[int, int] = {}
@@ -112,7 +125,8 @@ def serve() -> None:
 
 
 def become(argv: list[str], environ: dict[str, str], log: str) -> None:
-    """Turns this fork into `python argv...`. It ends as that does, but for tidying up modules, which takes a second."""
+    """Turns this fork into `python argv...`. It ends as that does, but for tidying up modules, which takes a
+    second."""
     os.setpgid(0, 0)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -1,6 +1,7 @@
 """Whole-sequence training written a second time, naively: what every chunked path is compared with.
 
-Attention is a full masked softmax and the loss a plain cross-entropy of all logits, so nothing of chunkflow.execution is trusted.
+Attention is a full masked softmax and the loss a plain cross-entropy of all logits, so nothing of
+chunkflow.execution is trusted.
 """
 
 from __future__ import annotations
@@ -71,12 +72,15 @@ def whole_sequence_gradients(model, sequences):
     targets = sum(int((labels != -100).sum()) for _, labels in sequences)
     model.zero_grad()
     total = 0.0
-    with mock.patch.object(module, "chunk_attention", naive_attention), mock.patch.object(
-        module, "sliced_cross_entropy", naive_cross_entropy
+    with (
+        mock.patch.object(module, "chunk_attention", naive_attention),
+        mock.patch.object(module, "sliced_cross_entropy", naive_cross_entropy),
     ):
         for tokens, labels in sequences:
             whole = Chunk((Segment(0, 0, len(tokens)),))
-            loss = model(tokens, ChunkTensors(whole, 0, tokens, labels, torch.arange(len(tokens)))) / max(targets, 1)
+            loss = model(tokens, ChunkTensors(whole, 0, tokens, labels, torch.arange(len(tokens)))) / max(
+                targets, 1
+            )
             loss.backward()
             total += loss.item()
     return total, gradients(model)
@@ -102,4 +106,7 @@ def assert_same_gradients(ours, theirs, tolerance):
 
 def random_lengths(rng: random.Random, longest: int) -> list[int]:
     count = rng.randint(1, 8)
-    return [rng.randint(1, longest) if rng.random() < 0.4 else rng.randint(1, max(1, longest // 5)) for _ in range(count)]
+    return [
+        rng.randint(1, longest) if rng.random() < 0.4 else rng.randint(1, max(1, longest // 5))
+        for _ in range(count)
+    ]

@@ -19,8 +19,16 @@ RECIPE = REPO / "recipes" / "finetune.py"
 
 def environment(tmp_path: Path, **changes: str) -> dict[str, str]:
     """One thread a process, a cache of its own, nothing of an outer run."""
-    outer = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NGPU")}
-    return outer | {"OMP_NUM_THREADS": "1", "CHUNKFLOW_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(REPO)} | changes
+    outer = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NGPU")
+    }
+    return (
+        outer
+        | {"OMP_NUM_THREADS": "1", "CHUNKFLOW_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(REPO)}
+        | changes
+    )
 
 
 def write_rows(path: Path, lengths: list[int], seed: int = 0, masked: float = 0.2) -> Path:
@@ -36,7 +44,8 @@ def write_rows(path: Path, lengths: list[int], seed: int = 0, masked: float = 0.
 
 
 def processes_of(argument_part: str) -> dict[int, list[str]]:
-    """Environments of the processes with that text in their arguments. torchrun's workers are sessions of their own."""
+    """Environments of the processes with that text in their arguments. torchrun's workers are sessions of
+    their own."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -66,27 +75,44 @@ def forks() -> Forks:
 
 
 def run(
-    tmp_path: Path, *overrides: str, processes: int = 1, seconds: int = 240, forked: bool = False, **environ: str
+    tmp_path: Path,
+    *overrides: str,
+    processes: int = 1,
+    seconds: int = 240,
+    forked: bool = False,
+    **environ: str,
 ) -> subprocess.CompletedProcess:
-    """A recipe (TRAIN_FILE, recipes/finetune.py) in a fork, or run_train.sh for several processes; `forked`: these, too, in forks.
-    Output as text, both streams in one."""
+    """A recipe (TRAIN_FILE, recipes/finetune.py) in a fork, or run_train.sh for several processes; `forked`:
+    these, too, in forks. Output as text, both streams in one."""
     if forked or processes == 1:
         recipe, log = environ.pop("TRAIN_FILE", str(RECIPE)), tmp_path / "forked.log"
         log.unlink(missing_ok=True)
-        statuses = forks().start(recipe, list(overrides), environment(tmp_path, **environ), log, processes).wait(seconds)
+        statuses = (
+            forks()
+            .start(recipe, list(overrides), environment(tmp_path, **environ), log, processes)
+            .wait(seconds)
+        )
         return subprocess.CompletedProcess([recipe, *overrides], max(statuses, key=abs), log.read_text())
     # No --job.config_file: the empty file sets nothing.
     (tmp_path / "empty.toml").touch()
     environ = {"NGPU": str(processes), "CONFIG_FILE": str(tmp_path / "empty.toml")} | environ
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     try:
-        return subprocess.run([str(REPO / "run_train.sh"), *overrides], env=environment(tmp_path, **environ), timeout=seconds, **pipes)
+        return subprocess.run(
+            [str(REPO / "run_train.sh"), *overrides],
+            env=environment(tmp_path, **environ),
+            timeout=seconds,
+            **pipes,
+        )
     finally:
         end_processes(str(tmp_path))  # torchrun's, should it have run out of time
 
 
-def train(tmp_path: Path, name: str, data: Path, *overrides: str, processes: int = 1, **environ: str) -> list[dict]:
-    """Rows of metrics.jsonl of a short run on `data`, every step logged. AssertionError with the output where it fails."""
+def train(
+    tmp_path: Path, name: str, data: Path, *overrides: str, processes: int = 1, **environ: str
+) -> list[dict]:
+    """Rows of metrics.jsonl of a short run on `data`, every step logged. AssertionError with the output where
+    it fails."""
     folder = tmp_path / name
     settings = [
         f"--job.dump_folder={folder}",
@@ -112,4 +138,8 @@ def assert_same_curves(first: list[dict], second: list[dict], loss: float, grad_
     assert [row["step"] for row in first] == [row["step"] for row in second]
     for a, b in zip(first, second):
         assert abs(a["loss"] - b["loss"]) <= loss * abs(b["loss"]), (a["step"], a["loss"], b["loss"])
-        assert abs(a["grad_norm"] - b["grad_norm"]) <= grad_norm * b["grad_norm"], (a["step"], a["grad_norm"], b["grad_norm"])
+        assert abs(a["grad_norm"] - b["grad_norm"]) <= grad_norm * b["grad_norm"], (
+            a["step"],
+            a["grad_norm"],
+            b["grad_norm"],
+        )

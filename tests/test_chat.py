@@ -1,4 +1,5 @@
-"""Chats against transformers, as the independent reference, and by hand: what is rendered, tokenised and supervised."""
+"""Chats against transformers, as the independent reference, and by hand: what is rendered, tokenised and
+supervised."""
 
 import json
 import re
@@ -17,7 +18,8 @@ from chunkflow.data.dataset import open_dataset
 from chunkflow.data.tokenizer import Tokenizer
 from tests.runs import REPO
 
-# Templates in the manner of the families, `generation` marking what the model writes, which is transformers' way to a mask.
+# Templates in the manner of the families, `generation` marking what the model writes, which is transformers'
+# way to a mask.
 
 CHATML = """\
 {% for message in messages %}
@@ -123,7 +125,7 @@ ZEPHYR = """\
 
 WORDS = [
     "You are helpful. Be brief. What is 1 + 2? It is 3. And so on; the user asks, the assistant answers.\n\n",
-    "<|im_start|>system user assistant tool\n<tool_response> {\"name\": \"add\", \"arguments\": {\"a\": 1}}\n",
+    '<|im_start|>system user assistant tool\n<tool_response> {"name": "add", "arguments": {"a": 1}}\n',
     "    def f(x):\n        return x + 1\n\n",
 ] * 4
 STYLES = {  # template, special tokens, ordinary added tokens, bos, eos, make of tokenizer
@@ -136,21 +138,42 @@ STYLES = {  # template, special tokens, ordinary added tokens, bos, eos, make of
         "<|eot_id|>",
         "bytes",
     ),
-    "qwen2": (QWEN2, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<tool_call>", "</tool_call>"], None, "<|im_end|>", "bytes"),
-    "qwen3": (QWEN3, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<think>", "</think>"], None, "<|im_end|>", "bytes"),
+    "qwen2": (
+        QWEN2,
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        ["<tool_call>", "</tool_call>"],
+        None,
+        "<|im_end|>",
+        "bytes",
+    ),
+    "qwen3": (
+        QWEN3,
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        ["<think>", "</think>"],
+        None,
+        "<|im_end|>",
+        "bytes",
+    ),
     "mistral": (MISTRAL, ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], [], "<s>", "</s>", "metaspace"),
     "zephyr": (ZEPHYR, ["<unk>", "<s>", "</s>"], [], "<s>", "</s>", "metaspace"),
 }
 
 
 def raw_tokenizer(kind: str, special: list[str], added: list[str]) -> RawTokenizer:
-    """Made as Qwen's and Llama 3's are ("bytes"), or as Llama 2's and Mistral's are ("metaspace"); both have all bytes."""
+    """Made as Qwen's and Llama 3's are ("bytes"), or as Llama 2's and Mistral's are ("metaspace"); both have
+    all bytes."""
     if kind == "bytes":
         raw = RawTokenizer(models.BPE())
         raw.normalizer = normalizers.NFC()
-        words = Regex(r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+        words = Regex(
+            r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+            r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
         raw.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            [
+                pre_tokenizers.Split(words, "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
         )
         raw.decoder = decoders.ByteLevel()
         alphabet, pieces = pre_tokenizers.ByteLevel.alphabet(), []
@@ -182,7 +205,11 @@ def folders(tmp_path_factory):
     for name, (template, special, added, bos, eos, kind) in STYLES.items():
         folder = made[name] = tmp_path_factory.mktemp(name)
         raw_tokenizer(kind, special, added).save(str(folder / "tokenizer.json"))
-        config = {"bos_token": bos, "eos_token": {"__type": "AddedToken", "content": eos}, "chat_template": template}
+        config = {
+            "bos_token": bos,
+            "eos_token": {"__type": "AddedToken", "content": eos},
+            "chat_template": template,
+        }
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return made
@@ -200,7 +227,9 @@ def read(tmp_path):
     def read(tokenizer, *rows):
         path = tmp_path / "data.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        dataset = open_dataset("jsonl", str(path), tokenizer, vocab_size=1 << 20, seed=0, cache_dir=str(tmp_path / "cache"))
+        dataset = open_dataset(
+            "jsonl", str(path), tokenizer, vocab_size=1 << 20, seed=0, cache_dir=str(tmp_path / "cache")
+        )
         made = [dataset.row(index, length) for index, length in enumerate(dataset.lengths)]
         return [(tokens.tolist(), labels.tolist()) for tokens, labels in made]
 
@@ -210,7 +239,9 @@ def read(tmp_path):
 def say(*contents, system=None, **more):
     """User and assistant in turn."""
     messages = [{"role": "system", "content": system}] if system else []
-    messages += [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(contents)]
+    messages += [
+        {"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(contents)
+    ]
     return {"messages": messages, **more}
 
 
@@ -241,7 +272,9 @@ def test_masks_are_those_of_transformers(style, folders, references, read):
         assert tokens == expected["input_ids"]
         assert mask(labels) == expected["assistant_masks"]
         assert all(label in (-100, token) for token, label in zip(tokens, labels))
-        assert tokenizer.chat.render(row["messages"]) == reference.apply_chat_template(row["messages"], tokenize=False)
+        assert tokenizer.chat.render(row["messages"]) == reference.apply_chat_template(
+            row["messages"], tokenize=False
+        )
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -257,8 +290,10 @@ def test_masks_are_those_of_token_prefixes(style, folders, references, read, tmp
         expected = [0] * len(tokens)
         for place, message in enumerate(row["messages"]):
             if message["role"] == "assistant":
-                settings = dict(return_dict=False, chat_template=plain)
-                before = reference.apply_chat_template(row["messages"][:place], add_generation_prompt=True, **settings)
+                settings = {"return_dict": False, "chat_template": plain}
+                before = reference.apply_chat_template(
+                    row["messages"][:place], add_generation_prompt=True, **settings
+                )
                 after = reference.apply_chat_template(row["messages"][: place + 1], **settings)
                 end = len(after) - after[::-1].index(tokenizer.eos_id)  # without the line break behind it
                 assert tokens[:end] == after[:end] and after[: len(before)] == before
@@ -271,7 +306,9 @@ def test_a_question_is_that_of_transformers_and_ends_as_its_turn_does(style, fol
     tokenizer, content = Tokenizer(str(folders[style])), "naïve <|im_end|> 漢字?\n"
     prompt, end = tokenizer.question(content)
     messages = [{"role": "user", "content": content}]
-    assert prompt == references[style].apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert prompt == references[style].apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
     ((tokens, labels),) = read(tokenizer, say(content, "b"))
     assert tokens[: len(prompt)] == prompt and end == [label for label in labels if label >= 0][-1:]
 
@@ -284,23 +321,48 @@ def test_a_question_in_plain_chatml(read):
     assert len(end) > 1 and [label for label in labels if label >= 0][-len(end) :] == end
 
 
-ADD = [{"type": "function", "function": {"name": "add", "description": "sums <a> & 'b'", "parameters": {"type": "object"}}}]
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": "ü<"}}}]}
+ADD = [
+    {
+        "type": "function",
+        "function": {"name": "add", "description": "sums <a> & 'b'", "parameters": {"type": "object"}},
+    }
+]
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": "ü<"}}}],
+}
 
 
 def test_tools_their_calls_and_their_answers(folders, references, read):
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 2 and 3 + 4?"}, CALL]
-    messages += [{"role": "tool", "content": "3", "name": "add", "tool_call_id": "x"}, {"role": "tool", "content": "7"}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1 + 2 and 3 + 4?"},
+        CALL,
+    ]
+    messages += [
+        {"role": "tool", "content": "3", "name": "add", "tool_call_id": "x"},
+        {"role": "tool", "content": "7"},
+    ]
     messages += [{"role": "assistant", "content": "3, 7."}]
     tokenizer, reference = Tokenizer(str(folders["qwen2"])), references["qwen2"]
-    rows = [{"messages": messages, "tools": ADD}, {"messages": messages, "tools": []}, {"messages": messages[1:]}]
+    rows = [
+        {"messages": messages, "tools": ADD},
+        {"messages": messages, "tools": []},
+        {"messages": messages[1:]},
+    ]
     for row, (tokens, labels) in zip(rows, read(tokenizer, *rows)):
         expected = reference.apply_chat_template(
-            row["messages"], tools=row.get("tools") or None, return_dict=True, return_assistant_tokens_mask=True
+            row["messages"],
+            tools=row.get("tools") or None,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
         assert tokens == expected["input_ids"] and mask(labels) == expected["assistant_masks"]
         supervised = tokenizer.decode([label for label in labels if label >= 0])
-        assert supervised == '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "ü<"}}\n</tool_call>3, 7.'
+        assert (
+            supervised == '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "ü<"}}\n</tool_call>3, 7.'
+        )
 
 
 def test_a_template_of_its_own_for_tools(folders, read, tmp_path):
@@ -321,16 +383,23 @@ def test_earlier_reasoning_that_the_template_drops(folders, references, read):
     with pytest.raises(ValueError) as error:
         read(tokenizer, say("a", "b"), say("a", "b", "c", "d", system="s"))
     message = str(error.value)
-    assert re.match(r"\S+data.jsonl:2: messages\[2\]: the chat template of \S+ renders the messages up to here otherwise", message)
+    assert re.match(
+        r"\S+data.jsonl:2: messages\[2\]: the chat template of \S+ renders the messages up to here otherwise",
+        message,
+    )
     assert 'give it "weight": 0' in message and "\n" not in message
     row = say("a", "b", "c", "d", "e", "f")
     row["messages"][1]["weight"] = row["messages"][3]["weight"] = 0
     row["messages"][5]["reasoning_content"] = "f, of course"
     [(tokens, labels)] = read(tokenizer, row)
-    messages = [{key: value for key, value in message.items() if key != "weight"} for message in row["messages"]]
+    messages = [
+        {key: value for key, value in message.items() if key != "weight"} for message in row["messages"]
+    ]
     expected = reference.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     assert tokens == expected["input_ids"]
-    assert tokenizer.decode([label for label in labels if label >= 0]) == "<think>\nf, of course\n</think>\n\nf"
+    assert (
+        tokenizer.decode([label for label in labels if label >= 0]) == "<think>\nf, of course\n</think>\n\nf"
+    )
     end = len(tokens) - 1  # the line break behind <|im_end|>
     first = max(place for place in range(end) if not expected["assistant_masks"][place]) + 1
     assert mask(labels) == [0] * first + [1] * (end - first) + [0]
@@ -341,14 +410,20 @@ def test_no_loss_on_messages_of_weight_0(style, folders, read):
     tokenizer = Tokenizer(str(folders[style]) if style else "")
     if style == "qwen3":
         return
-    row, weighted = say("a", "one", "c", "two", "e", "three", system="s"), say("a", "one", "c", "two", "e", "three", system="s")
+    row, weighted = (
+        say("a", "one", "c", "two", "e", "three", system="s"),
+        say("a", "one", "c", "two", "e", "three", system="s"),
+    )
     for place, weight in enumerate([0, 0, 1, 0, 0, None, 1.0]):
         weighted["messages"][place]["weight"] = weight
     (tokens, labels), (same, fewer) = read(tokenizer, row, weighted)
     assert tokens == same
     kept = [label if label != -100 else token for token, label in zip(tokens, fewer)]
     assert kept == tokens
-    texts = [tokenizer.decode([label for label in found if label >= 0]).replace("<|im_end|>", "") for found in (labels, fewer)]
+    texts = [
+        tokenizer.decode([label for label in found if label >= 0]).replace("<|im_end|>", "")
+        for found in (labels, fewer)
+    ]
     assert [re.sub("</s>| ", "", text) for text in texts] == ["onetwothree", "onethree"]
 
 
@@ -360,7 +435,10 @@ def test_sharegpt(folders, read):
     turns = [{"from": names[message["role"]], "value": message["content"]} for message in row["messages"]]
     turns[4]["weight"] = 0
     call = {"from": "gpt", "value": None, "tool_calls": CALL["tool_calls"]}
-    both = {"messages": [*say("a")["messages"], CALL]}, {"conversations": [{"from": "human", "value": "a"}, call]}
+    both = (
+        {"messages": [*say("a")["messages"], CALL]},
+        {"conversations": [{"from": "human", "value": "a"}, call]},
+    )
     one, other = read(Tokenizer(str(folders["qwen2"])), *both)
     assert one == other and 1 in mask(one[1])
     for path in (str(folders["qwen2"]), ""):
@@ -368,7 +446,7 @@ def test_sharegpt(folders, read):
         assert one == other and 1 in mask(one[1])
 
 
-# ------------------------------------------------------------------------------------------------------------- built in
+# --------------------------------------------------------------------------------------------------- built in
 
 
 def bare(folder, tmp_path):
@@ -381,7 +459,8 @@ def bare(folder, tmp_path):
 
 
 BUILT_IN = {
-    "qwen2": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ <|im_end|>\n<|im_start|>assistant\n«A <|im_end|>»\n"
+    "qwen2": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ <|im_end|>\n<|im_start|>assistant\n«A"
+    " <|im_end|>»\n"
     "<|im_start|>tool\nT<|im_end|>\n<|im_start|>assistant\n«B<|im_end|>»\n",
     "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>"
     "\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n«A<|eot_id|>»<|start_header_id|>ipython<|end_header_id|>"
@@ -414,12 +493,21 @@ def test_without_special_tokens_for_chats_it_is_plain_chatml(folders, tmp_path, 
     tokenizer = bare(folders["zephyr"], tmp_path)
     assert tokenizer.chat is None
     [(tokens, labels)] = read(tokenizer, say("a", "b"))
-    parts = ["<|im_start|>user\n", "a", "<|im_end|>", "\n", "<|im_start|>assistant\n", "b", "<|im_end|>", "\n"]
+    parts = [
+        "<|im_start|>user\n",
+        "a",
+        "<|im_end|>",
+        "\n",
+        "<|im_start|>assistant\n",
+        "b",
+        "<|im_end|>",
+        "\n",
+    ]
     encoded = tokenizer.encode_batch(parts)
     assert tokens == sum(encoded, []) and [label for label in labels if label >= 0] == encoded[5] + encoded[6]
 
 
-# -------------------------------------------------------------------------------------------------------- sentencepiece
+# ---------------------------------------------------------------------------------------------- sentencepiece
 
 
 @pytest.fixture(scope="session")
@@ -432,8 +520,16 @@ def llama2(tmp_path_factory):
             normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
         )  # fmt: skip
     template = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    config = {"bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}, "chat_template": "{{ bos_token }}" + template}
-    config["added_tokens_decoder"] = {"1": {"content": "<s>"}, "420": {"content": "<|im_start|>"}, "421": {"content": "<|im_end|>"}}
+    config = {
+        "bos_token": "<s>",
+        "eos_token": {"content": "<|im_end|>"},
+        "chat_template": "{{ bos_token }}" + template,
+    }
+    config["added_tokens_decoder"] = {
+        "1": {"content": "<s>"},
+        "420": {"content": "<|im_start|>"},
+        "421": {"content": "<|im_end|>"},
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
@@ -450,30 +546,43 @@ def test_a_sentencepiece_folder(llama2, read):
 
     start, end, line = [420], [421], pieces("\n")
     expected = [1, *start, *pieces("user\nWhat is \U0001f600?"), *end, *line, *start, *pieces("assistant\n")]
-    answer, rest = pieces("So it is.") + end, [*line, *start, *pieces("user\na"), *end, *line, *start, *pieces("assistant\n")]
+    answer, rest = (
+        pieces("So it is.") + end,
+        [*line, *start, *pieces("user\na"), *end, *line, *start, *pieces("assistant\n")],
+    )
     last = pieces("b") + end
     assert tokens == [*expected, *answer, *rest, *last, *line]
     assert labels == [-100] * len(expected) + answer + [-100] * len(rest) + last + [-100] * len(line)
-    assert "".join(tokenizer.pieces(tokens)).startswith("<s><|im_start|>user\nWhat is \U0001f600?<|im_end|>\n<|im_start|>assistant")
+    assert "".join(tokenizer.pieces(tokens)).startswith(
+        "<s><|im_start|>user\nWhat is \U0001f600?<|im_end|>\n<|im_start|>assistant"
+    )
     assert tokenizer.decode(answer + start + pieces("a")) == "So it is.<|im_start|>a"
-    assert tokenizer.decode(start + pieces(" a")) == "<|im_start|> a"  # a space that was there, not one put in front
+    assert (
+        tokenizer.decode(start + pieces(" a")) == "<|im_start|> a"
+    )  # a space that was there, not one put in front
 
 
 @pytest.mark.parametrize("number, shown", [("x", '"x"'), ("-1", '"-1"')])
 def test_added_tokens_without_an_id(llama2, tmp_path, number, shown):
     shutil.copy(llama2 / "tokenizer.model", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {number: {"content": "<a>"}}}))
-    with pytest.raises(ValueError, match=f'tokenizer_config.json: the added token "<a>" has the id {shown}: write a token id'):
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": {number: {"content": "<a>"}}})
+    )
+    with pytest.raises(
+        ValueError, match=f'tokenizer_config.json: the added token "<a>" has the id {shown}: write a token id'
+    ):
         Tokenizer(str(tmp_path))
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 
 def test_a_turn_that_begins_or_ends_inside_a_token(folders, read, tmp_path):
     tokenizer = Tokenizer(str(folders["chatml"]))
     assert tokenizer.encode("assistant\n\nb") != tokenizer.encode("assistant\n") + tokenizer.encode("\nb")
-    sentence = r'data.jsonl:2: messages\[3\]: its text begins inside the token "\\n\\n", so that .*"weight": 0'
+    sentence = (
+        r'data.jsonl:2: messages\[3\]: its text begins inside the token "\\n\\n", so that .*"weight": 0'
+    )
     with pytest.raises(ValueError, match=sentence):
         read(tokenizer, say("a", "b"), say("a", "b", "c", "\nd"))
     row = say("a", "b", "c", "\nd")
@@ -487,7 +596,8 @@ def test_a_turn_that_begins_or_ends_inside_a_token(folders, read, tmp_path):
 
 
 def test_a_special_token_that_takes_white_space_along(folders, read, tmp_path):
-    """Phi 3's end of turn swallows the line break behind it: that token is still the end of the turn, and supervised."""
+    """Phi 3's end of turn swallows the line break behind it: that token is still the end of the turn, and
+    supervised."""
     saved = json.loads((folders["chatml"] / "tokenizer.json").read_text())
     for token in saved["added_tokens"]:
         token["rstrip"] = True
@@ -513,18 +623,45 @@ def test_a_template_without_a_token_for_the_end(folders, read, tmp_path):
 
 
 BAD_CHATS = [
-    ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "messages[0].weight is 0.5: it must be 0 (no loss"),
-    ({"messages": [{"role": "assistant", "content": "a", "weight": True}]}, "messages[0].weight is true: it must be 0"),
-    ({"messages": [{"role": "user", "content": "a", "weight": 1}]}, "messages[0].weight is 1, and there is loss on the assistant's"),
-    ({"messages": [{"role": "user", "content": "a", "name": "x"}]}, 'messages[0] has "name", which the chat template'),
-    ({"messages": [{"role": "user", "content": "a"}], "tools": ADD}, 'the row has "tools", which the chat template'),
-    ({"messages": [{"role": "user", "content": "a"}], "tools": "add"}, 'tools is "add": it must be a list of objects'),
+    (
+        {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
+        "messages[0].weight is 0.5: it must be 0 (no loss",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": "a", "weight": True}]},
+        "messages[0].weight is true: it must be 0",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "a", "weight": 1}]},
+        "messages[0].weight is 1, and there is loss on the assistant's",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "a", "name": "x"}]},
+        'messages[0] has "name", which the chat template',
+    ),
+    (
+        {"messages": [{"role": "user", "content": "a"}], "tools": ADD},
+        'the row has "tools", which the chat template',
+    ),
+    (
+        {"messages": [{"role": "user", "content": "a"}], "tools": "add"},
+        'tools is "add": it must be a list of objects',
+    ),
     ({"messages": [CALL]}, 'messages[0] has "tool_calls", which'),
     ({"messages": [{"content": None, "tool_calls": [1]}]}, "messages[0] has the role null: rename it"),
     ({"conversations": [{"from": "gpt", "value": 3}]}, "conversations[0].value is 3: it must be a string"),
-    ({"conversations": [{"from": "bard", "value": ""}]}, 'conversations[0] has the role "bard": rename it to one of system, human'),
-    ({"conversations": [{"role": "user", "content": ""}]}, 'has the keys ["role", "content"]: it must be an object with "from" and'),
-    ({"messages": [{"role": "user", "content": "a", "role ": "x"}]}, 'messages[0] has "role ", which the chat template'),
+    (
+        {"conversations": [{"from": "bard", "value": ""}]},
+        'conversations[0] has the role "bard": rename it to one of system, human',
+    ),
+    (
+        {"conversations": [{"role": "user", "content": ""}]},
+        'has the keys ["role", "content"]: it must be an object with "from" and',
+    ),
+    (
+        {"messages": [{"role": "user", "content": "a", "role ": "x"}]},
+        'messages[0] has "role ", which the chat template',
+    ),
     ({"conversations": "a"}, '"conversations" is "a": it must be a list of {"from", "value"} objects'),
     ({"conversations": []}, '"conversations" is an empty list'),
     ({"conversations": [], "messages": []}, 'the row has both "messages" and "conversations"'),
@@ -538,25 +675,37 @@ def test_a_bad_chat_is_one_sentence(case, own, folders, read):
     with pytest.raises(ValueError) as error:
         read(Tokenizer(str(folders["chatml"]) if own else ""), say("a", "b"), row)
     fragment = fragment if own else fragment.replace("the chat template", "the plain ChatML")
-    assert re.match(r"\S+data.jsonl:2: ", str(error.value)) and fragment in str(error.value) and "\n" not in str(error.value)
+    assert (
+        re.match(r"\S+data.jsonl:2: ", str(error.value))
+        and fragment in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 BAD_TEMPLATES = [
     ("{% for message in messages %}", "is not valid Jinja (line 1: Unexpected end of template"),
     ("{{ messages[0].__class__.__mro__ }}", "cannot render the messages ("),  # the sandbox
     ("{% for _ in range(10 ** 9) %}{% endfor %}", "cannot render the messages (Range too big"),
-    ("{{ messages.append(1) }}", "cannot render the messages (access to attribute 'append' of 'list' object is unsafe"),
+    (
+        "{{ messages.append(1) }}",
+        "cannot render the messages (access to attribute 'append' of 'list' object is unsafe",
+    ),
     ("{{ raise_exception('no\nsuch\nchats') }}", "cannot render the messages (no such chats): correct them"),
     ("{{ messages[5].content + 'a' }}", "cannot render the messages ("),
     ("{{ 1 / 0 }}", "cannot render the messages (division by zero)"),
     ("{{ messages[0].content }}{{ messages[1].content }}", "messages[1]: up to here the chat template"),
-    ("{{ messages | length }}{{ messages[-1].content }}", "messages[1]: the chat template"),  # the prompt counts otherwise
+    (
+        "{{ messages | length }}{{ messages[-1].content }}",
+        "messages[1]: the chat template",
+    ),  # the prompt counts otherwise
     (
         "{% for m in messages %}{{ '<' + m.role + '>' + m.content + eos_token }}{% endfor %}",
-        'does not say where the answer begins in "<assistant>b<|im_end|>" (it knows no add_generation_prompt)',
+        'does not say where the answer begins in "<assistant>b<|im_end|>" (it knows no'
+        " add_generation_prompt)",
     ),
     (
-        "{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}{% if add_generation_prompt %}assistant:<think>{% endif %}",
+        "{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}{% if add_generation_prompt"
+        " %}assistant:<think>{% endif %}",
         'does not begin this turn with the prompt that it asks for an answer with ("<think>" is missing)',
     ),
 ]
@@ -575,14 +724,20 @@ def test_a_bad_template_is_one_sentence(case, folders, tmp_path, read):
     assert "is not valid Jinja" in message or message.startswith(f"{tmp_path}/data.jsonl:1: ")
 
 
-# ------------------------------------------------------------------------------------------------------ cache, and time
+# -------------------------------------------------------------------------------------------- cache, and time
 
 
 def test_another_template_is_another_cache(folders, tmp_path, read):
     shutil.copy(folders["chatml"] / "tokenizer.json", tmp_path)
     config = json.loads((folders["chatml"] / "tokenizer_config.json").read_text())
     digests, made = set(), []
-    for change in ({}, {"chat_template": "Hi." + CHATML}, {"chat_template": None}, {"eos_token": "<|endoftext|>"}, {"jinja": 1}):
+    for change in (
+        {},
+        {"chat_template": "Hi." + CHATML},
+        {"chat_template": None},
+        {"eos_token": "<|endoftext|>"},
+        {"jinja": 1},
+    ):
         if change == {"jinja": 1}:
             (tmp_path / "chat_template.jinja").write_text("Ho." + CHATML)
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | change))
@@ -599,7 +754,7 @@ def test_the_clock_stands_still_between_renderings(folders, tmp_path, read):
     assert 1 in mask(read(Tokenizer(str(tmp_path)), *[say("a", "b", "c", "d")] * 20)[19][1])
 
 
-# -------------------------------------------------------------------------------------------------------------- preview
+# ---------------------------------------------------------------------------------------------------- preview
 
 
 def preview(capsys, monkeypatch, tmp_path, folder, *options):
@@ -607,7 +762,8 @@ def preview(capsys, monkeypatch, tmp_path, folder, *options):
     rows = [say("What is\x1b[31m", "It is 3.\nSo \U0001f600.", "a", "b"), {"text": "a " * 40}]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "x.toml").write_text(
-        f'[model]\ntokenizer_path = "{folder}/tokenizer.json"\n[training]\ndataset = "jsonl"\nshuffle = false\n'
+        f'[model]\ntokenizer_path = "{folder}/tokenizer.json"\n[training]\ndataset = "jsonl"\nshuffle ='
+        " false\n"
         f'dataset_path = "{tmp_path}/data.jsonl"\nglobal_batch_size = 2\n[chunkflow]\nchunk_size = 16\n'
     )
     monkeypatch.setattr(sys, "argv", ["preview.py", "--job.config_file", str(tmp_path / "x.toml"), *options])
@@ -622,7 +778,11 @@ def test_the_preview_shows_tokens_masks_and_chunks(folders, tmp_path, capsys, mo
     tokenizer = Tokenizer(str(folders["chatml"]))
     chat, text = out.split(f"{tmp_path}/data.jsonl:")[1:]
     supervised = len(tokenizer.encode("It is 3.\nSo \U0001f600.<|im_end|>b<|im_end|>"))
-    tokens = len(tokenizer.encode(tokenizer.chat.render(say("What is\x1b[31m", "It is 3.\nSo \U0001f600.", "a", "b")["messages"])))
+    tokens = len(
+        tokenizer.encode(
+            tokenizer.chat.render(say("What is\x1b[31m", "It is 3.\nSo \U0001f600.", "a", "b")["messages"])
+        )
+    )
     assert chat.startswith(f"1: {tokens} tokens, {supervised} with loss\n---- tokens 0 to 15: rank 0, group ")
     assert chat.count("---- tokens ") == -(-tokens // 16) and "\x1b" not in out
     kept = re.sub(r"---- tokens .*-\n", "", chat.partition("\n")[2]).replace("»\n«", "\n").replace("|\n", "|")
@@ -643,4 +803,6 @@ def test_the_preview_in_colours(folders, tmp_path, capsys, monkeypatch):
     asked, answered = "<|im_start|>user⏎{}<|im_end|>⏎<|im_start|>assistant⏎", "⏎"
     assert grey == asked.format("What is\\x1b[31m") + answered + asked.format("a") + answered
     assert "\33[36m---- tokens 0 to 15: " in out
-    assert "\33" not in preview(capsys, monkeypatch, tmp_path, folders["chatml"], "--metrics.disable_color_printing")
+    assert "\33" not in preview(
+        capsys, monkeypatch, tmp_path, folders["chatml"], "--metrics.disable_color_printing"
+    )

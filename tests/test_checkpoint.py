@@ -1,4 +1,5 @@
-"""Checkpoints through the recipes: exact resume on every layout, what is refused, what survives a failing disk."""
+"""Checkpoints through the recipes: exact resume on every layout, what is refused, what survives a failing
+disk."""
 
 import json
 import os
@@ -12,7 +13,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kill_loop import LAYOUTS, TIMING, KillLoop, outcome
-from tests.runs import REPO, assert_same_curves, end_processes, environment, forks as fork_server, rows_of, write_rows
+from tests.runs import (
+    REPO,
+    assert_same_curves,
+    end_processes,
+    environment,
+    rows_of,
+    write_rows,
+)
+from tests.runs import (
+    forks as fork_server,
+)
 
 LENGTHS = [100, 20, 64, 5, 70, 31, 7, 12, 1, 48]
 FINETUNE, PIPELINE = REPO / "recipes" / "finetune.py", REPO / "recipes" / "finetune_pipeline.py"
@@ -37,10 +48,14 @@ def place(tmp_path, forks):
                 "--metrics.log_freq=1", "--metrics.no_enable_tensorboard", "--checkpoint.enable", "--checkpoint.interval=2", *options,
             ]  # fmt: skip
 
-        def start(self, name, *options, recipe=FINETUNE, processes=1, environ={}):
+        def start(self, name, *options, recipe=FINETUNE, processes=1, environ=None):
+            if environ is None:
+                environ = {}
             self.log = tmp_path / f"{name}.log"
             self.log.unlink(missing_ok=True)
-            return forks.start(recipe, self.options(name, *options), environment(tmp_path, **environ), self.log, processes)
+            return forks.start(
+                recipe, self.options(name, *options), environment(tmp_path, **environ), self.log, processes
+            )
 
         def run(self, name, *options, status=0, **more):
             """What the run said."""
@@ -60,7 +75,11 @@ def place(tmp_path, forks):
             return copy
 
         def steps(self, name):
-            return sorted(int(path.name[5:]) for path in (tmp_path / name / "checkpoint").glob("step-*") if path.name[5:].isdecimal())
+            return sorted(
+                int(path.name[5:])
+                for path in (tmp_path / name / "checkpoint").glob("step-*")
+                if path.name[5:].isdecimal()
+            )
 
     return Place()
 
@@ -83,14 +102,17 @@ BEFORE_STEP = "            garbage.run(step)\n"
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
-    """Both through run_train.sh; stopped by SIGTERM or SIGUSR1 at steps of its own choice. On two ranks TensorBoard's curves, too."""
+    """Both through run_train.sh; stopped by SIGTERM or SIGUSR1 at steps of its own choice. On two ranks
+    TensorBoard's curves, too."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     steps = 20
     data, empty = write_rows(tmp_path / "rows.jsonl", LENGTHS), tmp_path / "empty.toml"
     empty.touch()
     processes, recipe, options = LAYOUTS[layout]
-    environ = environment(tmp_path, NGPU=str(processes), CONFIG_FILE=str(empty), TRAIN_FILE=str(REPO / "recipes" / recipe))
+    environ = environment(
+        tmp_path, NGPU=str(processes), CONFIG_FILE=str(empty), TRAIN_FILE=str(REPO / "recipes" / recipe)
+    )
     settings = [
         "--training.dataset=jsonl", f"--training.dataset_path={data}", "--training.global_batch_size=3", f"--training.steps={steps}",
         "--lr_scheduler.warmup_steps=2", "--chunkflow.chunk_size=32", "--metrics.log_freq=1", "--checkpoint.enable",
@@ -100,7 +122,8 @@ def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
         settings.append("--metrics.no_enable_tensorboard")
 
     def start(name: str, rows: int | None, number: int, status: int) -> int:
-        """Runs until there are so many rows, then sends the signal (None: lets it end); how many rows there are in the end."""
+        """Runs until there are so many rows, then sends the signal (None: lets it end); how many rows there
+        are in the end."""
         with open(tmp_path / "log", "w+") as log:
             command = [str(REPO / "run_train.sh"), f"--job.dump_folder={tmp_path / name}", *settings]
             job = subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT)
@@ -132,7 +155,8 @@ def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
 
 
 def test_twenty_kills_come_to_the_undisturbed_run(tmp_path, forks):
-    """SIGKILL for all processes at random moments, saves included; the rest of 200 is benchmarks/kill_loop.py's."""
+    """SIGKILL for all processes at random moments, saves included; the rest of 200 is
+    benchmarks/kill_loop.py's."""
     loop = KillLoop(tmp_path, 9, forks)
     for layout in LAYOUTS:
         loop.run(layout, kills=5)
@@ -140,16 +164,24 @@ def test_twenty_kills_come_to_the_undisturbed_run(tmp_path, forks):
 
 
 def test_another_layout_goes_on_with_the_next_sample(place):
-    """In fp64: from two ranks to one process, to stages, to other chunks; tied embeddings, which two stages hold."""
+    """In fp64: from two ranks to one process, to stages, to other chunks; tied embeddings, which two stages
+    hold."""
     options = ["--training.dtype=float64", "--model.name=qwen3"]
     place.run("reference", *options)
-    place.run("two", *options, "--training.steps=6", recipe=place.recipe((BEFORE_STEP, BEFORE_STEP + STOP_AT_5)), processes=2, status=75)
+    place.run(
+        "two",
+        *options,
+        "--training.steps=6",
+        recipe=place.recipe((BEFORE_STEP, BEFORE_STEP + STOP_AT_5)),
+        processes=2,
+        status=75,
+    )
     assert place.steps("two") == [2, 4, 5]
     others = {
-        "one": dict(),
-        "other_chunks": dict(more=["--chunkflow.chunk_size=20", "--chunkflow.k=2"]),
-        "stages": dict(recipe=PIPELINE, processes=2, more=["--parallelism.pipeline_parallel_degree=2"]),
-        "three": dict(processes=3, more=["--parallelism.fsdp_reshard_after_forward=never"]),
+        "one": {},
+        "other_chunks": {"more": ["--chunkflow.chunk_size=20", "--chunkflow.k=2"]},
+        "stages": {"recipe": PIPELINE, "processes": 2, "more": ["--parallelism.pipeline_parallel_degree=2"]},
+        "three": {"processes": 3, "more": ["--parallelism.fsdp_reshard_after_forward=never"]},
     }
     for name, how in others.items():
         shutil.copytree(place.path / "two", place.path / name)
@@ -161,32 +193,50 @@ def test_another_layout_goes_on_with_the_next_sample(place):
     assert_same_curves(rows_of(place.path / "stages"), rows_of(place.path / "reference"), 1e-8, 1e-8)
 
 
-STOP_AT_5 = "            import os, signal; step == 5 and rank == 0 and os.kill(os.getpid(), signal.SIGTERM)\n"
+STOP_AT_5 = (
+    "            import os, signal; step == 5 and rank == 0 and os.kill(os.getpid(), signal.SIGTERM)\n"
+)
 
 
 def test_a_crashed_rank_starts_again_by_itself(place):
     """torchrun's restarts, from the last checkpoint, to the same curve."""
     place.run("reference", processes=2)
     crash = f"            if step == 4 and rank == 1 and not os.path.exists('{place.path}/crashed'):\n"
-    crash += f"                open('{place.path}/crashed', 'w').close(); raise RuntimeError('rank 1 stumbles once')\n"
+    crash += (
+        f"                open('{place.path}/crashed', 'w').close(); raise RuntimeError('rank 1 stumbles"
+        " once')\n"
+    )
     recipe = place.recipe((BEFORE_STEP, "            import os\n" + crash + BEFORE_STEP))
     (place.path / "empty.toml").touch()
     environ = environment(
-        place.path, NGPU="2", CONFIG_FILE=str(place.path / "empty.toml"), TRAIN_FILE=str(recipe), MAX_RESTARTS="1", LOG_RANK="0,1"
+        place.path,
+        NGPU="2",
+        CONFIG_FILE=str(place.path / "empty.toml"),
+        TRAIN_FILE=str(recipe),
+        MAX_RESTARTS="1",
+        LOG_RANK="0,1",
     )
     try:
         done = subprocess.run(
-            [str(REPO / "run_train.sh"), *place.options("run")], env=environ, timeout=180, capture_output=True, text=True
+            [str(REPO / "run_train.sh"), *place.options("run")],
+            env=environ,
+            timeout=180,
+            capture_output=True,
+            text=True,
         )
     finally:
         end_processes(str(place.path / "run"))
-    assert done.returncode == 0 and "rank 1 stumbles once" in done.stdout + done.stderr, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0 and "rank 1 stumbles once" in done.stdout + done.stderr, (
+        done.stdout[-3000:] + done.stderr[-3000:]
+    )
     assert untimed(rows_of(place.path / "run")) == untimed(rows_of(place.path / "reference"))
 
 
 def test_a_second_signal_ends_at_once_and_nothing_is_lost(place):
     place.run("reference")
-    slow = place.recipe((BEFORE_STEP, "            import time; time.sleep(3 if step == 4 else 0)\n" + BEFORE_STEP))
+    slow = place.recipe(
+        (BEFORE_STEP, "            import time; time.sleep(3 if step == 4 else 0)\n" + BEFORE_STEP)
+    )
     job = place.start("run", recipe=slow)
     wait_for_rows(place.path / "run", 3, lambda: job.poll() is None)
     begin = time.monotonic()
@@ -207,11 +257,23 @@ def test_a_second_signal_ends_at_once_and_nothing_is_lost(place):
 
 
 def test_what_is_kept_and_what_is_loaded(place):
-    place.run("run", "--checkpoint.interval=1", "--checkpoint.keep_latest_k=2", "--checkpoint.async_mode=async", "--debug.seed=5")
+    place.run(
+        "run",
+        "--checkpoint.interval=1",
+        "--checkpoint.keep_latest_k=2",
+        "--checkpoint.async_mode=async",
+        "--debug.seed=5",
+    )
     assert place.steps("run") == [5, 6]
     manifest = json.loads((place.path / "run" / "checkpoint" / "step-6" / "manifest.json").read_text())
-    assert manifest["format"] == 1 and manifest["torch"].startswith("2.") and manifest["config"]["training.steps"] == 6
-    assert set(manifest["files"]) == {path.name for path in (place.path / "run/checkpoint/step-6").iterdir()} - {"manifest.json"}
+    assert (
+        manifest["format"] == 1
+        and manifest["torch"].startswith("2.")
+        and manifest["config"]["training.steps"] == 6
+    )
+    assert set(manifest["files"]) == {
+        path.name for path in (place.path / "run/checkpoint/step-6").iterdir()
+    } - {"manifest.json"}
 
     # a finished run says so; with more steps it goes on, from an earlier step if it is told to
     assert "Training is complete: step 6 is saved" in place.run("run", "--debug.seed=5")
@@ -228,18 +290,39 @@ def test_what_is_kept_and_what_is_loaded(place):
     assert "Loading the checkpoint from" in said, "extending a context is no other model"
     place.run("other", load, "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_model_only")
     assert rows_of(place.path / "other")[0]["loss"] < first["loss"] - 0.3
-    assert "Training is complete" in place.run("other", load, "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_model_only")
+    assert "Training is complete" in place.run(
+        "other", load, "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_model_only"
+    )
     said = place.run("other", "--debug.seed=5", status=2)
     assert "has the model only (checkpoint.last_save_model_only)" in said and said.count("\n") == 1
 
     # a checkpoint becomes a Hugging Face folder, which is read as one
-    convert = [sys.executable, str(REPO / "recipes" / "convert.py"), f"{place.path}/run/checkpoint/step-7", f"{place.path}/hf"]
-    done = subprocess.run([*convert, "--dtype", "float32"], env=environment(place.path), capture_output=True, text=True, timeout=120)
+    convert = [
+        sys.executable,
+        str(REPO / "recipes" / "convert.py"),
+        f"{place.path}/run/checkpoint/step-7",
+        f"{place.path}/hf",
+    ]
+    done = subprocess.run(
+        [*convert, "--dtype", "float32"],
+        env=environment(place.path),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and "Wrote llama3" in done.stdout, done.stderr
     said = place.run("wrong", f"--checkpoint.initial_load_path={place.path}/hf", status=2)
     assert "is a Hugging Face folder: set checkpoint.initial_load_in_hf" in said
-    place.run("exported", f"--model.hf_assets_path={place.path}/hf", "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_in_hf")
-    assert [row["loss"] for row in rows_of(place.path / "exported")] == [row["loss"] for row in rows_of(place.path / "other")]
+    place.run(
+        "exported",
+        f"--model.hf_assets_path={place.path}/hf",
+        "--training.steps=2",
+        "--debug.seed=5",
+        "--checkpoint.last_save_in_hf",
+    )
+    assert [row["loss"] for row in rows_of(place.path / "exported")] == [
+        row["loss"] for row in rows_of(place.path / "other")
+    ]
     assert (place.path / "exported/checkpoint/step-2-hf/model.safetensors").exists()
 
 
@@ -249,11 +332,21 @@ def test_other_states_resume_bitwise(place, how):
     options = {
         "8-bit AdamW": ["--optimizer.name=AdamW8bit"],
         "int8": ["--model.converters=int8", "--parallelism.fsdp_reshard_after_forward=never"],
-        "HSDP, offloaded": ["--parallelism.data_parallel_replicate_degree=2", "--training.enable_cpu_offload"],
+        "HSDP, offloaded": [
+            "--parallelism.data_parallel_replicate_degree=2",
+            "--training.enable_cpu_offload",
+        ],
     }[how]
     environ = {"TORCH_COMPILE_DISABLE": "1"}
     place.run("reference", *options, processes=2, environ=environ)
-    place.run("run", *options, recipe=place.recipe((BEFORE_STEP, BEFORE_STEP + STOP_AT_5)), processes=2, status=75, environ=environ)
+    place.run(
+        "run",
+        *options,
+        recipe=place.recipe((BEFORE_STEP, BEFORE_STEP + STOP_AT_5)),
+        processes=2,
+        status=75,
+        environ=environ,
+    )
     place.run("run", *options, processes=2, environ=environ)
     assert untimed(rows_of(place.path / "run")) == untimed(rows_of(place.path / "reference"))
     assert outcome(place.path / "run", 6)[2] == outcome(place.path / "reference", 6)[2]
@@ -264,7 +357,10 @@ def test_excluded_state_starts_anew_once(place):
     rows = place.data.read_text()
     write_rows(place.data, LENGTHS[::-1], seed=3)
     said = place.run("run", status=1)
-    assert "was trained on other data: content (digest) was" in said and "checkpoint.exclude_from_loading" in said, said
+    assert (
+        "was trained on other data: content (digest) was" in said
+        and "checkpoint.exclude_from_loading" in said
+    ), said
     options = ["--checkpoint.exclude_from_loading=dataloader,optimizer"]
     place.run("run", "--training.steps=4", *options)
     assert rows_of(place.path / "run")[2]["n_tokens_seen"] > rows_of(place.path / "run")[1]["n_tokens_seen"]
@@ -289,7 +385,11 @@ def test_excluded_state_starts_anew_once(place):
         (["--checkpoint.no_enable", "--checkpoint.load_step=2"], 2, "not read without checkpoint.enable"),
         (["--checkpoint.async_mode=async_with_pinned_mem"], 2, "needs a GPU"),
         (["--checkpoint.exclude_from_loading=lr_scheduler"], 2, "the rate follows the step"),
-        (["--checkpoint.initial_load_path=/none", "--checkpoint.folder=other"], 2, "/none/manifest.json cannot be read"),
+        (
+            ["--checkpoint.initial_load_path=/none", "--checkpoint.folder=other"],
+            2,
+            "/none/manifest.json cannot be read",
+        ),
     ],
 )
 def test_refusals(tmp_path_factory, finished, forks, change, status, said):
@@ -297,7 +397,9 @@ def test_refusals(tmp_path_factory, finished, forks, change, status, said):
     job = forks.start(FINETUNE, [*finished.options, "--training.steps=5", *change], finished.environ, log)
     assert job.wait(60) == [status], log.read_text()
     lines = log.read_text().splitlines()
-    assert said in lines[-1] and lines[-1].startswith("error: ") and (status == 1 or len(lines) == 1), log.read_text()
+    assert said in lines[-1] and lines[-1].startswith("error: ") and (status == 1 or len(lines) == 1), (
+        log.read_text()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +416,9 @@ def finished(tmp_path_factory, forks):
             "--metrics.no_enable_tensorboard", "--metrics.log_freq=1",
         ]  # fmt: skip
 
-    assert forks.start(FINETUNE, [*Finished.options, "--training.steps=3"], Finished.environ, Finished.path / "log").wait(60) == [0]
+    assert forks.start(
+        FINETUNE, [*Finished.options, "--training.steps=3"], Finished.environ, Finished.path / "log"
+    ).wait(60) == [0]
     return Finished
 
 
@@ -348,12 +452,27 @@ def evil_metadata(path: Path) -> None:
 
 DAMAGES = {
     "flipped byte": ("__0_0.distcp", flip_a_byte, 1, "is damaged, its checksum is another"),
-    "truncated": ("__0_0.distcp", lambda path: os.truncate(path, 1000), 1, "has 1,000 bytes, but was written with"),
-    "unreadable": ("__0_0.distcp", lambda path: (path.unlink(), path.mkdir()), 1, "cannot be read (Is a directory)"),
+    "truncated": (
+        "__0_0.distcp",
+        lambda path: os.truncate(path, 1000),
+        1,
+        "has 1,000 bytes, but was written with",
+    ),
+    "unreadable": (
+        "__0_0.distcp",
+        lambda path: (path.unlink(), path.mkdir()),
+        1,
+        "cannot be read (Is a directory)",
+    ),
     "missing": ("__0_0.distcp", lambda path: path.unlink(), 1, "cannot be read (No such file or directory)"),
     "metadata that runs code": (".metadata", evil_metadata, 1, "system has no place in it"),
     "torn manifest": ("manifest.json", lambda path: os.truncate(path, 100), 2, "is damaged"),
-    "later format": ("manifest.json", lambda path: path.write_text('{"format": 99}'), 2, "has format 99, but this version reads 1"),
+    "later format": (
+        "manifest.json",
+        lambda path: path.write_text('{"format": 99}'),
+        2,
+        "has format 99, but this version reads 1",
+    ),
 }
 
 
@@ -364,7 +483,9 @@ def test_damage_is_named_and_the_checkpoint_before_it_is_there(tmp_path, finishe
     newest = tmp_path / "run" / "checkpoint" / "step-3"
     spoil(newest / file)
     options = [*finished.options, f"--job.dump_folder={tmp_path / 'run'}", "--training.steps=4"]
-    assert forks.start(FINETUNE, options, finished.environ, tmp_path / "log").wait(60) == [status], (tmp_path / "log").read_text()
+    assert forks.start(FINETUNE, options, finished.environ, tmp_path / "log").wait(60) == [status], (
+        tmp_path / "log"
+    ).read_text()
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert last.startswith("error: ") and said in last and str(newest) in last, last
     assert not Path(finished.environ["CHUNKFLOW_CACHE"], "executed").exists()
@@ -374,7 +495,8 @@ def test_damage_is_named_and_the_checkpoint_before_it_is_there(tmp_path, finishe
 
 
 def test_the_newest_is_by_step_whatever_clocks_say_and_leftovers_go(tmp_path, finished, forks):
-    """Folders without a manifest are no checkpoints; times of files are not looked at; events come in order."""
+    """Folders without a manifest are no checkpoints; times of files are not looked at; events come in
+    order."""
     run = tmp_path / "run"
     shutil.copytree(finished.path / "run", run)
     place = run / "checkpoint"
@@ -385,14 +507,20 @@ def test_the_newest_is_by_step_whatever_clocks_say_and_leftovers_go(tmp_path, fi
     (run / "tb").mkdir()
     options = [*finished.options, f"--job.dump_folder={run}", "--metrics.enable_tensorboard"]
     for steps in (4, 5):
-        assert forks.start(FINETUNE, [*options, f"--training.steps={steps}"], finished.environ, tmp_path / "log").wait(60) == [0]
-        for path in (run / "tb").glob("*tfevents*"):  # the clock is set back by a century before the next start
+        assert forks.start(
+            FINETUNE, [*options, f"--training.steps={steps}"], finished.environ, tmp_path / "log"
+        ).wait(60) == [0]
+        for path in (run / "tb").glob(
+            "*tfevents*"
+        ):  # the clock is set back by a century before the next start
             path.rename(path.with_name(path.name.replace(path.name.split(".")[3], "4900000000")))
     assert "Loading the checkpoint from" in (tmp_path / "log").read_text()
     assert sorted(path.name for path in place.iterdir()) == ["step-2", "step-3", "step-4", "step-5", "step-7"]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert forks.start(FINETUNE, [*options, "--training.steps=6"], finished.environ, tmp_path / "log").wait(60) == [0]
+    assert forks.start(FINETUNE, [*options, "--training.steps=6"], finished.environ, tmp_path / "log").wait(
+        60
+    ) == [0]
     events = EventAccumulator(str(run / "tb"))
     events.Reload()
     assert [event.step for event in events.Scalars("grad_norm")] == [4, 5, 6]
@@ -416,9 +544,13 @@ def test_two_runs_never_write_one_folder(place):
 
 def limited(when: str) -> tuple[str, str]:
     """An edit of the recipe: files may not grow beyond 1 MiB, as on a full disk, while `when` holds."""
-    lines = "            checkpoints._thread and checkpoints._thread.join()\n"  # a save in the background is before it, or after
+    # a save in the background is before it, or after
+    lines = "            checkpoints._thread and checkpoints._thread.join()\n"
     lines += "            import resource; limit = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
-    lines += f"            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20 if {when} else limit[1], limit[1]))\n"
+    lines += (
+        f"            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20 if {when} else limit[1],"
+        " limit[1]))\n"
+    )
     return BEFORE_STEP, lines + BEFORE_STEP
 
 
@@ -427,12 +559,20 @@ def test_a_full_disk_costs_saves_but_no_training(place, mode, processes):
     options = [f"--checkpoint.async_mode={mode}"]
     place.run("reference", processes=processes)
     # for a while: the save is tried again after the next step, until it goes
-    said = place.run("recovers", *options, recipe=place.recipe(limited("step in (2, 3)")), processes=processes)
+    said = place.run(
+        "recovers", *options, recipe=place.recipe(limited("step in (2, 3)")), processes=processes
+    )
     assert "could not be saved (File too large" in said and "tried again (attempt 2 of 3)" in said
     assert max(place.steps("recovers")) == 6 and 2 not in place.steps("recovers")
     assert untimed(rows_of(place.path / "recovers")) == untimed(rows_of(place.path / "reference"))
     # for good: the run stops, with the checkpoint before it
-    said = place.run("stops", *options, recipe=place.recipe(limited("step > 2 and (rank == 0 or rank == ranks - 1)")), processes=processes, status=1)
+    said = place.run(
+        "stops",
+        *options,
+        recipe=place.recipe(limited("step > 2 and (rank == 0 or rank == ranks - 1)")),
+        processes=processes,
+        status=1,
+    )
     assert "3 attempts in a row failed: make room or restore the folder" in said
     assert place.steps("stops") == [2] and not list((place.path / "stops/checkpoint").glob("*.saving"))
     place.run("stops", processes=processes)
@@ -442,20 +582,36 @@ def test_a_full_disk_costs_saves_but_no_training(place, mode, processes):
 def test_a_full_disk_costs_no_row(place):
     place.run("reference")
     (place.path / "run").mkdir()
-    (place.path / "run" / "metrics.jsonl").write_text(json.dumps({"step": 0, "long": " " * 15_000}) + "\n")  # the log is shorter
+    (place.path / "run" / "metrics.jsonl").write_text(
+        json.dumps({"step": 0, "long": " " * 15_000}) + "\n"
+    )  # the log is shorter
     small = "            import resource; limit = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
-    small += "            resource.setrlimit(resource.RLIMIT_FSIZE, (16_300 if step in (3, 4, 5) else limit[1], limit[1]))\n"
+    small += (
+        "            resource.setrlimit(resource.RLIMIT_FSIZE, (16_300 if step in (3, 4, 5) else"
+        " limit[1], limit[1]))\n"
+    )
     copy = place.recipe((BEFORE_STEP, small + BEFORE_STEP))
     said = place.run("run", "--checkpoint.interval=100", "--metrics.enable_tensorboard", recipe=copy)
-    assert "metrics.jsonl could not be written (File too large)" in said and "TensorBoard's events could not be written" in said
+    assert (
+        "metrics.jsonl could not be written (File too large)" in said
+        and "TensorBoard's events could not be written" in said
+    )
     assert untimed(rows_of(place.path / "run"))[1:] == untimed(rows_of(place.path / "reference"))
 
 
 def test_a_folder_that_vanishes_or_becomes_a_file(place):
-    vanish = place.recipe((BEFORE_STEP, "            import shutil; step == 4 and shutil.rmtree(folder / 'checkpoint')\n" + BEFORE_STEP))
+    vanish = place.recipe(
+        (
+            BEFORE_STEP,
+            "            import shutil; step == 4 and shutil.rmtree(folder / 'checkpoint')\n" + BEFORE_STEP,
+        )
+    )
     place.run("vanishes", recipe=vanish)
     assert place.steps("vanishes") == [4, 6]
-    file = "            import shutil\n            if step == 4:\n                shutil.rmtree(folder / 'checkpoint'); (folder / 'checkpoint').touch()\n"
+    file = (
+        "            import shutil\n            if step == 4:\n                shutil.rmtree(folder /"
+        " 'checkpoint'); (folder / 'checkpoint').touch()\n"
+    )
     said = place.run("file", recipe=place.recipe((BEFORE_STEP, file + BEFORE_STEP)), status=1)
     assert "could not be saved (Not a directory" in said and "3 attempts in a row" in said
     assert "is not a folder: remove it" in place.run("file", status=2)
@@ -463,11 +619,21 @@ def test_a_folder_that_vanishes_or_becomes_a_file(place):
 
 def test_a_folder_that_may_not_be_written(place):
     """Taken away in the middle of the run, from a user who is not root."""
-    take = "            import os\n            if step == 4:\n                os.chmod(folder / 'checkpoint', 0o555)\n"
+    take = (
+        "            import os\n            if step == 4:\n                os.chmod(folder / 'checkpoint',"
+        " 0o555)\n"
+    )
     take += "                os.geteuid() or os.seteuid(65534)\n"
     said = place.run("run", recipe=place.recipe((BEFORE_STEP, take + BEFORE_STEP)), status=1)
     assert "could not be saved (Permission denied" in said and "3 attempts in a row failed" in said
-    assert place.steps("run") == [2] and [row["step"] for row in rows_of(place.path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert place.steps("run") == [2] and [row["step"] for row in rows_of(place.path / "run")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
     (place.path / "run" / "checkpoint").chmod(0o755)
     place.run("reference")
     place.run("run")
@@ -481,7 +647,9 @@ POISON = "            grad_norm = parallel.clip_grad_norm("
 
 def test_a_bad_step_is_not_applied_and_named(place):
     poison = "            if step in (3, 4): next(model.parameters()).grad *= math.inf\n"
-    said = place.run("run", "--checkpoint.interval=1", recipe=place.recipe((POISON, poison + POISON)), processes=2)
+    said = place.run(
+        "run", "--checkpoint.interval=1", recipe=place.recipe((POISON, poison + POISON)), processes=2
+    )
     assert said.count("are not finite, so it was not applied (1 in a row)") == 2, "each of two ranks says so"
     assert f"(2 in a row); its sequences are {place.data}:" in said
     tensors = {step: outcome(place.path / "run", step)[2] for step in (2, 3, 4, 5)}
@@ -489,14 +657,27 @@ def test_a_bad_step_is_not_applied_and_named(place):
     rows = rows_of(place.path / "run")
     assert [row["grad_norm"] is None for row in rows] == [False, False, True, True, False, False]
     manifest = json.loads((place.path / "run/checkpoint/step-6/manifest.json").read_text())
-    assert manifest["progress"] == {"step": 6, "tokens_seen": rows[-1]["n_tokens_seen"], "bad_steps": 2, "bad_steps_in_a_row": 0}
+    assert manifest["progress"] == {
+        "step": 6,
+        "tokens_seen": rows[-1]["n_tokens_seen"],
+        "bad_steps": 2,
+        "bad_steps_in_a_row": 0,
+    }
 
 
 def test_too_many_bad_steps_end_the_run(place):
     """With a rate that throws the model out: really infinite. The count goes on over a resume."""
-    options = ["--optimizer.lr=1e30", "--lr_scheduler.warmup_steps=0", "--training.max_bad_steps=2", "--checkpoint.interval=1"]
+    options = [
+        "--optimizer.lr=1e30",
+        "--lr_scheduler.warmup_steps=0",
+        "--training.max_bad_steps=2",
+        "--checkpoint.interval=1",
+    ]
     said = place.run("run", *options, status=1)
-    assert "error: 2 steps in a row, up to step 3, had a loss or gradients that are not finite (training.max_bad_steps = 2)" in said
+    assert (
+        "error: 2 steps in a row, up to step 3, had a loss or gradients that are not finite"
+        " (training.max_bad_steps = 2)" in said
+    )
     assert place.steps("run") == [1, 2]
     assert "up to step 3" in place.run("run", *options, status=1), "one more is enough"
 

@@ -109,43 +109,50 @@ CONTRACT = {
     "debug.seed": None,
     "debug.deterministic": False,
 }
-CONTRACT_LATER = """
-chunkflow.kv_offload chunkflow.keep_attention
-""".split()
+CONTRACT_LATER = ["chunkflow.kv_offload", "chunkflow.keep_attention"]
 
 # torchtitan's keys, section by section, and older spellings of them.
 TORCHTITAN = {
-    "job": "config_file dump_folder description print_config save_config_file custom_config_module print_args",
-    "profiling": "enable_profiling save_traces_folder profile_freq profiler_active profiler_warmup enable_memory_snapshot"
-    " save_memory_snapshot_folder",
-    "metrics": "log_freq enable_tensorboard disable_color_printing save_tb_folder save_for_all_ranks enable_wandb",
+    "job": "config_file dump_folder description print_config save_config_file custom_config_module"
+    " print_args",
+    "profiling": "enable_profiling save_traces_folder profile_freq profiler_active profiler_warmup"
+    " enable_memory_snapshot save_memory_snapshot_folder",
+    "metrics": "log_freq enable_tensorboard disable_color_printing save_tb_folder save_for_all_ranks"
+    " enable_wandb",
     "model": "name flavor hf_assets_path tokenizer_path converters print_after_conversion",
     "optimizer": "name lr beta1 beta2 eps weight_decay implementation early_step_in_backward",
     "lr_scheduler": "warmup_steps total_steps decay_ratio decay_type min_lr_factor",
-    "training": "dataset dataset_path local_batch_size global_batch_size seq_len max_norm steps enable_cpu_offload dtype"
-    " mixed_precision_param mixed_precision_reduce gc_freq gc_debug dataloader batch_size warmup_steps seed deterministic compile"
-    " data_parallel_degree data_parallel_shard_degree data_parallel_replicate_degree data_parallel_type tensor_parallel_degree",
+    "training": "dataset dataset_path local_batch_size global_batch_size seq_len max_norm steps"
+    " enable_cpu_offload dtype mixed_precision_param mixed_precision_reduce gc_freq gc_debug dataloader"
+    " batch_size warmup_steps seed deterministic compile data_parallel_degree data_parallel_shard_degree"
+    " data_parallel_replicate_degree data_parallel_type tensor_parallel_degree",
     "training.dataloader": "num_workers persistent_workers pin_memory prefetch_factor",
-    "parallelism": "data_parallel_replicate_degree data_parallel_shard_degree fsdp_reshard_after_forward tensor_parallel_degree"
-    " disable_loss_parallel enable_async_tensor_parallel pipeline_parallel_degree module_fqns_per_model_part"
-    " pipeline_parallel_first_stage_less_layers pipeline_parallel_last_stage_less_layers pipeline_parallel_layers_per_stage"
-    " pipeline_parallel_schedule pipeline_parallel_schedule_csv pipeline_parallel_microbatch_size"
+    "parallelism": "data_parallel_replicate_degree data_parallel_shard_degree fsdp_reshard_after_forward"
+    " tensor_parallel_degree disable_loss_parallel enable_async_tensor_parallel pipeline_parallel_degree"
+    " module_fqns_per_model_part pipeline_parallel_first_stage_less_layers"
+    " pipeline_parallel_last_stage_less_layers pipeline_parallel_layers_per_stage pipeline_parallel_schedule"
+    " pipeline_parallel_schedule_csv pipeline_parallel_microbatch_size"
     " pipeline_parallel_expert_parallel_overlap context_parallel_degree context_parallel_load_balancer"
-    " context_parallel_rotate_method expert_parallel_degree expert_tensor_parallel_degree expert_parallel_comm_backend",
-    "checkpoint": "enable enable_ft_dataloader_checkpoints folder interval initial_load_path initial_load_model_only"
-    " initial_load_in_hf initial_load_in_hf_quantized last_save_model_only last_save_in_hf export_dtype async_mode keep_latest_k"
-    " load_step exclude_from_loading enable_first_step_checkpoint create_seed_checkpoint load_only enable_checkpoint interval_type"
+    " context_parallel_rotate_method expert_parallel_degree expert_tensor_parallel_degree"
+    " expert_parallel_comm_backend",
+    "checkpoint": "enable enable_ft_dataloader_checkpoints folder interval initial_load_path"
+    " initial_load_model_only initial_load_in_hf initial_load_in_hf_quantized last_save_model_only"
+    " last_save_in_hf export_dtype async_mode keep_latest_k load_step exclude_from_loading"
+    " enable_first_step_checkpoint create_seed_checkpoint load_only enable_checkpoint interval_type"
     " model_weights_only",
-    "activation_checkpoint": "mode selective_ac_option per_op_sac_force_recompute_mm_shapes_by_fqns early_stop memory_budget"
-    " visualize_memory_budget_pareto preserve_rng_state determinism_check debug",
+    "activation_checkpoint": "mode selective_ac_option per_op_sac_force_recompute_mm_shapes_by_fqns"
+    " early_stop memory_budget visualize_memory_budget_pareto preserve_rng_state determinism_check debug",
     "compile": "enable components backend",
-    "quantize.linear.float8": "enable_fsdp_float8_all_gather precompute_float8_dynamic_scale_for_fsdp recipe_name filter_fqns emulate",
+    "quantize.linear.float8": "enable_fsdp_float8_all_gather precompute_float8_dynamic_scale_for_fsdp"
+    " recipe_name filter_fqns emulate",
     "quantize.linear.mx": "recipe_name mxfp8_dim1_cast_kernel_choice filter_fqns",
     "quantize.grouped_mm": "mx",
     "float8": "enable_float8_linear enable_fsdp_float8_all_gather",
-    "comm": "init_timeout_seconds train_timeout_seconds trace_buf_size save_traces_folder save_traces_file_prefix mode",
+    "comm": "init_timeout_seconds train_timeout_seconds trace_buf_size save_traces_folder"
+    " save_traces_file_prefix mode",
     "memory_estimation": "enable disable_fake_mode",
-    "fault_tolerance": "enable process_group process_group_timeout_ms replica_id group_size min_replica_size semi_sync_method",
+    "fault_tolerance": "enable process_group process_group_timeout_ms replica_id group_size min_replica_size"
+    " semi_sync_method",
     "experimental": "custom_import custom_args_module pipeline_parallel_degree pipeline_parallel_split_points"
     " pipeline_parallel_microbatches context_parallel_degree",
     "validation": "enable dataset dataset_path local_batch_size seq_len freq steps dataloader",
@@ -212,12 +219,19 @@ def test_forms_of_the_command_line(argv, key, value):
 
 
 def test_tables():
-    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "truncate": False}
+    scaling = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+        "truncate": False,
+    }
     text = '{ rope_type = "yarn", factor = 4, original_max_position_embeddings = 32768, truncate = false }'
     assert load_config(["--model.rope_scaling", text]).model.rope_scaling == scaling
     assert "model.rope_scaling.factr" in refusal("--model.rope_scaling", "{ factr = 4 }")
     assert 'did you mean "factor"?' in refusal("--model.rope_scaling={ factr = 4 }")
-    assert "model.rope_scaling.factor = true is not a finite number" in refusal("--model.rope_scaling={ factor = true }")
+    assert "model.rope_scaling.factor = true is not a finite number" in refusal(
+        "--model.rope_scaling={ factor = true }"
+    )
     assert "is not a table" in refusal("--model.rope_scaling=yarn")
     assert "has no rope_type" in refusal("--model.rope_scaling={ factor = 4 }")
 
@@ -238,7 +252,10 @@ def test_tables():
         (["--training.steps", "--compile.enable"], "--training.steps has no value"),
         (["--training.no_shuffle=true"], "write --training.no_shuffle or --training.shuffle=true"),
         (["--training.no_steps=1"], "unknown key --training.no_steps"),
-        (["--training.steps=1.5"], "training.steps = 1.5 is not a whole number: write it like training.steps = 10"),
+        (
+            ["--training.steps=1.5"],
+            "training.steps = 1.5 is not a whole number: write it like training.steps = 10",
+        ),
         (["--training.steps=1e3"], "is not a whole number"),
         (["--training.steps=0"], "training.steps = 0 is out of range: choose a value of at least 1"),
         (["--training.global_batch_size", "-1"], "of at least 1"),
@@ -258,8 +275,14 @@ def test_tables():
         (["--parallelism.data_parallel_shard_degree=0"], "or -1"),
         (["--debug.seed=-1"], "from 0"),
         (["--compile.enable=maybe"], "is not true or false"),
-        (["--compile.components=model,loss"], 'compile.components = "loss" is not compiled, head and loss run in slices'),
-        (["--training.overlong=trunc"], 'choose one of "error", "truncate", "drop" (did you mean "truncate"?)'),
+        (
+            ["--compile.components=model,loss"],
+            'compile.components = "loss" is not compiled, head and loss run in slices',
+        ),
+        (
+            ["--training.overlong=trunc"],
+            'choose one of "error", "truncate", "drop" (did you mean "truncate"?)',
+        ),
         (["--optimizer.name=adamw"], 'choose one of "AdamW"'),
         (["--optimizer.name=AdamW4bit"], 'cannot shard its state: set optimizer.name = "AdamW8bit"'),
         (["--optimizer.name=AdamWFp8"], 'cannot shard its state: set optimizer.name = "AdamW8bit"'),
@@ -297,21 +320,41 @@ def test_refusals_on_the_command_line(argv, words):
         ("[optimizer]\nlr = inf\n", 2, "is not a finite number"),
         ("[compile]\ncomponents = 'model'\n", 2, "is not a list of strings"),
         ("[compile]\ncomponents = [1]\n", 2, "is not a list of strings"),
-        ("[activation_checkpoint]\nselective_ac_option = 2\n", 2, 'is not a string: write it like activation_checkpoint.'),
+        (
+            "[activation_checkpoint]\nselective_ac_option = 2\n",
+            2,
+            "is not a string: write it like activation_checkpoint.",
+        ),
         ("[job]\n[trainng]\nsteps = 1\n", 2, "unknown section trainng: did you mean training?"),
         ("[training]\nsteps = 1\nstep = 2\n", 3, "unknown key training.step: did you mean training.steps?"),
         ("steps = 1\n", None, "unknown key steps: did you mean training.steps?"),
         ("training = 1\n", None, "training is a section"),
         ("[[training]]\nsteps = 1\n", 1, "training is a section"),
         ("[training.steps]\nmany = 1\n", 1, "is not a whole number"),
-        ("[training]\nlocal_batch_size = 8\n", 2, "training.local_batch_size is not used: set training.global_batch_size"),
+        (
+            "[training]\nlocal_batch_size = 8\n",
+            2,
+            "training.local_batch_size is not used: set training.global_batch_size",
+        ),
         ("[training]\nno_shuffle = true\n", 2, "did you mean training.shuffle?"),
         ("[fault_tolerance]\nenable = false\n", 1, "fault_tolerance.enable is not used"),
         ("[experimental]\npipeline_parallel_degree = 2\n", 1, "parallelism.pipeline_parallel_degree"),
-        ("[checkpoint]\nenable_checkpoint = false\n", 2, "checkpoint.enable_checkpoint was renamed: set checkpoint.enable"),
-        ("[quantize.linear.float8]\nemulate = 1\n", 2, "quantize.linear.float8.emulate = 1 is not true or false"),
+        (
+            "[checkpoint]\nenable_checkpoint = false\n",
+            2,
+            "checkpoint.enable_checkpoint was renamed: set checkpoint.enable",
+        ),
+        (
+            "[quantize.linear.float8]\nemulate = 1\n",
+            2,
+            "quantize.linear.float8.emulate = 1 is not true or false",
+        ),
         ("[quantize.linear.float8]\nenable_fsdp_float8_all_gather = true\n", 2, "is not used"),
-        ("[quantize.linear.mx]\nfilter_fqns = []\n", None, "quantize.linear.mx.filter_fqns is not used: MX formats"),
+        (
+            "[quantize.linear.mx]\nfilter_fqns = []\n",
+            None,
+            "quantize.linear.mx.filter_fqns is not used: MX formats",
+        ),
         ("[quantize.linear]\nfloat8 = true\n", None, "is a section"),
         ("[job]\nconfig_file = 'x.toml'\n", 2, "belongs on the command line"),
         ("[training]\nsteps = \n", 2, "not valid TOML"),
@@ -397,7 +440,11 @@ def test_help_has_every_key_default_and_document_line(capsys):
     assert text.strip() == help_text()
     for name, key in KEYS.items():
         assert f"--{name} (" in text and key.field.metadata["doc"] in text
-    assert "--training.seq_len (8192)" in text and '--training.overlong ("error")' in text and "--debug.seed (unset)" in text
+    assert (
+        "--training.seq_len (8192)" in text
+        and '--training.overlong ("error")' in text
+        and "--debug.seed (unset)" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -439,11 +486,19 @@ def test_paths(tmp_path):
     folder = f"--job.dump_folder={tmp_path / 'new' / 'run'}"
     check_paths(load_config([folder]))
     for data in ("data.jsonl", "*.jsonl", ""):
-        check_paths(load_config([folder, "--training.dataset=jsonl", f"--training.dataset_path={tmp_path / data}"]))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "file"], "a check leaves nothing"
+        check_paths(
+            load_config([folder, "--training.dataset=jsonl", f"--training.dataset_path={tmp_path / data}"])
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "file"], (
+        "a check leaves nothing"
+    )
     for data in ("none.jsonl", "*.json", "none/"):
-        assert str(tmp_path) in paths_refusal(folder, "--training.dataset=jsonl", f"--training.dataset_path={tmp_path / data}")
-    assert "model.tokenizer_path" in paths_refusal(folder, f"--model.tokenizer_path={tmp_path / 'none.model'}")
+        assert str(tmp_path) in paths_refusal(
+            folder, "--training.dataset=jsonl", f"--training.dataset_path={tmp_path / data}"
+        )
+    assert "model.tokenizer_path" in paths_refusal(
+        folder, f"--model.tokenizer_path={tmp_path / 'none.model'}"
+    )
     assert "job.dump_folder" in paths_refusal(f"--job.dump_folder={tmp_path / 'file'}")
     assert "job.dump_folder" in paths_refusal(f"--job.dump_folder={tmp_path / 'file' / 'below'}")
 
@@ -508,8 +563,13 @@ def test_wrong_data_ends_rank_0_with_its_sentence(no_torchrun, monkeypatch, caps
 
 def test_settings_are_read_without_torch():
     root = Path(__file__).parent.parent
-    code = "import sys; from chunkflow.training.config import load_config; load_config([]); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={**os.environ, "PYTHONPATH": str(root)})
+    code = (
+        "import sys; from chunkflow.training.config import load_config; load_config([]); assert 'torch'"
+        " not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, env={**os.environ, "PYTHONPATH": str(root)}
+    )
 
 
 def test_shipped_configs_load():

@@ -1,7 +1,9 @@
-"""float8 and int8 linear layers and AdamW8bit, through both recipes: they train as well as bfloat16 and AdamW, to stated margins.
+"""float8 and int8 linear layers and AdamW8bit, through both recipes: they train as well as bfloat16 and
+AdamW, to stated margins.
 
-What they save: AdamW8bit's moments take 2.05 bytes a parameter instead of 8 on the debug model. float8 and int8 save no bytes,
-since weights and saved activations stay as they are; what they are for is faster products on GPUs.
+What they save: AdamW8bit's moments take 2.05 bytes a parameter instead of 8 on the debug model. float8 and
+int8 save no bytes, since weights and saved activations stay as they are; what they are for is faster products
+on GPUs.
 """
 
 import json
@@ -33,7 +35,8 @@ from tests.runs import RECIPE, REPO, run, train, write_rows
 LENGTHS = [300, 20, 64, 5, 130, 31, 7, 90, 12, 1, 48, 200, 9, 77, 33]
 PIPELINE = REPO / "recipes" / "finetune_pipeline.py"
 STEPS = 6
-# Of the loss, at each of the steps, in which it falls by a tenth. Measured: float8 0.0023, int8 0.0003, AdamW8bit 0.0005.
+# Of the loss, at each of the steps, in which it falls by a tenth. Measured: float8 0.0023, int8 0.0003,
+# AdamW8bit 0.0005.
 MARGINS = {"float8": 0.005, "int8": 0.001, "AdamW8bit": 0.001}
 FLOAT8 = ["--model.converters=float8", "--quantize.linear.float8.emulate"]
 INT8 = ["--model.converters=int8"]
@@ -42,8 +45,8 @@ NOTHING_COMPILES = {"TORCH_COMPILE_DISABLE": "1"}
 
 
 def run_recipes(runs: list[tuple[str, list[str], int]], environ: dict[str, str]) -> None:
-    """On one of several ranks: recipes one after the other, each as `python recipe argv` under torchrun would run. A port each, so
-    that no rank meets the store of the run before."""
+    """On one of several ranks: recipes one after the other, each as `python recipe argv` under torchrun would
+    run. A port each, so that no rank meets the store of the run before."""
     os.environ.update(environ)
     for recipe, argv, port in runs:
         sys.argv = [recipe, *argv]
@@ -92,7 +95,10 @@ def curves(folder, settings):
         "float8 on ranks": (RECIPE, FLOAT8),
         "float8 on whole sequences": (RECIPE, [*FLOAT8, "--chunkflow.no_enable"]),
         "float8 on stages": (PIPELINE, [*FLOAT8, *STAGES]),
-        "int8 on ranks": (RECIPE, [*INT8, "--parallelism.fsdp_reshard_after_forward=never", "--activation_checkpoint.mode=full"]),
+        "int8 on ranks": (
+            RECIPE,
+            [*INT8, "--parallelism.fsdp_reshard_after_forward=never", "--activation_checkpoint.mode=full"],
+        ),
         "int8 on whole sequences": (RECIPE, [*INT8, "--chunkflow.no_enable"]),
         "int8 on stages": (PIPELINE, [*INT8, *STAGES, "--checkpoint.last_save_in_hf"]),
         "AdamW8bit on ranks": (RECIPE, ["--optimizer.name=AdamW8bit"]),
@@ -107,11 +113,15 @@ def curves(folder, settings):
     return {name: losses(path) for name, path in folders.items()}
 
 
-@pytest.mark.parametrize("name", ["float8 on ranks", "float8 on stages", "int8 on ranks", "int8 on stages", "AdamW8bit on ranks"])
+@pytest.mark.parametrize(
+    "name", ["float8 on ranks", "float8 on stages", "int8 on ranks", "int8 on stages", "AdamW8bit on ranks"]
+)
 def test_they_train_as_well_as_bfloat16_and_adamw(curves, name):
     reference = curves["bfloat16"]
     assert reference[-1] < 0.95 * reference[0]
-    assert curves[name] == pytest.approx(reference, rel=MARGINS[name.split()[0]]) and curves[name] != reference
+    assert (
+        curves[name] == pytest.approx(reference, rel=MARGINS[name.split()[0]]) and curves[name] != reference
+    )
 
 
 @pytest.mark.parametrize("converter", ["float8", "int8"])
@@ -130,13 +140,16 @@ def test_weights_that_int8_trained_are_saved_and_loaded_by_name(curves, folder, 
 
 
 def test_adamw_8bit_compiled_is_adamw_8bit():
-    """By default its update is compiled, at the first step; elsewhere in these tests it is not, since that takes long."""
+    """By default its update is compiled, at the first step; elsewhere in these tests it is not, since that
+    takes long."""
     models = [nn.Linear(128, 64, bias=False) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     before = models[0].weight.detach().clone()
     for model, stance in zip(models, ("default", "force_eager")):
         with torch.compiler.set_stance(stance):
-            optimizer = build_optimizer(model, load_config(["--optimizer.name=AdamW8bit", "--optimizer.lr=1e-2"]))
+            optimizer = build_optimizer(
+                model, load_config(["--optimizer.name=AdamW8bit", "--optimizer.lr=1e-2"])
+            )
             for step in range(3):
                 model.weight.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step))
                 optimizer.step()
@@ -148,8 +161,12 @@ def test_the_bytes_that_adamw_8bit_saves():
     model = llama.Transformer(llama.flavors["debugmodel"])
     parameters, sizes = dict(model.named_parameters()), {}
     for name in ("AdamW", "AdamW8bit"):
-        tensors = optimizer_tensors(build_optimizer(model, load_config([f"--optimizer.name={name}"])), parameters)
-        assert set(tensors) == {f"optimizer.{name}.{key}" for name in parameters for key in ("step", "exp_avg", "exp_avg_sq")}
+        tensors = optimizer_tensors(
+            build_optimizer(model, load_config([f"--optimizer.name={name}"])), parameters
+        )
+        assert set(tensors) == {
+            f"optimizer.{name}.{key}" for name in parameters for key in ("step", "exp_avg", "exp_avg_sq")
+        }
         state_bytes = sum(part.nbytes for tensor in tensors.values() for part in inner(tensor))
         sizes[name] = state_bytes / sum(parameter.numel() for parameter in parameters.values())
         shapes = {parameter: tuple(tensor.shape) for parameter, tensor in parameters.items()}
@@ -162,7 +179,7 @@ def inner(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.codes, tensor.scale, tensor.qmap] if hasattr(tensor, "codes") else [tensor]
 
 
-# ----------------------------------------------------------------------------------------------- layers, parameters, products
+# ------------------------------------------------------------------------------- layers, parameters, products
 
 
 @pytest.mark.parametrize("argv", [FLOAT8, INT8])
@@ -170,7 +187,11 @@ def inner(tensor: torch.Tensor) -> list[torch.Tensor]:
 def test_parameters_keep_their_names_bytes_and_start(argv, family):
     plain, converted = (family.Transformer(family.flavors["debugmodel"]) for _ in range(2))
     convert_model(converted, load_config(argv))
-    layers = [name for name, module in converted.named_modules() if type(module) is not nn.Linear and isinstance(module, nn.Linear)]
+    layers = [
+        name
+        for name, module in converted.named_modules()
+        if type(module) is not nn.Linear and isinstance(module, nn.Linear)
+    ]
     assert len(layers) == 4 * 7, "all but the head"
     for model in (plain, converted):
         init_weights(model, 0)
@@ -184,13 +205,19 @@ def test_which_layers():
     model = llama.Transformer(llama.flavors["debugmodel"])
     names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert layers_to_convert(model, load_config(FLOAT8)) == names - {"output"}
-    few = layers_to_convert(model, load_config([*FLOAT8, "--quantize.linear.float8.filter_fqns=attention,layers.0"]))
+    few = layers_to_convert(
+        model, load_config([*FLOAT8, "--quantize.linear.float8.filter_fqns=attention,layers.0"])
+    )
     assert few == {f"layers.{layer}.feed_forward.w{number}" for layer in (1, 2, 3) for number in (1, 2, 3)}
     model.layers["0"].feed_forward.w1 = nn.Linear(256, 690, bias=False)
-    assert "layers.0.feed_forward.w1" not in layers_to_convert(model, load_config(INT8)), "not a multiple of 16"
+    assert "layers.0.feed_forward.w1" not in layers_to_convert(model, load_config(INT8)), (
+        "not a multiple of 16"
+    )
     with torch.device("meta"):
         model = llama.Transformer(llama.flavors["8B"])
-    small = layers_to_convert(model, load_config([*FLOAT8, "--quantize.linear.float8.filter_fqns=auto_filter_small_kn"]))
+    small = layers_to_convert(
+        model, load_config([*FLOAT8, "--quantize.linear.float8.filter_fqns=auto_filter_small_kn"])
+    )
     assert "layers.0.attention.wq" in small and "layers.0.attention.wk" not in small
 
 
@@ -206,19 +233,23 @@ def test_float8_products_take_chunks_of_any_length(monkeypatch, recipe):
 
     model = llama.Transformer(llama.flavors["debugmodel"]).bfloat16()
     init_weights(model, 0)
-    convert_model(model, load_config(["--model.converters=float8", f"--quantize.linear.float8.recipe_name={recipe}"]))
+    convert_model(
+        model, load_config(["--model.converters=float8", f"--quantize.linear.float8.recipe_name={recipe}"])
+    )
     monkeypatch.setattr(torch, "_scaled_mm", checked)
     chunk = dummy_chunk()
     model(chunk.tokens, chunk).backward()
     assert len(products) == 28 * (2 if recipe == "rowwise_with_gw_hp" else 3)
 
 
-# ------------------------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 def sharded(argv: list[str]):
     torch.manual_seed(0)
-    model = fully_shard(nn.Sequential(nn.Linear(256, 688, bias=False), nn.Linear(688, 256, bias=False), nn.Linear(256, 5)))
+    model = fully_shard(
+        nn.Sequential(nn.Linear(256, 688, bias=False), nn.Linear(688, 256, bias=False), nn.Linear(256, 5))
+    )
     return model, build_optimizer(model, load_config(argv))
 
 
@@ -229,7 +260,12 @@ def whole_state(model, optimizer) -> dict[str, torch.Tensor]:
             local = tensor.to_local()
             local = local.dequantize() if hasattr(local, "codes") else local
             tensor = DTensor.from_local(
-                local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+                local,
+                tensor.device_mesh,
+                tensor.placements,
+                run_check=False,
+                shape=tensor.shape,
+                stride=tensor.stride(),
             ).full_tensor()
         wholes[name] = tensor.clone().numpy()
     return wholes
@@ -243,7 +279,8 @@ def train_sharded(model, optimizer, steps: range) -> None:
 
 
 def save_and_load(path: str, argv: list[str]):
-    """State when it was saved and two steps later, of the optimizer that saved it, then of one that loaded it."""
+    """State when it was saved and two steps later, of the optimizer that saved it, then of one that loaded
+    it."""
     os.environ |= NOTHING_COMPILES
     dist.init_process_group("gloo")
     model, optimizer = sharded(argv)
@@ -264,7 +301,9 @@ def load_alone(path: str, argv: list[str]):
 
 def load_and_train(path: str, argv: list[str]):
     model, optimizer = sharded(argv)
-    dcp.load(optimizer_tensors(optimizer, dict(model.named_parameters())) | model.state_dict(), checkpoint_id=path)
+    dcp.load(
+        optimizer_tensors(optimizer, dict(model.named_parameters())) | model.state_dict(), checkpoint_id=path
+    )
     loaded = whole_state(model, optimizer)
     train_sharded(model, optimizer, range(3, 5))
     return loaded, whole_state(model, optimizer)
@@ -275,11 +314,15 @@ def test_state_is_saved_while_training_goes_on_and_loaded_also_by_one_rank(tmp_p
     saved, after, loaded, continued = run_ranks(save_and_load, 2, str(tmp_path / "state"), argv)[0]
     alone, _ = run_ranks(load_alone, 1, str(tmp_path / "state"), argv)[0]
     for key in saved:
-        assert (loaded[key] == saved[key]).all() and (continued[key] == after[key]).all() and (alone[key] == saved[key]).all(), key
+        assert (
+            (loaded[key] == saved[key]).all()
+            and (continued[key] == after[key]).all()
+            and (alone[key] == saved[key]).all()
+        ), key
     assert saved["optimizer.0.weight.exp_avg"].any()
 
 
-# --------------------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -289,7 +332,8 @@ def test_state_is_saved_while_training_goes_on_and_loaded_also_by_one_rank(tmp_p
         (["--model.converters=int8", "--training.dtype=float64"], "contradicts"),
         ([*FLOAT8, "--quantize.linear.float8.filter_fqns=atention"], "is part of no linear layer's name"),
         ([*FLOAT8, "--quantize.linear.float8.filter_fqns=layers"], "finds no layer in llama3 debugmodel"),
-        ([*FLOAT8, "--quantize.linear.float8.filter_fqns=auto_filter_small_kn"], "finds no layer in llama3 debugmodel"),
+        ([*FLOAT8, "--quantize.linear.float8.filter_fqns=auto_filter_small_kn"], "finds no layer in llama3"
+        " debugmodel"),
         (
             [*FLOAT8, "--quantize.linear.float8.filter_fqns=auto_filter_small_kn",
              "--quantize.linear.float8.recipe_name=rowwise_with_gw_hp"],

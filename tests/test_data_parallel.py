@@ -29,7 +29,13 @@ from tests.test_exactness import small_model
 
 def settings(**changes):
     """The part of a config that parallel.py and model.py read."""
-    values = dict(reshard="always", replicas=1, param="float64", mode="none", offload=False) | changes
+    values = {
+        "reshard": "always",
+        "replicas": 1,
+        "param": "float64",
+        "mode": "none",
+        "offload": False,
+    } | changes
     return SimpleNamespace(
         comm=SimpleNamespace(init_timeout_seconds=60, train_timeout_seconds=60, mode="default"),
         training=SimpleNamespace(
@@ -51,7 +57,12 @@ def sharded_gradients(model, lengths, sequences, mesh, config, k=1, balance="cos
     plan = plan_step(
         lengths,
         PlanSettings(
-            Cost.of_model(model.args), ranks=ranks, chunk_size=chunk_size, k=k, balance=balance, lockstep=reshard
+            Cost.of_model(model.args),
+            ranks=ranks,
+            chunk_size=chunk_size,
+            k=k,
+            balance=balance,
+            lockstep=reshard,
         ),
     )
     targets = sum(int((labels != -100).sum()) for _, labels in sequences)
@@ -89,7 +100,9 @@ def cases(replicas):
                 sequences = random_sequences(lengths, 96, seed)
                 loss, expected = whole_sequence_gradients(reference, sequences)
                 balance = rng.choice(["cost", "tokens"])
-                got_loss, got = sharded_gradients(model, lengths, sequences, mesh, config, rng.choice([1, 2, 9]), balance)
+                got_loss, got = sharded_gradients(
+                    model, lengths, sequences, mesh, config, rng.choice([1, 2, 9]), balance
+                )
                 assert abs(got_loss - loss) <= 1e-10 * loss
                 assert_same_gradients(got, expected, 1e-10)
                 checked += 1
@@ -108,9 +121,9 @@ def other_precisions():
     _, expected = whole_sequence_gradients(small_model("llama3"), sequences)
     errors = {}
     for name, changes in {
-        "float32": dict(param="float32"),
-        "bfloat16": dict(param="bfloat16"),
-        "offload": dict(param="float32", offload=True),
+        "float32": {"param": "float32"},
+        "bfloat16": {"param": "bfloat16"},
+        "offload": {"param": "float32", "offload": True},
     }.items():
         for reshard in ("never", "always"):
             config = settings(reshard=reshard, **changes)
@@ -123,7 +136,8 @@ def other_precisions():
 
 
 def test_precisions_and_offload():
-    """fp32 to 1e-5; bf16 compute with fp32 reduction within what bf16 itself costs; CPU offload changes nothing."""
+    """fp32 to 1e-5; bf16 compute with fp32 reduction within what bf16 itself costs; CPU offload changes
+    nothing."""
     errors = run_ranks(other_precisions, 2)[0]
     assert all(error < (1e-1 if name == "bfloat16" else 1e-5) for (name, _), error in errors.items()), errors
 
@@ -140,7 +154,9 @@ def clipped_norms():
 
 
 def test_gradient_clipping_is_global():
-    norm = float(torch.stack([parameter.detach().norm() for parameter in small_model("llama3").parameters()]).norm())
+    norm = float(
+        torch.stack([parameter.detach().norm() for parameter in small_model("llama3").parameters()]).norm()
+    )
     for before, after in run_ranks(clipped_norms, 3):
         assert before == pytest.approx(norm) and after == pytest.approx(1.5)
 
@@ -154,7 +170,9 @@ def start_weights(replicas):
     model.to_empty(device="cpu")
     parallel.init_weights(model, seed=5)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    return {name: float(parameter.full_tensor().double().sum()) for name, parameter in model.named_parameters()}
+    return {
+        name: float(parameter.full_tensor().double().sum()) for name, parameter in model.named_parameters()
+    }
 
 
 def test_one_start_for_all_layouts():
@@ -177,7 +195,9 @@ def recorded_collectives(reshard):
 
         def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
             if function.namespace in ("c10d", "_c10d_functional"):
-                self.calls.append((str(function), [tuple(a.shape) for a in arguments if isinstance(a, torch.Tensor)]))
+                self.calls.append(
+                    (str(function), [tuple(a.shape) for a in arguments if isinstance(a, torch.Tensor)])
+                )
             return function(*arguments, **(kwargs or {}))
 
     config = settings(reshard=reshard)
@@ -199,5 +219,7 @@ def test_every_rank_runs_the_same_collectives(reshard):
     assert len(first) > 60 and all(calls == first for calls in others)
     gathers = sum("allgather" in name.replace("_", "") for name, _ in first)
     layers = 4  # three and the root
-    if reshard == "never":  # one gather and one reduction a layer and step, however many chunks (full_tensor's aside)
+    if (
+        reshard == "never"
+    ):  # one gather and one reduction a layer and step, however many chunks (full_tensor's aside)
         assert gathers <= 6 * (layers + len(list(small_model("llama3").parameters())) + 1)

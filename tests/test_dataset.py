@@ -52,7 +52,9 @@ def write(tmp_path):
 @pytest.fixture
 def read(tmp_path, tokenizer):
     def read(path, tokenizer=tokenizer, vocab_size=2048, name="jsonl"):
-        return open_dataset(name, str(path), tokenizer, vocab_size=vocab_size, seed=0, cache_dir=str(tmp_path / "cache"))
+        return open_dataset(
+            name, str(path), tokenizer, vocab_size=vocab_size, seed=0, cache_dir=str(tmp_path / "cache")
+        )
 
     return read
 
@@ -64,7 +66,7 @@ def rows_of(dataset):
     return [(tokens.tolist(), labels.tolist()) for tokens, labels in rows]
 
 
-# ----------------------------------------------------------------------------------------------------------- row forms
+# -------------------------------------------------------------------------------------------------- row forms
 
 
 def test_text(write, read, tokenizer):
@@ -82,8 +84,16 @@ def test_prompt_and_completion(write, read, tokenizer):
 
 
 def test_messages(write, read, tokenizer):
-    turns = [("system", "Be brief."), ("user", "1 + 2?"), ("assistant", "3"), ("tool", "ok"), ("assistant", "So it is.")]
-    [(tokens, labels)] = rows_of(read(write({"messages": [{"role": role, "content": content} for role, content in turns]})))
+    turns = [
+        ("system", "Be brief."),
+        ("user", "1 + 2?"),
+        ("assistant", "3"),
+        ("tool", "ok"),
+        ("assistant", "So it is."),
+    ]
+    [(tokens, labels)] = rows_of(
+        read(write({"messages": [{"role": role, "content": content} for role, content in turns]}))
+    )
     expected_tokens, expected_labels = [], []
     for role, content in turns:
         before, after = tokenizer.encode(f"<|im_start|>{role}\n"), tokenizer.encode("\n")
@@ -93,7 +103,10 @@ def test_messages(write, read, tokenizer):
         expected_labels += answer if role == "assistant" else [-100] * len(answer)
         expected_labels += [-100] * len(after)
     assert tokens == expected_tokens and labels == expected_labels
-    rendered = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1 + 2?<|im_end|>\n<|im_start|>assistant\n3<|im_end|>"
+    rendered = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1 +"
+        " 2?<|im_end|>\n<|im_start|>assistant\n3<|im_end|>"
+    )
     assert tokenizer.decode(tokens).startswith(rendered)
     assert tokenizer.decode([label for label in labels if label >= 0]) == "3<|im_end|>So it is.<|im_end|>"
 
@@ -106,16 +119,27 @@ def test_ready_tokens(write, read):
         {"input_ids": [3, 4], "labels": [3, 2047]},  # a label need not be its token
     ]
     dataset = read(write(*rows), tokenizer=None)
-    assert rows_of(dataset) == [([5, 6, 7], [5, 6, 7]), ([5, 6, 7], [-100, 6, -100]), ([1], [-100]), ([3, 4], [3, 2047])]
+    assert rows_of(dataset) == [
+        ([5, 6, 7], [5, 6, 7]),
+        ([5, 6, 7], [-100, 6, -100]),
+        ([1], [-100]),
+        ([3, 4], [3, 2047]),
+    ]
     assert [dataset.supervised(index, length) for index, length in enumerate(dataset.lengths)] == [2, 1, 0, 1]
     assert dataset.supervised(1, 1) == 0 and dataset.supervised(0, 2) == 1
 
 
 def test_blank_lines_metadata_and_sources(write, read):
-    path = write({"id": 1, "text": "a", "source": None}, "", " \t\r", {"text": "b", "n": [1.5]}, '{"text": "\u2028"}\r')
+    path = write(
+        {"id": 1, "text": "a", "source": None}, "", " \t\r", {"text": "b", "n": [1.5]}, '{"text": "\u2028"}\r'
+    )
     dataset = read(path)
-    assert [dataset.source(index) for index in range(len(dataset))] == [f"{path}:{line}" for line in (1, 4, 5)]
-    assert len(dataset) == len(dataset.lengths) == 3 and all(type(length) is int for length in dataset.lengths)
+    assert [dataset.source(index) for index in range(len(dataset))] == [
+        f"{path}:{line}" for line in (1, 4, 5)
+    ]
+    assert len(dataset) == len(dataset.lengths) == 3 and all(
+        type(length) is int for length in dataset.lengths
+    )
 
 
 def test_a_byte_order_mark_and_no_line_end_at_the_end(tmp_path, read):
@@ -129,7 +153,9 @@ def test_a_text_may_be_empty_where_there_are_bos_and_eos(write, read, tokenizer)
     tokenizer = CountingTokenizer()
     tokenizer.bos_id = tokenizer.eos_id = None
     tokenizer.digest = "another"
-    with pytest.raises(ValueError, match=r"data.jsonl:2: the text is empty, and the tokenizer has no BOS or EOS to add"):
+    with pytest.raises(
+        ValueError, match=r"data.jsonl:2: the text is empty, and the tokenizer has no BOS or EOS to add"
+    ):
         read(write({"text": "a"}, {"text": ""}), tokenizer=tokenizer)
 
 
@@ -141,7 +167,7 @@ def test_rows_are_prefixes_and_do_not_share_memory(write, read):
     assert labels.tolist() == [1, 2, 3] and dataset.row(0, 4)[0].tolist() == [1, 2, 3, 4]
 
 
-# -------------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 BAD_ROWS = [
     ("{", "not valid JSON (", "column 2): write one JSON object a line"),
@@ -172,8 +198,14 @@ BAD_ROWS = [
     ('{"messages": []}', '"messages" is an empty list'),
     ('{"messages": ["hello"]}', 'messages[0] is "hello": it must be an object with "role" and "content"'),
     ('{"messages": [{"role": "user"}]}', 'messages[0] has the keys ["role"]: it must be an object with'),
-    ('{"messages": [{"role": "user", "content": "a", "name": 0}]}', 'messages[0] has "name", which the plain ChatML of a tokenizer'),
-    ('{"messages": [{"role": "user", "content": ""}, {"role": "gpt", "content": "b"}]}', 'messages[1] has the role "gpt": rename'),
+    (
+        '{"messages": [{"role": "user", "content": "a", "name": 0}]}',
+        'messages[0] has "name", which the plain ChatML of a tokenizer',
+    ),
+    (
+        '{"messages": [{"role": "user", "content": ""}, {"role": "gpt", "content": "b"}]}',
+        'messages[1] has the role "gpt": rename',
+    ),
     ('{"messages": [{"role": [], "content": "a"}]}', "messages[0] has the role []"),
     ('{"messages": [{"role": "user", "content": null}]}', "messages[0].content is null: it must be a string"),
     ('{"input_ids": []}', '"input_ids" is empty: a sequence has at least one token, remove'),
@@ -183,13 +215,28 @@ BAD_ROWS = [
     ('{"input_ids": [1, [2]]}', "input_ids[1] is [2]: every entry must be an integer"),
     ('{"input_ids": [1, -1]}', "input_ids[1] is -1: a token id is at least 0"),
     ('{"input_ids": [-100]}', "input_ids[0] is -100: a token id is at least 0"),
-    ('{"input_ids": [2048]}', "input_ids[0]: token id 2048 is not in the model's vocabulary of 2048 (0 to 2047): choose"),
-    ('{"input_ids": [99999999999999999999]}', "token id 99999999999999999999 is not in the model's vocabulary"),
-    ('{"input_ids": [1, 2], "labels": [1]}', '"labels" has 1 entries and "input_ids" 2: give one label a token'),
+    (
+        '{"input_ids": [2048]}',
+        "input_ids[0]: token id 2048 is not in the model's vocabulary of 2048 (0 to 2047): choose",
+    ),
+    (
+        '{"input_ids": [99999999999999999999]}',
+        "token id 99999999999999999999 is not in the model's vocabulary",
+    ),
+    (
+        '{"input_ids": [1, 2], "labels": [1]}',
+        '"labels" has 1 entries and "input_ids" 2: give one label a token',
+    ),
     ('{"input_ids": [1], "labels": null}', "labels is null: it must be a list of integers"),
     ('{"input_ids": [1], "labels": [false]}', "labels[0] is false: every entry must be an integer"),
-    ('{"input_ids": [1, 2], "labels": [1, -1]}', "labels[1] is -1: a label is a token id, or -100 for no loss"),
-    ('{"input_ids": [1, 2], "labels": [-100, 2048]}', "labels[1]: token id 2048 is not in the model's vocabulary"),
+    (
+        '{"input_ids": [1, 2], "labels": [1, -1]}',
+        "labels[1] is -1: a label is a token id, or -100 for no loss",
+    ),
+    (
+        '{"input_ids": [1, 2], "labels": [-100, 2048]}',
+        "labels[1]: token id 2048 is not in the model's vocabulary",
+    ),
 ]
 
 
@@ -202,31 +249,42 @@ def test_a_wrong_row_is_one_sentence_with_its_line(write, read, tmp_path, case):
     message = str(error.value)
     assert message.startswith(f"{path}:3: ") and "\n" not in message and len(message) < 400 + len(str(path))
     assert all(fragment in message for fragment in fragments)
-    assert [entry.suffix for entry in (tmp_path / "cache").iterdir()] == [".lock"]  # nothing half-written stays
+    assert [entry.suffix for entry in (tmp_path / "cache").iterdir()] == [
+        ".lock"
+    ]  # nothing half-written stays
 
 
 @pytest.mark.parametrize("row", [{"text": "a"}, {"messages": []}, {"prompt": "a", "completion": "b"}])
 def test_text_without_a_tokenizer(write, read, row):
-    with pytest.raises(ValueError, match=r"data.jsonl:2: the row has .* there is no tokenizer: set model.tokenizer_path, or give"):
+    with pytest.raises(
+        ValueError,
+        match=r"data.jsonl:2: the row has .* there is no tokenizer: set model.tokenizer_path, or give",
+    ):
         read(write({"input_ids": [1]}, row), tokenizer=None)
 
 
 def test_a_tokenizer_larger_than_the_model(write, read, tokenizer):
     small, large = {"input_ids": [1, 2]}, {"text": "$ ^ & and other rare things"}
-    with pytest.raises(ValueError, match=r"data.jsonl:2: token id \d+ is not in the model's vocabulary of 300 "):
+    with pytest.raises(
+        ValueError, match=r"data.jsonl:2: token id \d+ is not in the model's vocabulary of 300 "
+    ):
         read(write(small, large), vocab_size=300)
     # the same where the tokens are there already
     dataset = read(write(small, large, small))
     largest = max(rows_of(dataset)[1][0])
     assert len(read(write(small, large, small), vocab_size=largest + 1)) == 3
-    with pytest.raises(ValueError, match=rf"data.jsonl:2: token id {largest} is not in the model's vocabulary of {largest} "):
+    with pytest.raises(
+        ValueError, match=rf"data.jsonl:2: token id {largest} is not in the model's vocabulary of {largest} "
+    ):
         read(write(small, large, small), vocab_size=largest)
 
 
 def test_the_bound_holds_for_labels_too(write, read):
     path = write({"input_ids": [1, 2]}, {"input_ids": [1, 2], "labels": [1, 500]})
     read(path)
-    with pytest.raises(ValueError, match=r"data.jsonl:2: token id 500 is not in the model's vocabulary of 500 "):
+    with pytest.raises(
+        ValueError, match=r"data.jsonl:2: token id 500 is not in the model's vocabulary of 500 "
+    ):
         read(path, vocab_size=500)
 
 
@@ -239,16 +297,27 @@ def test_wrong_names_and_paths(write, read, tmp_path):
     (tmp_path / "empty").mkdir()
     refused("", r"training.dataset_path is empty: set it to a \*.jsonl file, a folder")
     refused(tmp_path / "nothing.jsonl", r"nothing.jsonl: no such file or folder")
-    refused("tatsu-lab/alpaca", r"tatsu-lab/alpaca: no such file .* hub are not read by name: save them as JSONL")
+    refused(
+        "tatsu-lab/alpaca", r"tatsu-lab/alpaca: no such file .* hub are not read by name: save them as JSONL"
+    )
     refused(tmp_path / "*.nothing", r"no file matches it as a pattern")
     refused(tmp_path / "empty", r"empty: no \*.jsonl file in this folder: only JSONL is read")
     for kind in ("parquet", "json", "csv", "jsonl.gz"):
-        refused(write({"text": "a"}, name=f"data.{kind}"), rf"data.{kind}: only \*.jsonl files are read, .*: convert it")
+        refused(
+            write({"text": "a"}, name=f"data.{kind}"),
+            rf"data.{kind}: only \*.jsonl files are read, .*: convert it",
+        )
     refused(tmp_path / "data.*", r"data.csv: only \*.jsonl files are read")
     refused(write("", " ", name="blank.jsonl"), r"blank.jsonl: there is no sequence in it: choose another")
-    refused("somewhere", r'training.dataset_path is "somewhere" and python_stdlib takes none: remove it', name="python_stdlib")
+    refused(
+        "somewhere",
+        r'training.dataset_path is "somewhere" and python_stdlib takes none: remove it',
+        name="python_stdlib",
+    )
     refused("", r'training.dataset is "c4": choose "python_stdlib", "jsonl" or "synthetic"', name="c4")
-    with pytest.raises(ValueError, match="python_stdlib is text and there is no tokenizer: set model.tokenizer_path"):
+    with pytest.raises(
+        ValueError, match="python_stdlib is text and there is no tokenizer: set model.tokenizer_path"
+    ):
         read("", name="python_stdlib", tokenizer=None)
 
 
@@ -257,27 +326,44 @@ def test_a_cache_that_cannot_be_written(write, tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     sentence = r": the token cache cannot be written \(.+\): set CHUNKFLOW_CACHE to a folder with room"
     with pytest.raises(ValueError, match=sentence):
-        open_dataset("jsonl", str(path), tokenizer, vocab_size=2048, seed=0, cache_dir=str(tmp_path / "file" / "cache"))
+        open_dataset(
+            "jsonl", str(path), tokenizer, vocab_size=2048, seed=0, cache_dir=str(tmp_path / "file" / "cache")
+        )
     # a full disk, as near as a test can come: no file beyond 64 KiB
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     try:
         with pytest.raises(ValueError, match=sentence):
-            open_dataset("jsonl", str(path), tokenizer, vocab_size=2048, seed=0, cache_dir=str(tmp_path / "cache"))
+            open_dataset(
+                "jsonl", str(path), tokenizer, vocab_size=2048, seed=0, cache_dir=str(tmp_path / "cache")
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [entry.suffix for entry in (tmp_path / "cache").iterdir()] == [".lock"]  # what was written makes room again
-    assert len(open_dataset("jsonl", str(path), tokenizer, vocab_size=2048, seed=0, cache_dir=str(tmp_path / "cache"))) == 1
+    assert [entry.suffix for entry in (tmp_path / "cache").iterdir()] == [
+        ".lock"
+    ]  # what was written makes room again
+    assert (
+        len(
+            open_dataset(
+                "jsonl", str(path), tokenizer, vocab_size=2048, seed=0, cache_dir=str(tmp_path / "cache")
+            )
+        )
+        == 1
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def test_files_folders_and_patterns(write, read, tmp_path):
-    for place, name in enumerate(["b.jsonl", "a.jsonl", "sub/deep/c.jsonl", "sub/.hidden/x.jsonl", "sub/readme.txt"]):
+    for place, name in enumerate(
+        ["b.jsonl", "a.jsonl", "sub/deep/c.jsonl", "sub/.hidden/x.jsonl", "sub/readme.txt"]
+    ):
         write({"input_ids": [place]}, name=f"in [1]/{name}")
     folder = tmp_path / "in [1]"
-    assert jsonl_files(str(folder)) == [str(folder / name) for name in ("a.jsonl", "b.jsonl", "sub/deep/c.jsonl")]
+    assert jsonl_files(str(folder)) == [
+        str(folder / name) for name in ("a.jsonl", "b.jsonl", "sub/deep/c.jsonl")
+    ]
     assert jsonl_files(str(folder / "b.jsonl")) == [str(folder / "b.jsonl")]
     pattern = str(tmp_path / "in*" / "**" / "[bc].jsonl")
     assert jsonl_files(pattern) == [str(folder / name) for name in ("b.jsonl", "sub/deep/c.jsonl")]
@@ -295,7 +381,9 @@ def test_the_library_is_real_and_long_tailed(stdlib):
     lengths = sorted(stdlib.lengths)
     assert len(stdlib) > 400 and sum(lengths) > 2_000_000
     assert lengths[-1] > 20 * lengths[len(lengths) // 2]
-    assert sum(length > 8192 for length in lengths) > 0.05 * len(lengths) and lengths[len(lengths) // 4] < 2048
+    assert (
+        sum(length > 8192 for length in lengths) > 0.05 * len(lengths) and lengths[len(lengths) // 4] < 2048
+    )
 
 
 def test_the_library_holds_each_file_whole_in_order(stdlib):
@@ -325,13 +413,19 @@ def test_python_files_in_their_own_encoding(tmp_path, read, monkeypatch, tokeniz
     assert python_files() == [str(root / "package.py"), str(root / "package" / "latin.py")]
     dataset = read("", name="python_stdlib")
     assert tokenizer.decode(rows_of(dataset)[1][0]) == "# coding: latin-1\nname = 'é'\n"
-    for content in (b"name = '\xe9'\n", b"# coding: klingon\n", b"\n" * 9 + b"# a coding too late to be declared: \xe9"):
+    for content in (
+        b"name = '\xe9'\n",
+        b"# coding: klingon\n",
+        b"\n" * 9 + b"# a coding too late to be declared: \xe9",
+    ):
         (root / "package.py").write_bytes(content)
-        with pytest.raises(ValueError, match=r"package.py:1: this file of Python's library cannot be read \(.+\): repair"):
+        with pytest.raises(
+            ValueError, match=r"package.py:1: this file of Python's library cannot be read \(.+\): repair"
+        ):
             read("", name="python_stdlib")
 
 
-# --------------------------------------------------------------------------------------------------------------- cache
+# ------------------------------------------------------------------------------------------------------ cache
 
 
 def test_the_cache_is_keyed_by_content_name_and_tokenizer(write, read, tokenizer, tmp_path):
@@ -356,7 +450,10 @@ def test_one_file_in_two_is_another_dataset(write, read, tmp_path):
     write(name="one/b.jsonl")
     write({"input_ids": [1]}, name="two/a.jsonl")
     write({"input_ids": [2]}, name="two/b.jsonl")
-    assert [read(tmp_path / folder).source(1).rsplit("/", 1)[1] for folder in ("one", "two")] == ["a.jsonl:2", "b.jsonl:1"]
+    assert [read(tmp_path / folder).source(1).rsplit("/", 1)[1] for folder in ("one", "two")] == [
+        "a.jsonl:2",
+        "b.jsonl:1",
+    ]
 
 
 def test_where_the_cache_is(write, tokenizer, tmp_path, monkeypatch):
@@ -421,15 +518,21 @@ def test_a_file_that_changes_while_it_is_read(write, tmp_path, tokenizer):
 
     class Meanwhile(CountingTokenizer):
         def encode_batch(self, texts):
-            write({"text": "one"}, {"text": "two"}, {"text": "three"})  # by somebody else, after its digest was taken
+            write(
+                {"text": "one"}, {"text": "two"}, {"text": "three"}
+            )  # by somebody else, after its digest was taken
             return super().encode_batch(texts)
 
     def read(tokenizer):
-        return open_dataset("jsonl", str(path), tokenizer, vocab_size=2048, seed=0, cache_dir=str(tmp_path / "cache"))
+        return open_dataset(
+            "jsonl", str(path), tokenizer, vocab_size=2048, seed=0, cache_dir=str(tmp_path / "cache")
+        )
 
     with pytest.raises(ValueError, match=r"data.jsonl: the file changed while it was read: start again"):
         read(Meanwhile())
-    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()], "nothing is left under the old content's name"
+    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()], (
+        "nothing is left under the old content's name"
+    )
     write({"text": "one"}, {"text": "two"})
     dataset = read(tokenizer)
     assert len(dataset) == 2 and dataset.changed_file() == ""
@@ -443,7 +546,9 @@ def test_text_goes_to_the_tokenizer_in_small_batches(write, read, tokenizer, mon
     dataset = read(write(*rows))
     assert len(tokenizer.batches) > 10 and max(tokenizer.batches) < 5000 + 400
     expected = [tokenizer.encode(row["prompt"]) for row in rows]
-    assert [tokens[:-2] for tokens, _ in rows_of(dataset)] == expected  # no row is lost, doubled or moved between batches
+    assert [
+        tokens[:-2] for tokens, _ in rows_of(dataset)
+    ] == expected  # no row is lost, doubled or moved between batches
 
 
 PROGRAM = """
@@ -475,7 +580,15 @@ print("sum", sum(int(opened.row(i, n)[0].sum()) for i, n in enumerate(opened.len
 
 
 def start(folder, index, processes, kill=0):
-    arguments = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(folder), str(index), str(processes), str(kill)]
+    arguments = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(PROGRAM),
+        str(folder),
+        str(index),
+        str(processes),
+        str(kill),
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment)
 

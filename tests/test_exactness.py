@@ -23,7 +23,15 @@ from tests.reference import (
     whole_sequence_gradients,
 )
 
-SMALL = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=96)
+SMALL = {
+    "dim": 32,
+    "n_layers": 3,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 8,
+    "hidden_dim": 48,
+    "vocab_size": 96,
+}
 
 
 def small_model(family, dtype=torch.float64, **changes):
@@ -35,7 +43,9 @@ def small_model(family, dtype=torch.float64, **changes):
             if parameter.dim() > 1:
                 parameter.mul_(8)
             else:  # norms and biases away from 1 and 0
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+                parameter.add_(
+                    0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                )
     return model.to(dtype)
 
 
@@ -44,7 +54,13 @@ def small_model(family, dtype=torch.float64, **changes):
 def test_chunks_give_the_gradients_of_whole_sequences(family, seed):
     rng = random.Random(f"{family}/{seed}")
     heads, groups = rng.choice([(4, 4), (4, 2), (4, 1), (6, 3), (2, 1)])
-    model = small_model(family, n_heads=heads, n_kv_heads=groups, head_dim=rng.choice([4, 8, 16]), tied_embeddings=bool(seed % 2))
+    model = small_model(
+        family,
+        n_heads=heads,
+        n_kv_heads=groups,
+        head_dim=rng.choice([4, 8, 16]),
+        tied_embeddings=bool(seed % 2),
+    )
     lengths = random_lengths(rng, 90)
     chunk_size = rng.randint(1, 40)
     k = rng.choice([1, 2, 3, 100])
@@ -56,7 +72,9 @@ def test_chunks_give_the_gradients_of_whole_sequences(family, seed):
     assert abs(ours - loss) <= 1e-10 * max(loss, 1e-30)
     assert_same_gradients(got, expected, 1e-10)
     assert result.peak_live_chunks <= k
-    ours, got, _ = chunked_gradients(model, sequences, whole_sequences(lengths), 1)  # chunkflow.enable = false
+    ours, got, _ = chunked_gradients(
+        model, sequences, whole_sequences(lengths), 1
+    )  # chunkflow.enable = false
     assert abs(ours - loss) <= 1e-10 * max(loss, 1e-30)
     assert_same_gradients(got, expected, 1e-10)
 
@@ -88,10 +106,13 @@ def test_bf16_is_as_close_to_fp64_in_chunks_as_whole(k):
 
 
 def test_a_packed_neighbour_does_not_leak():
-    """Other tokens in a neighbour change nothing else: not the loss of a sequence, not the gradients it sends."""
+    """Other tokens in a neighbour change nothing else: not the loss of a sequence, not the gradients it
+    sends."""
     model = small_model("llama3")
     groups = build_groups([30, 9, 7, 16], 20)
-    assert any(len(chunk.segments) > 1 and chunk.prefix for group in groups for chunk in group.chunks), "wants a filled tail"
+    assert any(len(chunk.segments) > 1 and chunk.prefix for group in groups for chunk in group.chunks), (
+        "wants a filled tail"
+    )
 
     def run(seed):
         sequences = random_sequences([30, 9, 7, 16], 96, 0)
@@ -106,7 +127,8 @@ def test_a_packed_neighbour_does_not_leak():
 
 
 def test_no_target_is_lost_at_a_boundary():
-    """The last token of a chunk predicts the first of the next: with every length and chunk size, L - 1 targets stay L - 1."""
+    """The last token of a chunk predicts the first of the next: with every length and chunk size, L - 1
+    targets stay L - 1."""
     for length in range(1, 24):
         for chunk_size in range(1, 26):
             sequences = random_sequences([length], 96, 0, masked=0.0)
@@ -120,22 +142,31 @@ def test_no_target_is_lost_at_a_boundary():
 def test_memory_follows_k(k, monkeypatch):
     """Counted from outside: graphs that are alive, and K/V states after the step."""
     states = []
-    monkeypatch.setattr(executor, "KeyValueState", lambda group: states.append(KeyValueState(group)) or states[-1])
+    monkeypatch.setattr(
+        executor, "KeyValueState", lambda group: states.append(KeyValueState(group)) or states[-1]
+    )
     model = small_model("qwen3")
     sequences = random_sequences([95, 50, 10], 96, 0)
     groups = build_groups([95, 50, 10], 10)
     _, _, result = chunked_gradients(model, sequences, groups, k)
     assert result.peak_live_chunks == k == live_chunks(linear_schedule([len(g.chunks) for g in groups], k))
     tokens, layers, per_token = 95 + 50, SMALL["n_layers"], 2 * SMALL["n_kv_heads"] * SMALL["head_dim"] * 8
-    assert len(states) == 2 and result.peak_state_bytes < 2 * 105 * layers * per_token < 2 * tokens * layers * per_token
-    assert all(not gradients for state in states for gradients in state.gradients.values()), "gradients that nobody took"
+    assert (
+        len(states) == 2
+        and result.peak_state_bytes < 2 * 105 * layers * per_token < 2 * tokens * layers * per_token
+    )
+    assert all(not gradients for state in states for gradients in state.gradients.values()), (
+        "gradients that nobody took"
+    )
 
 
 def test_wrong_orders_are_caught():
     """Recomputing ascending, as the paper prints it, is not exact: the state refuses it."""
     model = small_model("llama3")
     sequences = random_sequences([40], 96, 0)
-    ascending = [Action(Kind.FORWARD, 0, chunk) for chunk in range(4)] + [Action(Kind.BACKWARD, 0, chunk) for chunk in range(4)]
+    ascending = [Action(Kind.FORWARD, 0, chunk) for chunk in range(4)] + [
+        Action(Kind.BACKWARD, 0, chunk) for chunk in range(4)
+    ]
     with pytest.raises(AssertionError, match="backward of chunk 0, but chunk 3 comes first"):
         chunked_gradients(model, sequences, build_groups([40], 10), 4, ascending)
 
@@ -150,8 +181,18 @@ def test_forward_state_skips_what_nobody_reads():
     chunk, chunk.state, chunk.state_only = tensors[0], KeyValueState(groups[0]), True
     with torch.no_grad():
         assert model(chunk.tokens, chunk) is None
-    assert "layers.1.feed_forward" in calls and "layers.2.attention.wk" in calls and sorted(chunk.state.buffers) == [0, 1, 2]
-    assert not {"norm", "output", "layers.2.feed_forward", "layers.2.attention.wq", "layers.2.attention.wo"} & set(calls)
+    assert (
+        "layers.1.feed_forward" in calls
+        and "layers.2.attention.wk" in calls
+        and sorted(chunk.state.buffers) == [0, 1, 2]
+    )
+    assert not {
+        "norm",
+        "output",
+        "layers.2.feed_forward",
+        "layers.2.attention.wq",
+        "layers.2.attention.wo",
+    } & set(calls)
 
 
 @pytest.mark.parametrize("at_once", [True, False])
@@ -165,7 +206,9 @@ def test_the_loss_in_slices_is_that_of_all_logits(at_once, monkeypatch):
     ours = loss.sliced_cross_entropy(hidden, weight, labels, 0.3 if at_once else None)
     theirs = naive_cross_entropy(hidden, weight, labels)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
-    for a, b in zip(torch.autograd.grad(0.3 * ours, (hidden, weight)), torch.autograd.grad(0.3 * theirs, (hidden, weight))):
+    for a, b in zip(
+        torch.autograd.grad(0.3 * ours, (hidden, weight)), torch.autograd.grad(0.3 * theirs, (hidden, weight))
+    ):
         assert (a - b).norm() <= 1e-12 * b.norm()
 
 
@@ -178,10 +221,18 @@ def test_gradients_made_at_once_are_refused_to_another_backward():
 
 @pytest.mark.parametrize("k, expected", [(1, 6), (3, 4)])
 def test_the_head_runs_once_where_backward_comes_next(k, expected, monkeypatch):
-    """Of 4 dependent and 2 standalone chunks all but the k - 1 that wait; those compute their logits twice."""
+    """Of 4 dependent and 2 standalone chunks all but the k - 1 that wait; those compute their logits
+    twice."""
     told = []
     monkeypatch.setattr(
-        llama, "sliced_cross_entropy", lambda *inputs: told.append(inputs[3]) or loss.sliced_cross_entropy(*inputs)
+        llama,
+        "sliced_cross_entropy",
+        lambda *inputs: told.append(inputs[3]) or loss.sliced_cross_entropy(*inputs),
     )
-    chunked_gradients(small_model("llama3"), random_sequences([40, 10, 10], 96, 0, masked=0.0), build_groups([40, 10, 10], 10), k)
+    chunked_gradients(
+        small_model("llama3"),
+        random_sequences([40, 10, 10], 96, 0, masked=0.0),
+        build_groups([40, 10, 10], 10),
+        k,
+    )
     assert len(told) == 6 and sum(gradient == 1 / 57 for gradient in told) == expected

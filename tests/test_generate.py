@@ -1,4 +1,5 @@
-"""recipes/generate.py against transformers: the same tokens and logits from a prompt in chunks; draws, stops, memory, sentences."""
+"""recipes/generate.py against transformers: the same tokens and logits from a prompt in chunks; draws, stops,
+memory, sentences."""
 
 import argparse
 import json
@@ -32,12 +33,14 @@ def recipe():
 
 
 def options(**changes):
-    return argparse.Namespace(**dict(max_new_tokens=16, temperature=0.0, top_p=1.0, seed=0) | changes)
+    return argparse.Namespace(**{"max_new_tokens": 16, "temperature": 0.0, "top_p": 1.0, "seed": 0} | changes)
 
 
 def greedy(reference, prompt, count):
     reference.generation_config.eos_token_id = None
-    (ids,) = reference.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=count, pad_token_id=0).tolist()
+    (ids,) = reference.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=count, pad_token_id=0
+    ).tolist()
     return ids[len(prompt) :]
 
 
@@ -59,7 +62,9 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, recipe, kind, rope):
 def test_logits_in_chunks_are_those_of_the_whole(recipe, name):
     model = small_model(name)
     prompt, logits = torch.randint(96, (45,)).tolist(), []
-    hook = model.register_forward_hook(lambda module, inputs, output: output is not None and logits.append(output))
+    hook = model.register_forward_hook(
+        lambda module, inputs, output: output is not None and logits.append(output)
+    )
     ids = list(recipe.generate(model, prompt, options(temperature=1.0), 7, 96))
     hook.remove()
     assert len(logits) == len(ids) == 16 and logits[0].dtype == torch.float64
@@ -106,7 +111,7 @@ def test_stops_of_several_ids(recipe):
     assert until(endless(), [2, 3]) == [1]
 
 
-# ---------------------------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------------------------------- memory
 
 
 def allocated(work):
@@ -124,16 +129,22 @@ def test_only_keys_and_values_grow_with_the_prompt(recipe):
 
     def peak_beyond_state(length, chunk_size):
         prompt = torch.randint(96, (length,)).tolist()
-        sizes = allocated(lambda: list(recipe.generate(model, prompt, options(max_new_tokens=count), chunk_size, 96)))
+        sizes = allocated(
+            lambda: list(recipe.generate(model, prompt, options(max_new_tokens=count), chunk_size, 96))
+        )
         return max(accumulate(sizes)) - per_token * (length + count - 1)
 
-    short, long, whole = (peak_beyond_state(*sizes) for sizes in ((640, 64), (1280, 64), (1280, 1280)))  # past a kernel's tile
+    short, long, whole = (
+        peak_beyond_state(*sizes) for sizes in ((640, 64), (1280, 64), (1280, 1280))
+    )  # past a kernel's tile
     assert 0 < long < 1.05 * short < 0.2 * whole, (short, long, whole)
 
 
 def test_a_new_token_allocates_the_same_behind_any_prompt(recipe):
     def of_new_tokens(model, length):
-        ids = recipe.generate(model, torch.randint(96, (length,)).tolist(), options(max_new_tokens=9), 256, 96)
+        ids = recipe.generate(
+            model, torch.randint(96, (length,)).tolist(), options(max_new_tokens=9), 256, 96
+        )
         next(ids)
         return sum(size for size in allocated(lambda: list(ids)) if size > 0)
 
@@ -142,15 +153,19 @@ def test_a_new_token_allocates_the_same_behind_any_prompt(recipe):
         assert 0 < of_new_tokens(model, 2048) < 1.05 * of_new_tokens(model, 640)
 
 
-# ------------------------------------------------------------------------------------------------------- the recipe itself
+# ------------------------------------------------------------------------------------------ the recipe itself
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model with a tokenizer of bytes and ChatML, whose eos is not the end of a turn."""
     path = tmp_path_factory.mktemp("model")
-    raw_tokenizer("bytes", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], []).save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "chat_template": CHATML}))
+    raw_tokenizer("bytes", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], []).save(
+        str(path / "tokenizer.json")
+    )
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|endoftext|>", "chat_template": CHATML})
+    )
     theirs("llama", vocab_size=Tokenizer(str(path)).vocab_size).save_pretrained(path)
     return path
 
@@ -167,12 +182,26 @@ def test_text_of_a_folder(tmp_path, folder):
     (tmp_path / "prompt.txt").write_text(TEXT * 4)
     reference, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder), Tokenizer(str(folder))
     expected = greedy(reference, tokenizer.encode(TEXT * 4), 60)
-    common = [f"--model.hf_assets_path={folder}", "--prompt-file", tmp_path / "prompt.txt", "--chunkflow.chunk_size", "16"]
+    common = [
+        f"--model.hf_assets_path={folder}",
+        "--prompt-file",
+        tmp_path / "prompt.txt",
+        "--chunkflow.chunk_size",
+        "16",
+    ]
     text, said = generate_text(
-        tmp_path, *common, "--max-new-tokens=60", "--temperature=0", "--training.mixed_precision_param=float32"
+        tmp_path,
+        *common,
+        "--max-new-tokens=60",
+        "--temperature=0",
+        "--training.mixed_precision_param=float32",
     )
     assert text == tokenizer.decode(expected) + "\n"
-    assert "reading the prompt" in said and f"{len(tokenizer.encode(TEXT * 4))} tokens read in" in said and "60 written (" in said
+    assert (
+        "reading the prompt" in said
+        and f"{len(tokenizer.encode(TEXT * 4))} tokens read in" in said
+        and "60 written (" in said
+    )
 
 
 def chat_ids(folder, count):
@@ -196,7 +225,12 @@ def test_an_answer_ends_with_its_turn(tmp_path, folder, recipe, monkeypatch, cap
     """By the template's token, by generation_config.json's ids, by eos."""
     ids, tokenizer = chat_ids(folder, 12), Tokenizer(str(folder))
     place = next(place for place in range(4, 12) if ids[place] not in ids[:place])
-    fp32 = ["--training.mixed_precision_param=float32", "--chunkflow.chunk_size=16", "--temperature=0", "--max-new-tokens=12"]
+    fp32 = [
+        "--training.mixed_precision_param=float32",
+        "--chunkflow.chunk_size=16",
+        "--temperature=0",
+        "--max-new-tokens=12",
+    ]
     for case, stop in (("template", "<|im_end|>"), ("eos", "<|endoftext|>"), ("generation config", None)):
         copy = tmp_path / case
         shutil.copytree(folder, copy)
@@ -216,7 +250,13 @@ def test_an_answer_ends_with_its_turn(tmp_path, folder, recipe, monkeypatch, cap
 def test_seeds_in_bf16(folder, recipe, monkeypatch, capsys):
     def text(*arguments):
         status, out, err = in_process(
-            recipe, monkeypatch, capsys, f"--model.hf_assets_path={folder}", "--prompt=a", "--max-new-tokens=9", *arguments
+            recipe,
+            monkeypatch,
+            capsys,
+            f"--model.hf_assets_path={folder}",
+            "--prompt=a",
+            "--max-new-tokens=9",
+            *arguments,
         )
         assert status == 0, err
         return out
@@ -225,20 +265,40 @@ def test_seeds_in_bf16(folder, recipe, monkeypatch, capsys):
 
 
 def test_a_checkpoint_writes_what_its_folder_writes(tmp_path, folder, recipe, monkeypatch, capsys):
-    options = [f"--model.hf_assets_path={folder}", "--training.seq_len=400", "--training.steps=2", "--checkpoint.enable"]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": TEXT * times}) + "\n" for times in (3, 1, 1, 2, 1, 1)))
-    train(tmp_path, "run", tmp_path / "rows.jsonl", *options, "--checkpoint.last_save_in_hf", "--optimizer.lr=1e-2")
+    options = [
+        f"--model.hf_assets_path={folder}",
+        "--training.seq_len=400",
+        "--training.steps=2",
+        "--checkpoint.enable",
+    ]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": TEXT * times}) + "\n" for times in (3, 1, 1, 2, 1, 1))
+    )
+    train(
+        tmp_path,
+        "run",
+        tmp_path / "rows.jsonl",
+        *options,
+        "--checkpoint.last_save_in_hf",
+        "--optimizer.lr=1e-2",
+    )
     run = tmp_path / "run"
     prompt = ["--prompt=def f(", "--temperature=0", "--max-new-tokens=20"]  # in bf16, from weights in fp32
     saved = ["--job.config_file", run / "config.toml", "--checkpoint", run / "checkpoint" / "step-2"]
     first = in_process(recipe, monkeypatch, capsys, *saved, *prompt)
-    second = in_process(recipe, monkeypatch, capsys, f"--model.hf_assets_path={run / 'checkpoint' / 'step-2-hf'}", *prompt)
+    second = in_process(
+        recipe, monkeypatch, capsys, f"--model.hf_assets_path={run / 'checkpoint' / 'step-2-hf'}", *prompt
+    )
     before = in_process(recipe, monkeypatch, capsys, f"--model.hf_assets_path={folder}", *prompt)
     assert first[0] == second[0] == 0 and first[1] == second[1] != before[1]
     shutil.copytree(folder, tmp_path / "other")
     theirs("qwen2", vocab_size=Tokenizer(str(folder)).vocab_size).save_pretrained(tmp_path / "other")
-    status, _, err = in_process(recipe, monkeypatch, capsys, *saved, *prompt, f"--model.hf_assets_path={tmp_path / 'other'}")
-    assert status == 2 and "step-2" in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: "), err
+    status, _, err = in_process(
+        recipe, monkeypatch, capsys, *saved, *prompt, f"--model.hf_assets_path={tmp_path / 'other'}"
+    )
+    assert status == 2 and "step-2" in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: "), (
+        err
+    )
 
 
 def test_characters_of_several_tokens_come_whole(folder):
@@ -262,7 +322,10 @@ def test_characters_of_several_tokens_come_whole(folder):
         (["--prompt="], "the prompt has no tokens"),
         (["--prompt=a", "--top-p=0"], "--top-p = 0.0 is out of range: choose a value above 0"),
         (["--prompt=a", "--temperature=nan"], "--temperature = nan is out of range"),
-        (["--prompt=a", "--max-new-tokens=0"], "--max-new-tokens = 0 is out of range: choose a value at least 1"),
+        (
+            ["--prompt=a", "--max-new-tokens=0"],
+            "--max-new-tokens = 0 is out of range: choose a value at least 1",
+        ),
         (["--prompt=a", "--max-new-tokens=512"], "beyond the 512 positions of the model"),
         (["--prompt=a", "--max-new-tokens=x"], "--max-new-tokens: invalid int value: 'x'"),
         (["--prompt=a", "--model.flavour=x"], "did you mean --model.flavor?"),
@@ -272,7 +335,9 @@ def test_characters_of_several_tokens_come_whole(folder):
 )
 def test_wrong_input_is_a_sentence_and_status_2(folder, recipe, monkeypatch, capsys, arguments, said):
     status, out, err = in_process(recipe, monkeypatch, capsys, f"--model.hf_assets_path={folder}", *arguments)
-    assert (status, out) == (2, "") and err.startswith("error: ") and said in err and err.count("\n") == 1, err
+    assert (status, out) == (2, "") and err.startswith("error: ") and said in err and err.count("\n") == 1, (
+        err
+    )
 
 
 def test_a_folder_without_a_tokenizer_or_with_a_bad_end(tmp_path, folder, recipe, monkeypatch, capsys):

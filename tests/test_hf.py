@@ -1,4 +1,5 @@
-"""Hugging Face folders in and out, against transformers: same logits, gradients and training; bad folders are a sentence each."""
+"""Hugging Face folders in and out, against transformers: same logits, gradients and training; bad folders are
+a sentence each."""
 
 import json
 import re
@@ -27,7 +28,11 @@ from tests.distributed import run_ranks
 from tests.runs import REPO, environment, run, train, write_rows
 
 CONVERT = REPO / "recipes" / "convert.py"
-KINDS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # names: the classes load slowly, which not every rank needs
+KINDS = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+}  # names: the classes load slowly, which not every rank needs
 ROPES = {
     "default": {},
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -42,12 +47,14 @@ ROPES = {
 
 def theirs(kind="llama", rope="default", seed=0, **changes):
     """A tiny model of transformers: random weights that make every part count."""
-    sizes = dict(
-        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32 if kind == "qwen3" else 16,
-        intermediate_size=112, vocab_size=2048, rms_norm_eps=1e-5, max_position_embeddings=512, tie_word_embeddings=kind == "qwen3",
-        rope_parameters={"rope_theta": 20000.0, "rope_type": "default"} | ROPES[rope],
-    )  # fmt: skip
-    make_config, make_model = (getattr(transformers, KINDS[kind] + part) for part in ("Config", "ForCausalLM"))
+    sizes = {
+        "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32 if kind == "qwen3" else 16,
+        "intermediate_size": 112, "vocab_size": 2048, "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "tie_word_embeddings": kind == "qwen3",
+        "rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"} | ROPES[rope],
+    }  # fmt: skip
+    make_config, make_model = (
+        getattr(transformers, KINDS[kind] + part) for part in ("Config", "ForCausalLM")
+    )
     torch.manual_seed(seed)
     model = make_model(make_config(**sizes | changes))
     with torch.no_grad():
@@ -74,7 +81,14 @@ def as_transformers_4(folder):
     if rope.get("rope_type") == "linear":
         rope["type"] = rope.pop("rope_type")
     scaling = rope if len(rope) > 1 else None
-    rewrite(folder, rope_parameters=None, rope_theta=theta, rope_scaling=scaling, torch_dtype="float32", dtype=None)
+    rewrite(
+        folder,
+        rope_parameters=None,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        torch_dtype="float32",
+        dtype=None,
+    )
 
 
 def ours(folder):
@@ -88,7 +102,9 @@ def ours(folder):
 
 def whole(tokens, labels=None):
     tokens_only = Chunk((Segment(0, 0, len(tokens)),))
-    return ChunkTensors(tokens_only, 0, tokens, tokens if labels is None else labels, torch.arange(len(tokens)))
+    return ChunkTensors(
+        tokens_only, 0, tokens, tokens if labels is None else labels, torch.arange(len(tokens))
+    )
 
 
 def logits_of(model, tokens):
@@ -99,7 +115,9 @@ def logits_of(model, tokens):
 
 
 @pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("kind, tied", [("llama", False), ("llama", True), ("qwen2", False), ("qwen2", True), ("qwen3", True)])
+@pytest.mark.parametrize(
+    "kind, tied", [("llama", False), ("llama", True), ("qwen2", False), ("qwen2", True), ("qwen3", True)]
+)
 def test_logits_and_gradients_are_those_of_transformers(tmp_path, kind, tied, rope):
     reference = theirs(kind, rope, tie_word_embeddings=tied)
     reference.save_pretrained(tmp_path)
@@ -120,20 +138,21 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path, kind, tied, ro
     assert not gradients
 
 
-# ------------------------------------------------------------------------------------------------------------- the recipe
+# ------------------------------------------------------------------------------------------------- the recipe
 
 LENGTHS = [300, 20, 64, 5, 130, 31, 7, 90, 12, 2, 48, 200, 9, 77, 33, 15, 6, 260, 41, 8]
 
 
 LAYOUTS_OF_RUNS = {
-    "1 process": dict(processes=1),
-    "2 ranks": dict(processes=2),
-    "2 stages": dict(processes=2, TRAIN_FILE=str(REPO / "recipes" / "finetune_pipeline.py")),
+    "1 process": {"processes": 1},
+    "2 ranks": {"processes": 2},
+    "2 stages": {"processes": 2, "TRAIN_FILE": str(REPO / "recipes" / "finetune_pipeline.py")},
 }
 
 
 def train_folder(tmp_path, layout, *overrides):
-    """metrics.jsonl of a run in fp32 on rows.jsonl, in the order of the file, from the folder `model`; it leaves a folder again."""
+    """metrics.jsonl of a run in fp32 on rows.jsonl, in the order of the file, from the folder `model`; it
+    leaves a folder again."""
     stages = ["--parallelism.pipeline_parallel_degree=2"] if layout == "2 stages" else []
     return train(
         tmp_path, "run", tmp_path / "rows.jsonl", f"--model.hf_assets_path={tmp_path / 'model'}", "--training.no_shuffle",
@@ -143,11 +162,14 @@ def train_folder(tmp_path, layout, *overrides):
 
 
 def transformers_run(model, rows, rates, batch):
-    """Losses and gradient norms of plain training by whole sequences: AdamW at these rates, gradients clipped."""
+    """Losses and gradient norms of plain training by whole sequences: AdamW at these rates, gradients
+    clipped."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     losses, norms = [], []
     for step, rate in enumerate(rates):
-        of_step = [torch.tensor([row["input_ids"], row["labels"]]) for row in rows[step * batch : (step + 1) * batch]]
+        of_step = [
+            torch.tensor([row["input_ids"], row["labels"]]) for row in rows[step * batch : (step + 1) * batch]
+        ]
         targets = sum(int((labels[1:] != -100).sum()) for _, labels in of_step)
         optimizer.zero_grad()
         total = 0.0
@@ -181,14 +203,21 @@ def test_a_training_run_is_that_of_transformers(tmp_path, kind, tied, layout):
         (tmp_path / "model" / name).write_text("{}")
     assert (tmp_path / "model" / "model.safetensors.index.json").exists()
     data = write_rows(tmp_path / "rows.jsonl", LENGTHS)
-    rows = train_folder(tmp_path, layout, "--training.steps=5", "--optimizer.lr=2e-3", "--lr_scheduler.warmup_steps=2")
+    rows = train_folder(
+        tmp_path, layout, "--training.steps=5", "--optimizer.lr=2e-3", "--lr_scheduler.warmup_steps=2"
+    )
     rates = [1e-3, 2e-3, 2e-3, 2e-3 * 2 / 3, 2e-3 / 3]  # up in two steps, down over the other three
-    losses, norms = transformers_run(reference, [json.loads(line) for line in data.read_text().splitlines()], rates, 4)
+    losses, norms = transformers_run(
+        reference, [json.loads(line) for line in data.read_text().splitlines()], rates, 4
+    )
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-4)
-    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-3) and min(norms) > 1, "clipped at each step"
+    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-3) and min(norms) > 1, (
+        "clipped at each step"
+    )
     assert [row["lr"] for row in rows] == pytest.approx(rates)
 
-    # What the run leaves is a folder that transformers loads: the model it has trained itself, to rounding that AdamW amplifies.
+    # What the run leaves is a folder that transformers loads: the model it has trained itself, to rounding
+    # that AdamW amplifies.
     saved = tmp_path / "run" / "checkpoint" / "step-5-hf"
     assert {path.name for path in saved.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json", "chat_template.jinja"
@@ -197,12 +226,15 @@ def test_a_training_run_is_that_of_transformers(tmp_path, kind, tied, layout):
     tokens = torch.randint(2048, (1, 200))
     logits = reference(tokens).logits
     assert (again(tokens).logits - logits).abs().max() <= 1e-2 * logits.abs().max()
-    assert (logits_of(ours(saved), tokens[0]) - again(tokens).logits[0]).abs().max() <= 1e-5 * logits.abs().max()
+    assert (
+        logits_of(ours(saved), tokens[0]) - again(tokens).logits[0]
+    ).abs().max() <= 1e-5 * logits.abs().max()
 
 
 @pytest.mark.parametrize("kind, tied, layout", [("qwen3", True, "2 stages"), ("llama", False, "2 ranks")])
 def test_training_at_rate_0_is_bitwise(tmp_path, kind, tied, layout):
-    """Forward, backward and update with a rate of 0, in fp32: the folder that comes out is the one that went in."""
+    """Forward, backward and update with a rate of 0, in fp32: the folder that comes out is the one that went
+    in."""
     before = theirs(kind, "llama3", tie_word_embeddings=tied)
     before.save_pretrained(tmp_path / "model", max_shard_size="300KB")
     write_rows(tmp_path / "rows.jsonl", LENGTHS)
@@ -210,19 +242,31 @@ def test_training_at_rate_0_is_bitwise(tmp_path, kind, tied, layout):
     assert row["grad_norm"] > 0
     saved, copy = tmp_path / "run" / "checkpoint" / "step-2-hf", tmp_path / "converted"
     runpy.run_path(str(CONVERT))["convert"](tmp_path / "model", copy, "float32")
-    given = {name: tensor for file in (tmp_path / "model").glob("*.safetensors") for name, tensor in load_file(file).items()}
+    given = {
+        name: tensor
+        for file in (tmp_path / "model").glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
     for folder in (saved, copy):
         weights = load_file(folder / "model.safetensors")
         assert weights.keys() == given.keys() and ("lm_head.weight" in weights) == (not tied)
-        assert all(torch.equal(weights[name], given[name]) and weights[name].dtype == torch.float32 for name in given)
+        assert all(
+            torch.equal(weights[name], given[name]) and weights[name].dtype == torch.float32 for name in given
+        )
         again = transformers.AutoModelForCausalLM.from_pretrained(folder)
         assert again.config.to_diff_dict() == before.config.to_diff_dict()
-        assert all(torch.equal(one, other) for one, other in zip(again.parameters(), before.parameters(), strict=True))
+        assert all(
+            torch.equal(one, other)
+            for one, other in zip(again.parameters(), before.parameters(), strict=True)
+        )
 
 
 def test_in_and_out_is_bitwise(tmp_path):
-    """A step without targets changes nothing. Weights come from another folder than the sizes, in bfloat16."""
-    theirs("qwen2", tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(tmp_path / "weights", max_shard_size="100KB")
+    """A step without targets changes nothing. Weights come from another folder than the sizes, in
+    bfloat16."""
+    theirs("qwen2", tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(
+        tmp_path / "weights", max_shard_size="100KB"
+    )
     theirs("qwen2", tie_word_embeddings=True, seed=1).save_pretrained(tmp_path / "model")
     data = write_rows(tmp_path / "rows.jsonl", [30, 40, 20], masked=1.1)
     options = [
@@ -232,10 +276,16 @@ def test_in_and_out_is_bitwise(tmp_path):
     ]  # fmt: skip
     train(tmp_path, "run", data, *options)
     saved = tmp_path / "run" / "checkpoint" / "step-1-hf"
-    before = {name: tensor for file in (tmp_path / "weights").glob("*.safetensors") for name, tensor in load_file(file).items()}
+    before = {
+        name: tensor
+        for file in (tmp_path / "weights").glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
     after = load_file(saved / "model.safetensors")
     assert before.keys() == after.keys() and "lm_head.weight" not in after
-    assert all(torch.equal(before[name], after[name]) and after[name].dtype == torch.bfloat16 for name in before)
+    assert all(
+        torch.equal(before[name], after[name]) and after[name].dtype == torch.bfloat16 for name in before
+    )
     config = transformers.AutoConfig.from_pretrained(saved)
     assert config.rope_parameters == {
         "rope_type": "yarn", "factor": 8.0, "rope_theta": 5e5, "original_max_position_embeddings": 512
@@ -252,12 +302,19 @@ def test_bad_weights_end_a_run_with_a_sentence(tmp_path):
     model.save_pretrained(tmp_path / "model")
     data = write_rows(tmp_path / "rows.jsonl", [30, 40, 20])
     options = [f"--training.dataset_path={data}", "--training.dataset=jsonl", "--training.seq_len=400"]
-    refused = run(tmp_path, *options, f"--job.dump_folder={tmp_path / 'run'}", f"--model.hf_assets_path={tmp_path / 'model'}")
+    refused = run(
+        tmp_path,
+        *options,
+        f"--job.dump_folder={tmp_path / 'run'}",
+        f"--model.hf_assets_path={tmp_path / 'model'}",
+    )
     assert refused.returncode == 1 and "Traceback" not in refused.stdout
-    assert "error: " in refused.stdout and "model.norm.weight has values that are not finite" in refused.stdout, refused.stdout
+    assert (
+        "error: " in refused.stdout and "model.norm.weight has values that are not finite" in refused.stdout
+    ), refused.stdout
 
 
-# ------------------------------------------------------------------------------------------------------- shards and stages
+# ------------------------------------------------------------------------------------------ shards and stages
 
 
 class Watched:
@@ -293,18 +350,25 @@ LAYOUTS = {"dp_shard": (4,), "dp_replicate dp_shard": (2, 2), "pp dp_shard": (2,
 
 
 def load_on_this_rank(folder):
-    """For each layout: elements read, elements this rank has, and whether all values are right, here and gathered on rank 0."""
+    """For each layout: elements read, elements this rank has, and whether all values are right, here and
+    gathered on rank 0."""
     dist.init_process_group("gloo")
     safetensors.safe_open = Watched
     name, args = hf.model_of(folder)
     family, answers = families[name], []
-    written = {key: value.float() for file in Path(folder).glob("*.safetensors") for key, value in load_file(file).items()}
+    written = {
+        key: value.float()
+        for file in Path(folder).glob("*.safetensors")
+        for key, value in load_file(file).items()
+    }
     for names, shape in LAYOUTS.items():
         names = names.split()
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         with torch.device("meta"):
             if names[0] == "pp":
-                (model,) = stages.build_stages(family, args, [range(1), range(1, 3)], mesh.get_local_rank("pp"), 2).values()
+                (model,) = stages.build_stages(
+                    family, args, [range(1), range(1, 3)], mesh.get_local_rank("pp"), 2
+                ).values()
                 mesh = mesh["dp_shard"]
             else:
                 model = family.Transformer(args)
@@ -328,11 +392,14 @@ def load_on_this_rank(folder):
 
 
 def test_each_rank_reads_its_own_rows_only(tmp_path):
-    """Shards (uneven ones), replicas of shards, and stages of shards, with tied embeddings, from files of float16."""
+    """Shards (uneven ones), replicas of shards, and stages of shards, with tied embeddings, from files of
+    float16."""
     model = theirs("qwen3", vocab_size=301).to(torch.float16)
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     once, embeddings = sum(parameter.numel() for parameter in model.parameters()), 301 * 64
-    for layout, expected in zip(zip(*run_ranks(load_on_this_rank, 4, str(tmp_path))), (once, 2 * once, once + embeddings)):
+    for layout, expected in zip(
+        zip(*run_ranks(load_on_this_rank, 4, str(tmp_path))), (once, 2 * once, once + embeddings)
+    ):
         assert all(right and read == own for read, own, right in layout)
         assert sum(own for _, own, _ in layout) == expected
 
@@ -359,20 +426,30 @@ named = {{hf.hf_name(parameter): shape for parameter, shape in shapes.items()}}
 hf.write_folder(Path(folder) / "out", named, hf.read_parameters(sources.values()), torch.float32, {{}}, None, max_file_bytes=20_000_000)
 print("rose by", peak() - before)
 """
-    args = dict(hidden_size=256, intermediate_size=4096, num_hidden_layers=12, vocab_size=512)
+    args = {"hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 12, "vocab_size": 512}
     model = theirs(**args)
     size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
     model.save_pretrained(tmp_path, max_shard_size="20MB")
-    done = subprocess.run([sys.executable, "-c", script], env=environment(tmp_path), capture_output=True, text=True)
-    rose = float(re.search(r"rose by ([\d.]+)", done.stdout)[1]) if done.returncode == 0 else pytest.fail(done.stderr)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(tmp_path), capture_output=True, text=True
+    )
+    rose = (
+        float(re.search(r"rose by ([\d.]+)", done.stdout)[1])
+        if done.returncode == 0
+        else pytest.fail(done.stderr)
+    )
     assert size > 130 and rose < 60, (size, rose)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")}
-    assert set(index["weight_map"].values()) == set(files) and max(files.values()) < 20_100_000 and len(files) > 6
+    assert (
+        set(index["weight_map"].values()) == set(files)
+        and max(files.values()) < 20_100_000
+        and len(files) > 6
+    )
     assert index["metadata"]["total_size"] == sum(parameter.nbytes for parameter in model.parameters())
 
 
-# ------------------------------------------------------------------------------------------------------------------ writing
+# ---------------------------------------------------------------------------------------------------- writing
 
 
 def test_convert(tmp_path):
@@ -384,7 +461,11 @@ def test_convert(tmp_path):
     command = [sys.executable, str(CONVERT), str(tmp_path / "in"), str(tmp_path / "out"), "--dtype=bfloat16"]
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True)
     assert done.returncode == 0 and "Wrote llama3 with" in done.stdout, done.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert again.dtype == torch.bfloat16 and again.config.rope_parameters == model.config.rope_parameters
     for before, after in zip(model.parameters(), again.parameters()):
@@ -398,7 +479,9 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     good = [torch.ones(2), torch.ones(2)]
     hf.write_folder(target, shapes, iter(good), torch.float16, {}, None)
     with pytest.raises(ValueError, match="b, written as float16, has values that are not finite"):
-        hf.write_folder(target, shapes, iter([torch.zeros(2), torch.full((2,), 1e5)]), torch.float16, {}, None)
+        hf.write_folder(
+            target, shapes, iter([torch.zeros(2), torch.full((2,), 1e5)]), torch.float16, {}, None
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["step-3-hf"]
     assert torch.equal(load_file(target / "model.safetensors")["a"], torch.ones(2).half())
     hf.write_folder(target, shapes, iter([torch.zeros(2), torch.zeros(2)]), torch.float16, {}, None)
@@ -416,10 +499,12 @@ def test_config_json_of_every_flavor_is_read_back_and_is_what_transformers_build
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
         parameters = {key: value.shape for key, value in model.named_parameters()}
-        assert parameters == {hf.hf_name(key): shape for key, shape in hf.parameter_shapes(families[name], args).items()}, flavor
+        assert parameters == {
+            hf.hf_name(key): shape for key, shape in hf.parameter_shapes(families[name], args).items()
+        }, flavor
 
 
-# -------------------------------------------------------------------------------------------------------------- bad folders
+# ------------------------------------------------------------------------------------------------ bad folders
 
 
 @pytest.fixture(scope="module")
@@ -439,37 +524,73 @@ def copy(folder, tmp_path):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"model_type": "mistral"}, "model_type = 'mistral' is not one of the models here: use a folder of llama, qwen2, qwen3"),
+        (
+            {"model_type": "mistral"},
+            "model_type = 'mistral' is not one of the models here: use a folder of llama, qwen2, qwen3",
+        ),
         ({"model_type": None}, "model_type = None"),
-        ({"architectures": ["Qwen2ForSequenceClassification"]}, "architectures = ['Qwen2ForSequenceClassification']"),
+        (
+            {"architectures": ["Qwen2ForSequenceClassification"]},
+            "architectures = ['Qwen2ForSequenceClassification']",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' asks for another activation"),
         ({"mlp_bias": True}, "mlp_bias = True asks for biases in the MLP"),
         ({"model_type": "llama", "architectures": None, "attention_bias": True}, "attention_bias = True"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1 asks for dropout"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4} asks for quantised weights"),
+        (
+            {"quantization_config": {"bits": 4}},
+            "quantization_config = {'bits': 4} asks for quantised weights",
+        ),
         ({"num_experts": 8}, "num_experts = 8 asks for a mixture of experts"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "code of its own, which is never run"),
-        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "layer_types": None}, "sliding_window = 64"),
-        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types has ['sliding_attention']"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic': use one of default, linear, llama3, yarn"),
+        (
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "layer_types": None},
+            "sliding_window = 64",
+        ),
+        (
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "layer_types has ['sliding_attention']",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_type 'dynamic': use one of default, linear, llama3, yarn",
+        ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "needs 'factor', a number above 0"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "rope_parameters has factor '4', which is not a number above 0"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": "4"}},
+            "rope_parameters has factor '4', which is not a number above 0",
+        ),
         (
             dict.fromkeys(("architectures", "layer_types", "use_sliding_window", "max_window_layers"))
             | {"model_type": "llama", "sliding_window": 64},
             "sliding_window = 64",
         ),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters = {'full_attention'"),
-        ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "rope_parameters has 'mrope_section'"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters has partial_rotary_factor 0.5"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling and rope_parameters are both there"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "rope_parameters = {'full_attention'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "mrope_section": [1]}},
+            "rope_parameters has 'mrope_section'",
+        ),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "rope_parameters has partial_rotary_factor 0.5",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling and rope_parameters are both there",
+        ),
         ({"rope_parameters": None, "rope_theta": -1}, "rope_theta = -1"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"vocab_size": "2048"}, "vocab_size = '2048' is not a whole number"),
         ({"num_key_value_heads": 3}, "num_attention_heads = 4 is not a multiple of num_key_value_heads = 3"),
         ({"head_dim": 15}, "head_dim = 15 is odd"),
-        ({"hidden_size": 66, "head_dim": None}, "hidden_size = 66 is not a multiple of num_attention_heads = 4"),
+        (
+            {"hidden_size": 66, "head_dim": None},
+            "hidden_size = 66 is not a multiple of num_attention_heads = 4",
+        ),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes' is not true or false"),
         ({"rms_norm_eps": 0}, "rms_norm_eps = 0 is not a number above 0"),
     ],
@@ -479,7 +600,9 @@ def test_what_cannot_be_honoured_is_named(copy, changes, said):
     with pytest.raises(ValueError) as refused:
         hf.model_of(copy)
     sentence = str(refused.value)
-    assert sentence.startswith(f"{copy / 'config.json'}: ") and said in sentence and "\n" not in sentence, sentence
+    assert sentence.startswith(f"{copy / 'config.json'}: ") and said in sentence and "\n" not in sentence, (
+        sentence
+    )
 
 
 def test_files_that_are_no_config(tmp_path):
@@ -504,21 +627,37 @@ def test_keys_that_say_what_is_so_anyway(copy):
 
 def broken(folder, **tensors):
     """The folder's weights with some replaced (None: removed), in a single file."""
-    weights = load_file(folder / "model.safetensors") | {name.replace("/", "."): value for name, value in tensors.items()}
-    save_file({name: value for name, value in weights.items() if value is not None}, folder / "model.safetensors")
+    weights = load_file(folder / "model.safetensors") | {
+        name.replace("/", "."): value for name, value in tensors.items()
+    }
+    save_file(
+        {name: value for name, value in weights.items() if value is not None}, folder / "model.safetensors"
+    )
 
 
 @pytest.mark.parametrize(
     "tensors, said",
     [
-        ({"model/layers/1/mlp/up_proj/weight": None}, "has no tensor model.layers.1.mlp.up_proj.weight, which its model needs"),
-        ({"model/layers/0/self_attn/q_proj/bias": None}, "has no tensor model.layers.0.self_attn.q_proj.bias"),
+        (
+            {"model/layers/1/mlp/up_proj/weight": None},
+            "has no tensor model.layers.1.mlp.up_proj.weight, which its model needs",
+        ),
+        (
+            {"model/layers/0/self_attn/q_proj/bias": None},
+            "has no tensor model.layers.0.self_attn.q_proj.bias",
+        ),
         ({"lm_head/weight": None}, "has no tensor lm_head.weight"),
-        ({"model/layers/3/mlp/up_proj/weight": torch.ones(2)}, "model.layers.3.mlp.up_proj.weight is no tensor of the model"),
+        (
+            {"model/layers/3/mlp/up_proj/weight": torch.ones(2)},
+            "model.layers.3.mlp.up_proj.weight is no tensor of the model",
+        ),
         ({"x": torch.ones(2), "y": torch.ones(2)}, "x and 1 more is no tensor of the model"),
         ({"model/norm/weight": torch.ones(65)}, "model.norm.weight has shape [65], but the model needs [64]"),
         ({"model/norm/weight": torch.ones(64, dtype=torch.float64)}, "model.norm.weight is of type F64"),
-        ({"model/norm/weight": torch.ones(64).to(torch.float8_e4m3fn)}, "model.norm.weight is of type F8_E4M3"),
+        (
+            {"model/norm/weight": torch.ones(64).to(torch.float8_e4m3fn)},
+            "model.norm.weight is of type F8_E4M3",
+        ),
     ],
 )
 def test_bad_tensors_are_named(copy, tensors, said):
@@ -533,7 +672,9 @@ def test_bad_files_are_named(copy):
     content = file.read_bytes()
     for bad in (content[:-7], content[:20], b"", b"\xff" * 100):
         file.write_bytes(bad)
-        with pytest.raises(ValueError, match=r"model.safetensors is truncated or damaged \(.*\): copy it again"):
+        with pytest.raises(
+            ValueError, match=r"model.safetensors is truncated or damaged \(.*\): copy it again"
+        ):
             ours(copy)
     file.unlink()
     with pytest.raises(ValueError, match="name a folder with model.safetensors"):
@@ -548,17 +689,27 @@ def test_bad_files_are_named(copy):
         with pytest.raises(ValueError, match=said):
             ours(copy)
     (copy / "part.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="part.safetensors has no tensor a, though model.safetensors.index.json says so"):
+    with pytest.raises(
+        ValueError, match="part.safetensors has no tensor a, though model.safetensors.index.json says so"
+    ):
         ours(copy)
 
 
 def test_old_rotary_buffers_and_copies_of_tied_embeddings(copy):
     rewrite(copy, tie_word_embeddings=True)
     weights = load_file(copy / "model.safetensors")
-    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight, but config.json ties them"):
+    with pytest.raises(
+        ValueError, match="lm_head.weight differs from model.embed_tokens.weight, but config.json ties them"
+    ):
         ours(copy)
     embeddings = weights["model.embed_tokens.weight"]
-    broken(copy, **{"lm_head/weight": embeddings.clone(), "model/layers/0/self_attn/rotary_emb/inv_freq": torch.ones(8)})
+    broken(
+        copy,
+        **{
+            "lm_head/weight": embeddings.clone(),
+            "model/layers/0/self_attn/rotary_emb/inv_freq": torch.ones(8),
+        },
+    )
     assert torch.equal(ours(copy).output.weight, embeddings)
     broken(copy, **{"model/embed_tokens/weight": None})
     assert torch.equal(ours(copy).output.weight, embeddings)
@@ -584,7 +735,14 @@ def test_weights_that_could_run_code_are_not_passed_over(copy):
 
 
 def test_the_folder_decides_and_the_config_overrides_its_angles(copy):
-    config = load_config([f"--model.hf_assets_path={copy}", "--model.name=llama3", "--model.flavor=8B", "--training.seq_len=512"])
+    config = load_config(
+        [
+            f"--model.hf_assets_path={copy}",
+            "--model.name=llama3",
+            "--model.flavor=8B",
+            "--training.seq_len=512",
+        ]
+    )
     assert (config.model.name, config.model.flavor) == ("qwen2", copy.name)
     family, args = model_args(config, 100)
     assert family is families["qwen2"] and (args.dim, args.vocab_size, args.rope_theta) == (64, 2048, 20000.0)

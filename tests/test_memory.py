@@ -1,4 +1,5 @@
-"""Predicted memory against what PyTorch holds on a CPU, part by part: exact where the device does not matter."""
+"""Predicted memory against what PyTorch holds on a CPU, part by part: exact where the device does not
+matter."""
 
 import dataclasses
 import weakref
@@ -27,7 +28,15 @@ from tests.reference import chunk_tensors, random_sequences
 from tests.test_data_parallel import settings as data_parallel_settings
 from tests.test_pipeline import Pipeline
 
-SMALL = dict(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=160, vocab_size=96)
+SMALL = {
+    "dim": 64,
+    "n_layers": 3,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 16,
+    "hidden_dim": 160,
+    "vocab_size": 96,
+}
 every_family = pytest.mark.parametrize("family", families)
 
 
@@ -87,7 +96,12 @@ def test_activations(family, mode, dtype):
             if state and not chunk.index:  # its buffers are not activations
                 with torch.no_grad():
                     model(chunk.tokens, chunk)
-            others = (*model.parameters(), *(state.buffers.values() if state else ()), chunk.tokens, chunk.labels)
+            others = (
+                *model.parameters(),
+                *(state.buffers.values() if state else ()),
+                chunk.tokens,
+                chunk.labels,
+            )
             with LiveBytes(*others) as live:
                 loss = model(chunk.tokens, chunk)
             indices = own.tokens * (8 + 8)  # tokens and labels were there before
@@ -105,7 +119,8 @@ def test_activations(family, mode, dtype):
     ],
 )
 def test_peak_of_a_step(family, lengths, k, mode, dtype):
-    """All storages that live at once in a step, against the sum of parts at its peak. The CPU's temporaries are its own."""
+    """All storages that live at once in a step, against the sum of parts at its peak. The CPU's temporaries
+    are its own."""
     args, model = small_model(family, dtype, n_layers=6)
     config = Config()
     config.activation_checkpoint.mode = mode
@@ -117,7 +132,12 @@ def test_peak_of_a_step(family, lengths, k, mode, dtype):
     parts = peak_parts({0: stage}, groups, actions)
     for part in ("parameters", "optimizer", "gradients", "gathered_parameters"):  # there are no shards here
         parts.pop(part)
-    inputs = [tensor for group in chunks for chunk in group for tensor in (chunk.tokens, chunk.labels, chunk.positions)]
+    inputs = [
+        tensor
+        for group in chunks
+        for chunk in group
+        for tensor in (chunk.tokens, chunk.labels, chunk.positions)
+    ]
     with LiveBytes(*model.parameters(), *inputs) as live:
         result = run_actions(model, groups, actions, chunks, 1, torch.device("cpu"), lambda: None)
     assert 0.9 * sum(parts.values()) < live.peak < 1.02 * sum(parts.values()), (live.peak, parts)
@@ -134,16 +154,26 @@ def sharded_step(reshard, ranks, lengths):
     args, model = small_model("qwen2", torch.float32)
     stage = sizes(args, model, torch.bfloat16, shards=ranks, reshard=reshard)
     config = Config()
-    parallel.apply_fsdp(model, init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp_shard",)), config, reshard)
+    parallel.apply_fsdp(
+        model, init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp_shard",)), config, reshard
+    )
     optimizer = build_optimizer(model, config)
     held, modules = {}, [module for module in model.modules() if isinstance(module, FSDPModule)]
 
     def fsdp_parameters():
-        return [parameter for module in modules for parameter in module._get_fsdp_state()._fsdp_param_group.fsdp_params]
+        return [
+            parameter
+            for module in modules
+            for parameter in module._get_fsdp_state()._fsdp_param_group.fsdp_params
+        ]
 
     def before_last_backward():
         gathered = [output for parameter in fsdp_parameters() for output in parameter.all_gather_outputs]
-        sums = [p.unsharded_accumulated_grad for p in fsdp_parameters() if p.unsharded_accumulated_grad is not None]
+        sums = [
+            p.unsharded_accumulated_grad
+            for p in fsdp_parameters()
+            if p.unsharded_accumulated_grad is not None
+        ]
         held["gathered"] = sum(output.untyped_storage().nbytes() for output in gathered)
         held["accumulated"] = sum(gradient.nbytes for gradient in sums)
         parallel.before_last_backward(model)
@@ -158,11 +188,16 @@ def sharded_step(reshard, ranks, lengths):
     def nbytes(tensors):
         return sum(getattr(tensor, "_local_tensor", tensor).untyped_storage().nbytes() for tensor in tensors)
 
-    gradients = {parameter.grad._local_tensor.untyped_storage()._cdata: parameter.grad for parameter in model.parameters()}
+    gradients = {
+        parameter.grad._local_tensor.untyped_storage()._cdata: parameter.grad
+        for parameter in model.parameters()
+    }
     held["parameters"], held["gradients"] = nbytes(model.parameters()), nbytes(gradients.values())
     held["optimizer"] = nbytes(value for state in optimizer.state.values() for value in state.values())
     predicted = {part: getattr(stage, part) for part in held}
-    return held, predicted | ({"gathered": stage.root_gathered} if reshard else {})  # layers are gathered in turn, none just then
+    return held, predicted | (
+        {"gathered": stage.root_gathered} if reshard else {}
+    )  # layers are gathered in turn, none just then
 
 
 CASES = [(False, 4), (True, 4), (False, 3), (False, 1)]  # (reshard, ranks); 3 ranks leave shards uneven
@@ -183,14 +218,22 @@ def test_what_fsdp_holds():
 
 
 def pipeline_peaks():
-    """On this rank: (most bytes in a step, parts predicted), for a long sequence, then for many short ones."""
+    """On this rank: (most bytes in a step, parts predicted), for a long sequence, then for many short
+    ones."""
     parallel.init_processes(data_parallel_settings())
     mesh = torch.distributed.init_device_mesh("cpu", (2, 1), mesh_dim_names=("pp", "dp_shard"))
     args, whole = small_model("llama3", torch.float64, n_layers=4, tied_embeddings=False)
     pipeline, answers = Pipeline("llama3", mesh, 1, whole), []
     ((number, model),) = pipeline.models.items()
-    layout = Layout(compute=8, reduce=8, slice_tokens=slice_tokens("cpu", args.vocab_size), sends_in_flight=SENDS_IN_FLIGHT)
-    stage = StageSizes(args, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, layout)
+    layout = Layout(
+        compute=8,
+        reduce=8,
+        slice_tokens=slice_tokens("cpu", args.vocab_size),
+        sends_in_flight=SENDS_IN_FLIGHT,
+    )
+    stage = StageSizes(
+        args, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, layout
+    )
     for lengths in ([1200, 300], [256] * 6):
         sequences = random_sequences(lengths, args.vocab_size, 0)
         plan = pipeline.plan(lengths, k=1, chunk_size=256)
@@ -199,10 +242,19 @@ def pipeline_peaks():
             parts.pop(part)
         pipeline.step(plan, sequences)  # FSDP2 makes the storages that it gathers into
         modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        gathered = [p.all_gather_outputs[0] for m in modules for p in m._get_fsdp_state()._fsdp_param_group.fsdp_params]
+        gathered = [
+            p.all_gather_outputs[0]
+            for m in modules
+            for p in m._get_fsdp_state()._fsdp_param_group.fsdp_params
+        ]
         model.zero_grad()
         chunks = chunk_tensors(plan.groups[0], sequences)
-        inputs = [tensor for group in chunks for chunk in group for tensor in (chunk.tokens, chunk.labels, chunk.positions)]
+        inputs = [
+            tensor
+            for group in chunks
+            for chunk in group
+            for tensor in (chunk.tokens, chunk.labels, chunk.positions)
+        ]
         shards = [parameter._local_tensor for parameter in model.parameters()]
         parallel.begin_step(model, False)
         with LiveBytes(*gathered, *inputs, *shards) as live:

@@ -1,4 +1,5 @@
-"""What a run leaves: rows, events, the step line, across resumes and torn writes; and the device figures in them."""
+"""What a run leaves: rows, events, the step line, across resumes and torn writes; and the device figures in
+them."""
 
 import gc
 import json
@@ -19,10 +20,20 @@ from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.training import metrics
 from chunkflow.training.config import load_config
-from chunkflow.training.metrics import GarbageCollection, MetricsLogger, init_logger, keep_rows, peak_flops, peak_memory, reset_peak_memory
+from chunkflow.training.metrics import (
+    GarbageCollection,
+    MetricsLogger,
+    init_logger,
+    keep_rows,
+    peak_flops,
+    peak_memory,
+    reset_peak_memory,
+)
 
 CPU = torch.device("cpu")
-PLAN = plan_step([5, 3, 9], PlanSettings(Cost(1.0, 0.0), chunk_size=4))  # 17 tokens in 5 chunks, 2 of 9's and 1 of 5's again
+PLAN = plan_step(
+    [5, 3, 9], PlanSettings(Cost(1.0, 0.0), chunk_size=4)
+)  # 17 tokens in 5 chunks, 2 of 9's and 1 of 5's again
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +47,7 @@ def build(folder, *more, **start) -> MetricsLogger:
 
 
 def log(run: MetricsLogger, step: int, **more) -> float:
-    figures = dict(loss=2.5, max_loss=3.0, grad_norm=0.5, lr=1e-3, supervised_tokens=14)
+    figures = {"loss": 2.5, "max_loss": 3.0, "grad_norm": 0.5, "lr": 1e-3, "supervised_tokens": 14}
     return run.log(step, PLAN, **{**figures, **more})
 
 
@@ -63,12 +74,28 @@ def events(folder) -> EventAccumulator:
 def test_a_row_holds_the_contract(tmp_path):
     run_steps(tmp_path, 1, 2, "--metrics.log_freq=2")
     first, second = rows(tmp_path)
-    assert first.keys() >= set(
-        "step loss grad_norm lr tokens supervised_tokens seconds tps chunks padding_percent recomputed_chunks dp_imbalance_percent"
-        " memory_gib".split()
-    )
+    assert first.keys() >= {
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "supervised_tokens",
+        "seconds",
+        "tps",
+        "chunks",
+        "padding_percent",
+        "recomputed_chunks",
+        "dp_imbalance_percent",
+        "memory_gib",
+    }
     assert (first["step"], second["step"]) == (1, 2)
-    assert (first["tokens"], first["supervised_tokens"], first["chunks"], first["recomputed_chunks"]) == (17, 14, 5, 3)
+    assert (first["tokens"], first["supervised_tokens"], first["chunks"], first["recomputed_chunks"]) == (
+        17,
+        14,
+        5,
+        3,
+    )
     assert first["padding_percent"] == pytest.approx(100 * (1 - 17 / 20))
     assert second["n_tokens_seen"] == 34
     assert 0.01 < first["memory_gib"] < 100
@@ -76,22 +103,26 @@ def test_a_row_holds_the_contract(tmp_path):
 
 def test_seconds_and_rates_are_of_the_interval(tmp_path):
     run = build(tmp_path, "--metrics.log_freq=3", start_step=1)
-    for step in (2, 3):  # a resumed run's first interval is shorter
+    for _step in (2, 3):  # a resumed run's first interval is shorter
         time.sleep(0.1)
         run.count(100, 2e6, 0.05)
     log(run, 3)
-    for step in (4, 5, 6):
+    for _step in (4, 5, 6):
         time.sleep(0.1)
         run.count(10, 1e6, 0.0)
     log(run, 6)
     run.close()
     third, sixth = rows(tmp_path)
     assert 0.1 <= third["seconds"] < 0.2 and 0.1 <= sixth["seconds"] < 0.2
-    assert third["tps"] == pytest.approx(100 / third["seconds"]) and sixth["tps"] == pytest.approx(10 / sixth["seconds"])
+    assert third["tps"] == pytest.approx(100 / third["seconds"]) and sixth["tps"] == pytest.approx(
+        10 / sixth["seconds"]
+    )
     assert third["mfu_percent"] == pytest.approx(100 * 2e6 / third["seconds"] / 1e9)
     scalars = events(tmp_path / "tb")
     assert scalars.Scalars("time_metrics/data_loading(s)")[0].value == pytest.approx(0.05)
-    assert scalars.Scalars("time_metrics/data_loading(%)")[0].value == pytest.approx(100 * 0.05 / third["seconds"], rel=1e-5)
+    assert scalars.Scalars("time_metrics/data_loading(%)")[0].value == pytest.approx(
+        100 * 0.05 / third["seconds"], rel=1e-5
+    )
     assert scalars.Scalars("time_metrics/end_to_end(s)")[1].value == pytest.approx(sixth["seconds"])
 
 
@@ -168,7 +199,8 @@ def messages(caplog):
 
 
 STEP_LINE = re.compile(
-    r"step: +(\d+)  loss: +([\d.]+)  grad_norm: +([\d.]+)  memory: +[\d.]+GiB\([\d.]+%\)  tps: [\d,]+  tflops: [\d,.]+  mfu: [\d.]+%"
+    r"step: +(\d+)  loss: +([\d.]+)  grad_norm: +([\d.]+)  memory: +[\d.]+GiB\([\d.]+%\)  tps: [\d,]+ "
+    r" tflops: [\d,.]+  mfu: [\d.]+%"
     r"  chunks: 5  padding: 15.00%  recomputed: 3  imbalance: 0.00%"
 )
 
@@ -191,7 +223,9 @@ def test_the_step_line(tmp_path, messages):
 
 def _rank(rank: int, folder: str) -> None:
     limit = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=limit)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=limit
+    )
     metrics.peak_flops = lambda device, dtype: 1e9
     run = build(folder, "--metrics.no_enable_tensorboard")
     run.count(17, 1e6, 0.0)

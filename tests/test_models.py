@@ -1,4 +1,5 @@
-"""The models alone: sizes, precision, rotary angles, stages, initialisation; numbers from transformers 5.23 as goldens."""
+"""The models alone: sizes, precision, rotary angles, stages, initialisation; numbers from transformers 5.23
+as goldens."""
 
 import dataclasses
 import inspect
@@ -13,12 +14,22 @@ from chunkflow.planning.chunks import Chunk, Segment, build_groups
 from models import families, llama
 from tests.reference import chunk_tensors, random_sequences
 
-SMALL = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=96)
+SMALL = {
+    "dim": 32,
+    "n_layers": 3,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 8,
+    "hidden_dim": 48,
+    "vocab_size": 96,
+}
 every_family = pytest.mark.parametrize("family", families)
 
 
 def small_model(family, dtype=torch.float64, **changes):
-    model = families[family].Transformer(dataclasses.replace(families[family].flavors["debugmodel"], **{**SMALL, **changes}))
+    model = families[family].Transformer(
+        dataclasses.replace(families[family].flavors["debugmodel"], **{**SMALL, **changes})
+    )
     with torch.no_grad():
         for number, (name, parameter) in enumerate(model.named_parameters()):
             generator = torch.Generator().manual_seed(number)
@@ -94,16 +105,29 @@ def test_families_share_names_and_common_parts():
         assert [field.name for field in dataclasses.fields(module.ModelArgs)] == [
             field.name for field in dataclasses.fields(llama.ModelArgs)
         ]
-        for part in "Transformer TransformerBlock FeedForward Rotary rotary_frequencies RMSNorm _RMSNorm".split():
+        for part in [
+            "Transformer",
+            "TransformerBlock",
+            "FeedForward",
+            "Rotary",
+            "rotary_frequencies",
+            "RMSNorm",
+            "_RMSNorm",
+        ]:
             assert inspect.getsource(getattr(module, part)) == inspect.getsource(getattr(llama, part)), part
 
 
 @every_family
 def test_names_and_biases(family):
     model = small_model(family)
-    names = {name.removeprefix("layers.1.") for name, _ in model.named_parameters() if name.startswith("layers.1.")}
+    names = {
+        name.removeprefix("layers.1.") for name, _ in model.named_parameters() if name.startswith("layers.1.")
+    }
     expected = {f"attention.{name}.weight" for name in ("wq", "wk", "wv", "wo")}
-    expected |= {f"feed_forward.{name}.weight" for name in ("w1", "w2", "w3")} | {"attention_norm.weight", "ffn_norm.weight"}
+    expected |= {f"feed_forward.{name}.weight" for name in ("w1", "w2", "w3")} | {
+        "attention_norm.weight",
+        "ffn_norm.weight",
+    }
     if family == "qwen2":
         expected |= {f"attention.{name}.bias" for name in ("wq", "wk", "wv")}
     if family == "qwen3":
@@ -116,11 +140,15 @@ def test_names_and_biases(family):
 
 
 GOLDEN_SCALING = {
-    "llama3": dict(
-        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
-    ),
-    "qwen2": dict(rope_type="linear", factor=2.0),
-    "qwen3": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16),
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "qwen2": {"rope_type": "linear", "factor": 2.0},
+    "qwen3": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
 }
 GOLDEN_LOSS_AND_LOGITS = {
     "llama3": (118.115647131, [0.846062581, -1.344881918, -1.657483618, -0.613373564]),
@@ -131,21 +159,32 @@ GOLDEN_LOSS_AND_LOGITS = {
 
 @every_family
 def test_loss_and_logits_are_those_of_transformers(family):
-    """LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM with the weights below (their norms and angles are in fp32)."""
+    """LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM with the weights below (their norms and angles are
+    in fp32)."""
     module = families[family]
     args = module.ModelArgs(
-        **{**SMALL, "n_layers": 2, "head_dim": 16 if family == "qwen3" else 8}, norm_eps=1e-5, rope_theta=10000.0,
-        rope_scaling=GOLDEN_SCALING[family], max_positions=64, tied_embeddings=family == "qwen3",
+        **{**SMALL, "n_layers": 2, "head_dim": 16 if family == "qwen3" else 8},
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=GOLDEN_SCALING[family],
+        max_positions=64,
+        tied_embeddings=family == "qwen3",
     )
     model = module.Transformer(args).double()
     with torch.no_grad():
         for phase, parameter in enumerate(model.parameters()):
             steps = torch.arange(parameter.numel(), dtype=torch.float64)
             wave = torch.sin(0.013 * steps**2 + phase).view_as(parameter)
-            parameter.copy_(1 + wave / 2 if parameter.dim() == 1 else 1.5 * wave / math.sqrt(parameter.size(1)))
+            parameter.copy_(
+                1 + wave / 2 if parameter.dim() == 1 else 1.5 * wave / math.sqrt(parameter.size(1))
+            )
     tokens = torch.arange(24) ** 2 * 7 % 96
     chunk = ChunkTensors(
-        Chunk((Segment(0, 0, 24),)), 0, tokens, torch.cat([tokens[1:], torch.tensor([-100])]), torch.arange(24)
+        Chunk((Segment(0, 0, 24),)),
+        0,
+        tokens,
+        torch.cat([tokens[1:], torch.tensor([-100])]),
+        torch.arange(24),
     )
     loss, logits = GOLDEN_LOSS_AND_LOGITS[family]
     assert model(tokens, chunk).item() == pytest.approx(loss, abs=2e-5)
@@ -154,19 +193,34 @@ def test_loss_and_logits_are_those_of_transformers(family):
     torch.testing.assert_close(last, torch.tensor(logits, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
-# LlamaRotaryEmbedding(...).inv_freq and .attention_scaling with head_dim 32, rope_theta 500000, 131072 positions.
+# LlamaRotaryEmbedding(...).inv_freq and .attention_scaling with head_dim 32, rope_theta 500000, 131072
+# positions.
 SCALINGS = {
-    "linear": dict(rope_type="linear", factor=4.0),
-    "llama3": dict(
-        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-    ),
-    "yarn": dict(type="yarn", factor=4.0, original_max_position_embeddings=32768),
-    "yarn, not truncated": dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=4096, truncate=False),
-    "yarn, mscale": dict(
-        rope_type="yarn", factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=1.0,
-        beta_fast=16, beta_slow=2,
-    ),
-    "yarn, attention_factor": dict(rope_type="yarn", factor=4.0, attention_factor=1.25),
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "yarn": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    "yarn, not truncated": {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 4096,
+        "truncate": False,
+    },
+    "yarn, mscale": {
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "mscale": 0.707,
+        "mscale_all_dim": 1.0,
+        "beta_fast": 16,
+        "beta_slow": 2,
+    },
+    "yarn, attention_factor": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.25},
 }
 GOLDEN_FACTORS = {
     "yarn": 1.138629436111989,
@@ -176,39 +230,130 @@ GOLDEN_FACTORS = {
 }
 GOLDEN_FREQUENCIES = {
     None: [
-        1.0, 0.440366626, 0.193922758, 0.0853971019, 0.0376060307, 0.0165604409,
-        0.00729266508, 0.00321144611, 0.00141421345, 0.000622772437, 0.000274248188, 0.000120769742,
-        5.31829573e-05, 2.34199979e-05, 1.03133852e-05, 4.54167048e-06,
+        1.0,
+        0.440366626,
+        0.193922758,
+        0.0853971019,
+        0.0376060307,
+        0.0165604409,
+        0.00729266508,
+        0.00321144611,
+        0.00141421345,
+        0.000622772437,
+        0.000274248188,
+        0.000120769742,
+        5.31829573e-05,
+        2.34199979e-05,
+        1.03133852e-05,
+        4.54167048e-06,
     ],
     "linear": [
-        0.25, 0.110091656, 0.0484806895, 0.0213492755, 0.00940150768, 0.00414011022,
-        0.00182316627, 0.000802861527, 0.000353553361, 0.000155693109, 6.85620471e-05, 3.01924356e-05,
-        1.32957393e-05, 5.85499947e-06, 2.57834631e-06, 1.13541762e-06,
+        0.25,
+        0.110091656,
+        0.0484806895,
+        0.0213492755,
+        0.00940150768,
+        0.00414011022,
+        0.00182316627,
+        0.000802861527,
+        0.000353553361,
+        0.000155693109,
+        6.85620471e-05,
+        3.01924356e-05,
+        1.32957393e-05,
+        5.85499947e-06,
+        2.57834631e-06,
+        1.13541762e-06,
     ],
     "llama3": [
-        1.0, 0.440366626, 0.193922758, 0.0853971019, 0.0376060307, 0.0165604409,
-        0.00729266508, 0.00321144611, 0.000524846022, 7.78465546e-05, 3.42810235e-05, 1.50962178e-05,
-        6.64786967e-06, 2.92749974e-06, 1.28917316e-06, 5.6770881e-07,
+        1.0,
+        0.440366626,
+        0.193922758,
+        0.0853971019,
+        0.0376060307,
+        0.0165604409,
+        0.00729266508,
+        0.00321144611,
+        0.000524846022,
+        7.78465546e-05,
+        3.42810235e-05,
+        1.50962178e-05,
+        6.64786967e-06,
+        2.92749974e-06,
+        1.28917316e-06,
+        5.6770881e-07,
     ],
     "yarn": [
-        1.0, 0.440366626, 0.193922758, 0.0853971019, 0.0376060307, 0.0165604409,
-        0.00729266508, 0.00272972928, 0.000989949447, 0.000342524843, 0.000109699278, 3.01924356e-05,
-        1.32957393e-05, 5.85499947e-06, 2.57834631e-06, 1.13541762e-06,
+        1.0,
+        0.440366626,
+        0.193922758,
+        0.0853971019,
+        0.0376060307,
+        0.0165604409,
+        0.00729266508,
+        0.00272972928,
+        0.000989949447,
+        0.000342524843,
+        0.000109699278,
+        3.01924356e-05,
+        1.32957393e-05,
+        5.85499947e-06,
+        2.57834631e-06,
+        1.13541762e-06,
     ],
     "yarn, not truncated": [
-        1.0, 0.440366626, 0.193922758, 0.0853971019, 0.03507635, 0.0120173823,
-        0.00378200528, 0.001000494, 0.000176776681, 7.78465546e-05, 3.42810235e-05, 1.50962178e-05,
-        6.64786967e-06, 2.92749974e-06, 1.28917316e-06, 5.6770881e-07,
+        1.0,
+        0.440366626,
+        0.193922758,
+        0.0853971019,
+        0.03507635,
+        0.0120173823,
+        0.00378200528,
+        0.001000494,
+        0.000176776681,
+        7.78465546e-05,
+        3.42810235e-05,
+        1.50962178e-05,
+        6.64786967e-06,
+        2.92749974e-06,
+        1.28917316e-06,
+        5.6770881e-07,
     ],
     "yarn, mscale": [
-        1.0, 0.440366626, 0.193922758, 0.0853971019, 0.0376060307, 0.0125238327,
-        0.00373749086, 0.000863076129, 3.53553369e-05, 1.55693106e-05, 6.85620444e-06, 3.01924365e-06,
-        1.32957393e-06, 5.85500004e-07, 2.57834614e-07, 1.13541766e-07,
+        1.0,
+        0.440366626,
+        0.193922758,
+        0.0853971019,
+        0.0376060307,
+        0.0125238327,
+        0.00373749086,
+        0.000863076129,
+        3.53553369e-05,
+        1.55693106e-05,
+        6.85620444e-06,
+        3.01924365e-06,
+        1.32957393e-06,
+        5.85500004e-07,
+        2.57834614e-07,
+        1.13541766e-07,
     ],
     "yarn, attention_factor": [
-        1.0, 0.440366626, 0.193922758, 0.0853971019, 0.0376060307, 0.0165604409,
-        0.00729266508, 0.00321144611, 0.00123743678, 0.000467079313, 0.000171405118, 6.03848675e-05,
-        1.99436108e-05, 5.85499947e-06, 2.57834631e-06, 1.13541762e-06,
+        1.0,
+        0.440366626,
+        0.193922758,
+        0.0853971019,
+        0.0376060307,
+        0.0165604409,
+        0.00729266508,
+        0.00321144611,
+        0.00123743678,
+        0.000467079313,
+        0.000171405118,
+        6.03848675e-05,
+        1.99436108e-05,
+        5.85499947e-06,
+        2.57834631e-06,
+        1.13541762e-06,
     ],
 }
 
@@ -231,10 +376,10 @@ def test_rotary_frequencies_are_those_of_transformers(kind):
 def test_llama3_and_yarn_formulas(theta, head_dim):
     """The same, written from the papers' words, one pair at a time."""
     original, scale = 8192, 16.0
-    common = dict(factor=scale, original_max_position_embeddings=original)
+    common = {"factor": scale, "original_max_position_embeddings": original}
     llama3_scaling = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, **common)
     yarn_scaling = dict(rope_type="yarn", **common)
-    sizes = dict(head_dim=head_dim, rope_theta=theta)
+    sizes = {"head_dim": head_dim, "rope_theta": theta}
     llama3_frequencies, _ = llama.rotary_frequencies(scaled_args(llama3_scaling, **sizes), "cpu")
     yarn_frequencies, sharpness = llama.rotary_frequencies(scaled_args(yarn_scaling, **sizes), "cpu")
     assert sharpness == pytest.approx(0.1 * math.log(scale) + 1)
@@ -255,16 +400,21 @@ def test_llama3_and_yarn_formulas(theta, head_dim):
             expected = (1 - smooth) * frequency / scale + smooth * frequency
         assert llama3_frequencies[pair].item() == pytest.approx(expected, rel=1e-12)
         ramp = min(max((pair - first) / (last - first), 0), 1)
-        assert yarn_frequencies[pair].item() == pytest.approx(ramp * frequency / scale + (1 - ramp) * frequency, rel=1e-12)
+        assert yarn_frequencies[pair].item() == pytest.approx(
+            ramp * frequency / scale + (1 - ramp) * frequency, rel=1e-12
+        )
 
 
 @pytest.mark.parametrize(
     "scaling, message",
     [
-        (dict(rope_type="dynamic", factor=2.0), "rope_type 'dynamic': use one of default, linear, llama3, yarn"),
-        (dict(rope_type="yarn"), "needs 'factor', a number above 0"),
-        (dict(rope_type="linear", factor="4"), "needs 'factor', a number above 0"),
-        (dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0), "needs 'high_freq_factor'"),
+        (
+            {"rope_type": "dynamic", "factor": 2.0},
+            "rope_type 'dynamic': use one of default, linear, llama3, yarn",
+        ),
+        ({"rope_type": "yarn"}, "needs 'factor', a number above 0"),
+        ({"rope_type": "linear", "factor": "4"}, "needs 'factor', a number above 0"),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}, "needs 'high_freq_factor'"),
     ],
 )
 @every_family
@@ -299,7 +449,9 @@ def test_angles_of_far_positions_do_not_suffer_from_bf16():
     exact = llama.Rotary(args, positions, torch.float64)(x.double())
     rotary = llama.Rotary(args, positions, torch.promote_types(x.dtype, torch.float32))
     assert rotary.cos_T1R.dtype == torch.float32 and rotary(x).dtype == torch.bfloat16
-    assert (rotary(x).double() - exact).abs().max() < 0.03  # half an ulp of bf16 below 4, and fp32 angles near 1e5
+    assert (
+        rotary(x).double() - exact
+    ).abs().max() < 0.03  # half an ulp of bf16 below 4, and fp32 angles near 1e5
 
 
 def test_norm_and_its_gradients():
@@ -326,7 +478,9 @@ def test_norm_of_bf16_is_computed_in_fp32():
     wrong = norm(x).ne(exact.bfloat16()).float().mean()  # a tie may fall to the other side
     assert norm(x).dtype == torch.bfloat16 and wrong < 1e-3
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.nbytes), lambda nothing: nothing):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.nbytes), lambda nothing: nothing
+    ):
         norm(x)
     assert sum(saved) < 1.1 * x.nbytes, "keeps more than x"
 
@@ -362,7 +516,7 @@ def cut(model, layers, first=False, last=False):
 @every_family
 def test_stages_are_the_model_with_layers_deleted(family):
     chunk = standalone_chunk()
-    untied = dict(tied_embeddings=False)
+    untied = {"tied_embeddings": False}
     whole = small_model(family, **untied)
     loss = whole(chunk.tokens, chunk)
     loss.backward()
@@ -435,7 +589,9 @@ def test_initial_values(family):
             assert whole.eq(0).all(), name
         else:
             std = 0.02 / 4 if name.endswith(("wo.weight", "w2.weight")) else 0.02  # sqrt(2 x 8 layers)
-            assert whole.abs().max() <= 3 * std and whole.std().item() == pytest.approx(0.9866 * std, rel=0.02), name
+            assert whole.abs().max() <= 3 * std and whole.std().item() == pytest.approx(
+                0.9866 * std, rel=0.02
+            ), name
             assert abs(whole.mean()) < 0.05 * std, name
 
 

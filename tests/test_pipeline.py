@@ -1,4 +1,5 @@
-"""Pipelines, alone and times FSDP2: loss and every gradient equal whole sequences in one process, within the memory bounds."""
+"""Pipelines, alone and times FSDP2: loss and every gradient equal whole sequences in one process, within the
+memory bounds."""
 
 from __future__ import annotations
 
@@ -23,13 +24,20 @@ from chunkflow.planning.planner import PipelineSettings, PlanSettings, plan_step
 from chunkflow.training import parallel, stages
 from models import families
 from tests.distributed import run_ranks
-from tests.reference import assert_same_gradients, chunk_tensors, random_lengths, random_sequences, whole_sequence_gradients
+from tests.reference import (
+    assert_same_gradients,
+    chunk_tensors,
+    random_lengths,
+    random_sequences,
+    whole_sequence_gradients,
+)
 from tests.test_data_parallel import settings
 from tests.test_exactness import small_model
 
 
 class Pipeline:
-    """This rank's stages of a small model, with the weights of `small_model`, on a ("pp", "dp_shard") mesh."""
+    """This rank's stages of a small model, with the weights of `small_model`, on a ("pp", "dp_shard")
+    mesh."""
 
     def __init__(self, family, mesh, virtual, whole, dtype=torch.float64):
         self.mesh, self.whole = mesh, whole
@@ -46,7 +54,15 @@ class Pipeline:
             model.load_state_dict({name: weights[name] for name in model.state_dict()})
             parallel.apply_fsdp(model, mesh["dp_shard"], settings(), False)
             chunk_stages.append(
-                ChunkStage(model, stage, count, torch.device("cpu"), mesh.get_group("pp"), dtype, parallel.before_last_backward)
+                ChunkStage(
+                    model,
+                    stage,
+                    count,
+                    torch.device("cpu"),
+                    mesh.get_group("pp"),
+                    dtype,
+                    parallel.before_last_backward,
+                )
             )
         self.schedule = StateAwareSchedule(chunk_stages)
 
@@ -54,7 +70,7 @@ class Pipeline:
         costs = stages.stage_costs(self.whole.args, self.layers)
         pipeline = PipelineSettings(costs, self.ranks, self.replica)
         cost = Cost.of_model(self.whole.args)
-        options = dict(balance=balance, pipeline=pipeline, forward_only=forward_only)
+        options = {"balance": balance, "pipeline": pipeline, "forward_only": forward_only}
         return plan_step(lengths, PlanSettings(cost, self.replicas, enable, chunk_size, k, **options))
 
     def step(self, plan, sequences):
@@ -106,7 +122,9 @@ def cases(shape, virtual, seeds):
             for place, stage in enumerate(pipeline.models):
                 assert 1 <= result.live_chunks[place] <= live_limit(k, count, stage)
                 assert result.stage_inputs[place] <= (in_flight(stage - 1) if stage else 0)
-            arriving = [(in_flight(stage - 1) if stage else 0) + in_flight(stage) for stage in pipeline.models]
+            arriving = [
+                (in_flight(stage - 1) if stage else 0) + in_flight(stage) for stage in pipeline.models
+            ]
             assert result.receive_buffers <= sum(arriving)
             checked += 1
     return checked
@@ -118,12 +136,15 @@ def test_stages_give_the_gradients_of_whole_sequences(shape, virtual):
 
 
 def tied_steps(shape):
-    """Three clipped AdamW steps of a tied model; this rank's norms, and what it holds of the embeddings' weight and the others."""
+    """Three clipped AdamW steps of a tied model; this rank's norms, and what it holds of the embeddings'
+    weight and the others."""
     parallel.init_processes(settings())
     mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("pp", "dp_shard"))
     whole = small_model("qwen3", n_layers=4, tied_embeddings=True)
     pipeline = Pipeline("qwen3", mesh, 1, whole)
-    optimizer = torch.optim.AdamW([p for model in pipeline.models.values() for p in model.parameters()], lr=1e-2)
+    optimizer = torch.optim.AdamW(
+        [p for model in pipeline.models.values() for p in model.parameters()], lr=1e-2
+    )
     norms = []
     for seed in range(3):
         lengths = random_lengths(random.Random(seed), 130)
@@ -131,7 +152,9 @@ def tied_steps(shape):
         norms.append(stages.clip_grad_norm(pipeline.models, 0.5, mesh).item())
         optimizer.step()
     (model,) = pipeline.models.values()
-    return norms, {name: parameter.full_tensor().detach().numpy() for name, parameter in model.named_parameters()}
+    return norms, {
+        name: parameter.full_tensor().detach().numpy() for name, parameter in model.named_parameters()
+    }
 
 
 def test_tied_embeddings_and_the_gradient_norm_over_stages():
@@ -154,7 +177,8 @@ def test_tied_embeddings_and_the_gradient_norm_over_stages():
 
 
 def by_torchs_own_runtime(virtual, folder):
-    """The exported order under torch's runtime, which splits nothing here: chunks and metadata are given one by one."""
+    """The exported order under torch's runtime, which splits nothing here: chunks and metadata are given one
+    by one."""
     parallel.init_processes(settings())
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("pp", "dp_shard"))
     whole = small_model("llama3", n_layers=5)
@@ -173,12 +197,16 @@ def by_torchs_own_runtime(virtual, folder):
         models = stages.build_stages(families["llama3"], whole.args, pipeline.layers, rank, pipeline.ranks)
         torch_stages = []
         for stage, model in models.items():
-            model.to(torch.float64).load_state_dict({name: whole.state_dict()[name] for name in model.state_dict()})
-            ends = dict(
-                input_args=hidden if stage else torch.empty(16, dtype=torch.int64, device="meta"),
-                output_args=hidden if stage < count - 1 else loss,
+            model.to(torch.float64).load_state_dict(
+                {name: whole.state_dict()[name] for name in model.state_dict()}
             )
-            stage_of_model = PipelineStage(Keywords(model), stage, count, torch.device("cpu"), group=mesh.get_group("pp"), **ends)
+            ends = {
+                "input_args": hidden if stage else torch.empty(16, dtype=torch.int64, device="meta"),
+                "output_args": hidden if stage < count - 1 else loss,
+            }
+            stage_of_model = PipelineStage(
+                Keywords(model), stage, count, torch.device("cpu"), group=mesh.get_group("pp"), **ends
+            )
             torch_stages.append(stage_of_model)
         chunks = chunk_tensors(groups, sequences)
         first = plan.pipeline.program[0][0].stage
@@ -187,13 +215,20 @@ def by_torchs_own_runtime(virtual, folder):
             for entry in plan.pipeline.program[0]
             if isinstance(entry, StageAction) and entry.stage == first and entry.kind.value in "FS"
         ]
-        states = {group: KeyValueState(groups[group]) for group in range(len(groups)) if len(groups[group].chunks) > 1}
+        states = {
+            group: KeyValueState(groups[group])
+            for group in range(len(groups))
+            if len(groups[group].chunks) > 1
+        }
         ordered = []
         for group, number in order:
             chunks[group][number].state = states.get(group)  # of all stages of this rank: layers differ
             ordered.append(chunks[group][number])
         runtime = _PipelineScheduleRuntime(
-            torch_stages, n_microbatches=len(ordered), loss_fn=lambda output, target: output / targets, scale_grads=False
+            torch_stages,
+            n_microbatches=len(ordered),
+            loss_fn=lambda output, target: output / targets,
+            scale_grads=False,
         )
         runtime._load_csv(str(path))
         for stage_of_model in torch_stages:
@@ -243,24 +278,38 @@ PRIVATE_PARTS = {
     (PipelineStage, "get_bwd_send_ops"): "self, bwd_chunk_id",
     (PipelineStage, "clear_runtime_states"): "self",
     (PipelineStage, "_setup_forward_send_info"): "self",
-    (PipelineScheduleMulti, "__init__"): "self, stages, n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec,"
+    (
+        PipelineScheduleMulti,
+        "__init__",
+    ): "self, stages, n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec,"
     " output_merge_spec, use_full_backward, scale_grads, backward_requires_autograd",
     (_RecvInfo, "__init__"): "self, input_name, source, buffer, tensor_meta, is_root_arg",
 }
 
 
 def test_this_torch_has_the_private_parts_that_the_runtime_uses():
-    assert torch.__version__.startswith("2.13."), "another torch: read what changed in torch/distributed/pipelining/stage.py"
+    assert torch.__version__.startswith("2.13."), (
+        "another torch: read what changed in torch/distributed/pipelining/stage.py"
+    )
     for (owner, name), expected in PRIVATE_PARTS.items():
-        found = ", ".join(inspect.signature(getattr(owner, name)).parameters) if hasattr(owner, name) else "gone"
+        found = (
+            ", ".join(inspect.signature(getattr(owner, name)).parameters) if hasattr(owner, name) else "gone"
+        )
         assert found == expected, f"torch {torch.__version__}: {owner.__name__}.{name} has changed"
     parallel.init_processes(settings())
     try:
         model = small_model("llama3")
-        stage = ChunkStage(model, 0, 2, torch.device("cpu"), dist.group.WORLD, torch.float64, parallel.before_last_backward)
-        attributes = "args_recv_info grad_recv_info fwd_cache bwd_cache act_send_info grad_send_info chunks has_backward"
+        stage = ChunkStage(
+            model, 0, 2, torch.device("cpu"), dist.group.WORLD, torch.float64, parallel.before_last_backward
+        )
+        attributes = (
+            "args_recv_info grad_recv_info fwd_cache bwd_cache act_send_info grad_send_info chunks"
+            " has_backward"
+        )
         for name in attributes.split() + ["_user_meta", "_stage_meta", "_runtime_validate"]:
-            assert name in vars(PipelineStage(model, 0, 2, torch.device("cpu"))) or hasattr(PipelineStage, name), name
+            assert name in vars(PipelineStage(model, 0, 2, torch.device("cpu"))) or hasattr(
+                PipelineStage, name
+            ), name
         assert stage._stage_meta.outputs[0].requires_grad, "received activations would not get a gradient"
         assert stage.act_send_info == {0: [1]}
     finally:

@@ -1,4 +1,5 @@
-"""The pipeline's part of a plan: stages of even cost, each replica's program, and the process that plans in the background."""
+"""The pipeline's part of a plan: stages of even cost, each replica's program, and the process that plans in
+the background."""
 
 import random
 import subprocess
@@ -28,7 +29,11 @@ def test_layers_are_split_so_that_the_costliest_stage_is_as_cheap_as_can_be(head
     for layers, stages in ((4, 2), (7, 3), (8, 4), (9, 4), (5, 1)):
         counts = split_layers(layers, head, stages)
         assert sum(counts) == layers and len(counts) == stages and (stages == 1 or min(counts[:-1]) >= 1)
-        splits = (c for c in product(range(layers + 1), repeat=stages) if sum(c) == layers and (stages == 1 or min(c[:-1]) >= 1))
+        splits = (
+            c
+            for c in product(range(layers + 1), repeat=stages)
+            if sum(c) == layers and (stages == 1 or min(c[:-1]) >= 1)
+        )
         assert max([*counts[:-1], counts[-1] + head]) == min(max([*c[:-1], c[-1] + head]) for c in splits)
 
 
@@ -52,10 +57,18 @@ def test_each_replica_has_a_program_for_its_own_groups(enable):
             chunks = sum(counts)
             for rank, entries in enumerate(plan.pipeline.program):
                 backwards = [e for e in entries if isinstance(e, StageAction) and e.kind is Kind.BACKWARD]
-                assert len(backwards) == 2 * chunks and {entry.stage for entry in backwards} == {rank, rank + 2}
+                assert len(backwards) == 2 * chunks and {entry.stage for entry in backwards} == {
+                    rank,
+                    rank + 2,
+                }
             assert 0 < plan.pipeline.simulation.bubble < 1
-            without = plan_step(lengths, settings(replica, replicas, enable=enable, k=2)._replace(pipeline=None))
-            assert plan.groups == without.groups and plan._replace(actions=without.actions, pipeline=None) == without
+            without = plan_step(
+                lengths, settings(replica, replicas, enable=enable, k=2)._replace(pipeline=None)
+            )
+            assert (
+                plan.groups == without.groups
+                and plan._replace(actions=without.actions, pipeline=None) == without
+            )
 
 
 def test_the_plan_process_makes_the_same_plan_and_tells_what_went_wrong():

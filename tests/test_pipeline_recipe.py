@@ -1,4 +1,5 @@
-"""recipes/finetune_pipeline.py as its users run it: the curves of recipes/finetune.py on every layout, what it leaves, sentences."""
+"""recipes/finetune_pipeline.py as its users run it: the curves of recipes/finetune.py on every layout, what
+it leaves, sentences."""
 
 import json
 
@@ -20,7 +21,8 @@ def references(tmp_path_factory, data):
     """The curves of whole sequences in one process, in fp64, by recipes/finetune.py."""
     options = ["--training.dtype=float64", "--chunkflow.enable=false"]
     return {
-        name: train(tmp_path_factory.mktemp(name), "run", data, *options, f"--model.name={name}") for name in ("llama3", "qwen3")
+        name: train(tmp_path_factory.mktemp(name), "run", data, *options, f"--model.name={name}")
+        for name in ("llama3", "qwen3")
     }
 
 
@@ -28,13 +30,22 @@ def references(tmp_path_factory, data):
     "name, processes, options",
     [
         ("llama3", 2, ["--chunkflow.k=2", "--activation_checkpoint.mode=selective"]),
-        ("qwen3", 2, ["--parallelism.pipeline_parallel_schedule=Interleaved1F1B", "--chunkflow.balance=tokens"]),
+        (
+            "qwen3",
+            2,
+            ["--parallelism.pipeline_parallel_schedule=Interleaved1F1B", "--chunkflow.balance=tokens"],
+        ),
         ("qwen3", 4, ["--training.enable_cpu_offload"]),
         ("llama3", 2, ["--chunkflow.no_enable", "--parallelism.pipeline_parallel_layers_per_stage=3"]),
     ],
 )
 def test_pipelines_have_the_curve_of_one_process(tmp_path, data, references, name, processes, options):
-    options = ["--training.dtype=float64", "--parallelism.pipeline_parallel_degree=2", f"--model.name={name}", *options]
+    options = [
+        "--training.dtype=float64",
+        "--parallelism.pipeline_parallel_degree=2",
+        f"--model.name={name}",
+        *options,
+    ]
     rows = train(tmp_path, "run", data, *options, processes=processes, TRAIN_FILE=RECIPE)
     assert_same_curves(rows, references[name], 1e-8, 1e-8)
     for key in ("tokens", "supervised_tokens", "lr", "n_tokens_seen"):
@@ -44,7 +55,11 @@ def test_pipelines_have_the_curve_of_one_process(tmp_path, data, references, nam
 def test_what_a_run_leaves(tmp_path, data):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    options = ["--parallelism.pipeline_parallel_degree=2", "--profiling.enable_profiling", "--profiling.profile_freq=2"]
+    options = [
+        "--parallelism.pipeline_parallel_degree=2",
+        "--profiling.enable_profiling",
+        "--profiling.profile_freq=2",
+    ]
     rows = train(tmp_path, "run", data, *options, processes=2, TRAIN_FILE=RECIPE)
     assert rows[-1]["loss"] < rows[0]["loss"] < 9
     events = EventAccumulator(str(tmp_path / "run" / "tb"), size_guidance={"images": 0, "scalars": 0})
@@ -57,7 +72,9 @@ def test_what_a_run_leaves(tmp_path, data):
     assert max(values["chunkflow/live_chunks_peak"]) == 2  # k + stages - 1 on the first
     assert max(values["chunkflow/kv_state(GiB)"]) > 0 < max(values["chunkflow/stage_inputs_peak"])
     trace = json.loads((tmp_path / "run" / "timeline_step_2.json").read_text())["traceEvents"]
-    per_process = [[event for event in trace if event["ph"] == "X" and event["pid"] == process] for process in (0, 1)]
+    per_process = [
+        [event for event in trace if event["ph"] == "X" and event["pid"] == process] for process in (0, 1)
+    ]
     planned, measured = (sorted((event["tid"], event["name"]) for event in events) for events in per_process)
     assert planned == measured and {rank for rank, _ in planned} == {0, 1}
     assert (tmp_path / "run" / "profile_traces" / "iteration_2" / "rank1_trace.json").exists()
@@ -65,7 +82,11 @@ def test_what_a_run_leaves(tmp_path, data):
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])
 def test_fake_backend(tmp_path, data, name):
-    settings = [f"--job.dump_folder={tmp_path}/fake", "--training.dataset=jsonl", f"--training.dataset_path={data}"]
+    settings = [
+        f"--job.dump_folder={tmp_path}/fake",
+        "--training.dataset=jsonl",
+        f"--training.dataset_path={data}",
+    ]
     options = ["--parallelism.pipeline_parallel_degree=4", f"--model.name={name}", "--comm.mode=fake_backend"]
     done = run(tmp_path, *settings, *options, processes=8, TRAIN_FILE=RECIPE, COMM_MODE="fake_backend")
     assert done.returncode == 0 and "Rank 0 of 8 can run this step" in done.stdout, done.stdout[-3000:]
@@ -75,9 +96,18 @@ def test_fake_backend(tmp_path, data, name):
     "options, words",
     [
         ([], "use recipes/finetune.py"),
-        (["--parallelism.pipeline_parallel_degree=2", "--parallelism.fsdp_reshard_after_forward=always"], '"default" or "never"'),
+        (
+            ["--parallelism.pipeline_parallel_degree=2", "--parallelism.fsdp_reshard_after_forward=always"],
+            '"default" or "never"',
+        ),
         (["--parallelism.pipeline_parallel_degree=8"], "8 stages, but llama3 debugmodel has 4 layers"),
-        (["--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_layers_per_stage=1"], "needs 2"),
+        (
+            [
+                "--parallelism.pipeline_parallel_degree=2",
+                "--parallelism.pipeline_parallel_layers_per_stage=1",
+            ],
+            "needs 2",
+        ),
         (
             [
                 "--parallelism.pipeline_parallel_degree=2",
@@ -89,6 +119,8 @@ def test_fake_backend(tmp_path, data, name):
     ],
 )
 def test_refusals(tmp_path, options, words):
-    done = run(tmp_path, "--check", f"--job.dump_folder={tmp_path}/x", *options, processes=2, TRAIN_FILE=RECIPE)
+    done = run(
+        tmp_path, "--check", f"--job.dump_folder={tmp_path}/x", *options, processes=2, TRAIN_FILE=RECIPE
+    )
     assert done.returncode == 2 and done.stdout.count("\n") == 1, done.stdout
     assert done.stdout.startswith("error: parallelism.") and words in done.stdout

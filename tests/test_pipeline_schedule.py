@@ -1,4 +1,5 @@
-"""Pipeline schedules: the paper's figures, every check on random plans, and that the checks catch what they are for."""
+"""Pipeline schedules: the paper's figures, every check on random plans, and that the checks catch what they
+are for."""
 
 import random
 import time
@@ -27,10 +28,13 @@ def makespan(schedule, costs):
 
 
 def random_plan(generator):
-    """(costs, k, ranks): up to 10 groups on up to 6 ranks of up to 3 stages, often fewer chunks than stages."""
+    """(costs, k, ranks): up to 10 groups on up to 6 ranks of up to 3 stages, often fewer chunks than
+    stages."""
     ranks, virtual, k = generator.randint(1, 6), generator.choice([1, 1, 1, 2, 3]), generator.randint(1, 4)
     counts = [generator.choice([1, 1, 1, 2, 3, 6]) for _ in range(generator.randint(1, 10))]
-    costs = equal_stages([[generator.choice([0.5, 1, 1.7, 2]) for _ in range(count)] for count in counts], ranks * virtual)
+    costs = equal_stages(
+        [[generator.choice([0.5, 1, 1.7, 2]) for _ in range(count)] for count in counts], ranks * virtual
+    )
     if generator.random() < 0.3:  # stages that differ
         scales = [generator.uniform(0.5, 1.5) for _ in range(ranks * virtual)]
         forward = [[[scale * cost for cost in group] for group in costs.forward[0]] for scale in scales]
@@ -114,7 +118,8 @@ def test_look_ahead_of_forward_state_is_not_bounded_by_live_chunks():
     costs = equal_stages([[1]] * 4 + [[1] * 8], 4)
     _, schedule = list_schedule(range(5), costs, 1, 4, alternate=True)
     kinds = "".join(action.kind.value for action in schedule[0])
-    # Four live chunks are all that stage 0 may hold; the first gradient arrives at 10, until then it stores K/V.
+    # Four live chunks are all that stage 0 may hold; the first gradient arrives at 10, until then it stores
+    # K/V.
     assert kinds.startswith("FFFF" + "SSSSSS" + "B")
 
 
@@ -185,7 +190,9 @@ def test_swapped_actions_of_one_group_and_stage_are_caught(plan):
         for other in (i for r, i in places if r == rank and i > one):
             a, b = program[rank][one], program[rank][other]
             # a recompute may move, as long as its chunk's forward and backward stay around it
-            if (a.group, a.stage) != (b.group, b.stage) or (Kind.RECOMPUTE in (a.kind, b.kind) and a.chunk != b.chunk):
+            if (a.group, a.stage) != (b.group, b.stage) or (
+                Kind.RECOMPUTE in (a.kind, b.kind) and a.chunk != b.chunk
+            ):
                 continue
             mutated = [list(own) for own in program]
             swap(mutated[rank], one, other)
@@ -226,8 +233,16 @@ def test_an_action_before_its_input_and_a_send_before_its_action_are_caught(plan
                 and other.kind in ((Kind.BACKWARD,) if gradient else (Kind.FORWARD, Kind.FORWARD_STATE))
             )
             mutated = [list(own) for own in program]
-            mutated[rank].insert(action, mutated[rank].pop(index))  # before the action if it was behind, and the reverse
-            message = "finds nothing to send" if entry.send else "finds no gradient" if gradient else "finds no input"
+            mutated[rank].insert(
+                action, mutated[rank].pop(index)
+            )  # before the action if it was behind, and the reverse
+            message = (
+                "finds nothing to send"
+                if entry.send
+                else "finds no gradient"
+                if gradient
+                else "finds no input"
+            )
             with pytest.raises(ValueError, match=message):
                 check_schedule(mutated, *rest)
 
@@ -254,13 +269,19 @@ def test_a_ring_of_waiting_ranks_is_caught_though_each_rank_and_each_pair_is_rig
     receive = Transfer(False, Kind.FORWARD, 0, 0, 2, 2)
     program[0].remove(receive)
     program[0].insert(0, receive)
-    with pytest.raises(ValueError, match="deadlock: rank 0 .* the receive of the FORWARD of group 0, chunk 0, stage 2"):
+    with pytest.raises(
+        ValueError, match="deadlock: rank 0 .* the receive of the FORWARD of group 0, chunk 0, stage 2"
+    ):
         check_schedule(program, [1, 1, 1], 1, 6)
 
 
 def test_an_action_on_the_wrong_rank_or_of_no_chunk_is_caught(plan):
     program, *rest = plan
-    for change, message in (({"stage": 1}, "no stage of this rank"), ({"chunk": 7}, "no chunk"), ({"group": 3}, "no chunk")):
+    for change, message in (
+        ({"stage": 1}, "no stage of this rank"),
+        ({"chunk": 7}, "no chunk"),
+        ({"group": 3}, "no chunk"),
+    ):
         mutated = [list(own) for own in program]
         mutated[0][0] = mutated[0][0]._replace(**change)
         with pytest.raises(ValueError, match=message):
@@ -271,12 +292,15 @@ def test_playing_a_schedule_that_cannot_go_on_names_the_action():
     costs = equal_stages([[1], [1]], 2)
     schedule = state_aware_schedule(costs, 1, 2)
     schedule[0].remove(StageAction(Kind.FORWARD, 1, 0, 0))
-    with pytest.raises(ValueError, match="deadlock: rank 0 .* the input of BACKWARD of group 1, chunk 0, stage 0"):
+    with pytest.raises(
+        ValueError, match="deadlock: rank 0 .* the input of BACKWARD of group 1, chunk 0, stage 0"
+    ):
         play([[actions] for actions in schedule], costs)
 
 
 def test_planning_a_large_step_takes_no_longer_than_it_grows():
-    """512 chunks on 16 stages: about 50 ms a candidate when this was written; the limit leaves room for slow machines."""
+    """512 chunks on 16 stages: about 50 ms a candidate when this was written; the limit leaves room for slow
+    machines."""
     costs = equal_stages([[1.0] * 64] * 4 + [[1.0] * 8] * 16 + [[1.0]] * 128, 16)
     assert sum(map(len, costs.forward[0])) == 512
     seconds = []

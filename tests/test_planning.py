@@ -16,7 +16,9 @@ from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings, live_chunks, plan_step
 from chunkflow.planning.schedule import DUMMY, Action, Kind, linear_schedule, lockstep
 
-QWEN_7B = SimpleNamespace(dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, head_dim=128, hidden_dim=18944, vocab_size=152064)
+QWEN_7B = SimpleNamespace(
+    dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, head_dim=128, hidden_dim=18944, vocab_size=152064
+)
 COST = Cost.of_model(QWEN_7B)
 
 
@@ -37,13 +39,19 @@ def test_every_token_once_and_in_order(seed):
             assert 0 < chunk.tokens <= chunk_size
             assert chunk.prefix == index * chunk_size, "chunks of a sequence in order, all but the last full"
             neighbours = chunk.segments[1:]
-            assert all(s.start == 0 and s.length == lengths[s.sequence] for s in neighbours), "neighbours are whole"
+            assert all(s.start == 0 and s.length == lengths[s.sequence] for s in neighbours), (
+                "neighbours are whole"
+            )
             if len(group.chunks) > 1:
-                assert not neighbours or (fill_tails and index == len(group.chunks) - 1), "only a tail has neighbours"
+                assert not neighbours or (fill_tails and index == len(group.chunks) - 1), (
+                    "only a tail has neighbours"
+                )
             for s in chunk.segments:
                 covered[s.sequence] += range(s.start, s.start + s.length)
     assert all(tokens == list(range(length)) for tokens, length in zip(covered, lengths))
-    assert [g.tokens for g in groups] == sorted((g.tokens for g in groups), reverse=True), "longest group first"
+    assert [g.tokens for g in groups] == sorted((g.tokens for g in groups), reverse=True), (
+        "longest group first"
+    )
 
 
 def test_packing_beats_neither_heuristic_and_known_cases():
@@ -57,7 +65,9 @@ def test_packing_beats_neither_heuristic_and_known_cases():
     for seed in range(300):
         rng = random.Random(seed)
         lengths = [rng.randint(1, 30) for _ in range(rng.randint(1, 12))]
-        assert chunks(lengths, 30) <= math.ceil(11 / 9 * math.ceil(sum(lengths) / 30)) + sum(2 * x > 30 for x in lengths)
+        assert chunks(lengths, 30) <= math.ceil(11 / 9 * math.ceil(sum(lengths) / 30)) + sum(
+            2 * x > 30 for x in lengths
+        )
 
 
 @pytest.mark.parametrize("mix", ["lmsys", "llama3_sft"])
@@ -76,7 +86,8 @@ def test_the_schedule_of_a_group():
 
 
 def check_actions(actions, counts, k):
-    """Each chunk: forward, forward again if it was discarded, backward; backwards descending; at most k alive."""
+    """Each chunk: forward, forward again if it was discarded, backward; backwards descending; at most k
+    alive."""
     assert live_chunks(actions) <= k
     for group, count in enumerate(counts):
         own = [action for action in actions if action.group == group]
@@ -88,7 +99,11 @@ def check_actions(actions, counts, k):
             if a.kind is Kind.FORWARD_STATE:
                 ready = own.index(Action(Kind.RECOMPUTE, group, a.chunk), ready)
             assert own.index(Action(Kind.BACKWARD, group, a.chunk)) > ready
-        assert sum(a.kind is Kind.RECOMPUTE for a in own) == max(0, count - k) == sum(a.kind is Kind.FORWARD_STATE for a in own)
+        assert (
+            sum(a.kind is Kind.RECOMPUTE for a in own)
+            == max(0, count - k)
+            == sum(a.kind is Kind.FORWARD_STATE for a in own)
+        )
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -112,7 +127,10 @@ def test_lockstep_templates(seed):
         recomputed = max(sum(count - 1 for count in chunks) for chunks in counts)
         assert len(actions[0]) == 2 * backwards + recomputed, "the lower bound"
     else:
-        assert len(actions[0]) <= 2 * max(map(sum, counts)) + sum(max(0, n - 1) for c in counts for n in c) + 2 * k * ranks
+        assert (
+            len(actions[0])
+            <= 2 * max(map(sum, counts)) + sum(max(0, n - 1) for c in counts for n in c) + 2 * k * ranks
+        )
 
 
 @pytest.mark.parametrize("ranks", [8, 64, 512])
@@ -124,7 +142,9 @@ def test_slowest_rank_is_within_2_percent_of_the_bound(ranks):
         slowest = mean * (1 + plan_step(lengths, PlanSettings(COST, ranks=ranks)).imbalance_percent / 100)
         assert slowest <= 1.02 * max(mean, max(costs))
         members = assign(costs, ranks)
-        assert sorted(index for own in members for index in own) == list(range(256)), "no sample is lost or moved"
+        assert sorted(index for own in members for index in own) == list(range(256)), (
+            "no sample is lost or moved"
+        )
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -135,7 +155,9 @@ def test_plans(seed, lock):
     lengths = [rng.randint(1, 200) for _ in range(rng.randint(1, 40))]
     enable = rng.random() < 0.8
     balance = rng.choice(["cost", "tokens"])
-    settings = PlanSettings(COST, ranks=ranks, enable=enable, chunk_size=50, k=k, balance=balance, lockstep=lock)
+    settings = PlanSettings(
+        COST, ranks=ranks, enable=enable, chunk_size=50, k=k, balance=balance, lockstep=lock
+    )
     plan = plan_step(lengths, settings)
     assert plan == plan_step(list(lengths), settings), "the same on every rank"
     sizes = Counter()
@@ -148,7 +170,9 @@ def test_plans(seed, lock):
                     sizes[s.sequence] += s.length
     assert [sizes[index] for index in range(len(lengths))] == lengths
     assert plan.chunks == sum(len(group.chunks) for groups in plan.groups for group in groups)
-    assert plan.recomputed_chunks == sum(a.kind is Kind.RECOMPUTE for actions in plan.actions for a in actions)
+    assert plan.recomputed_chunks == sum(
+        a.kind is Kind.RECOMPUTE for actions in plan.actions for a in actions
+    )
     if enable:
         assert plan.padding_percent == pytest.approx(100 * (1 - sum(lengths) / (plan.chunks * 50)))
 

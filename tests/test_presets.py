@@ -1,4 +1,5 @@
-"""Every preset in train_configs/: at its full size and number of ranks on the fake backend; its comment is what plan.py prints."""
+"""Every preset in train_configs/: at its full size and number of ranks on the fake backend; its comment is
+what plan.py prints."""
 
 import json
 import re
@@ -12,13 +13,18 @@ from chunkflow.training.config import load_config
 from recipes import plan
 from tests.runs import REPO, environment, run, write_rows
 
-PRESETS = {path.stem: path for path in sorted((REPO / "train_configs").glob("*.toml")) if not path.stem.startswith("debug_")}
+PRESETS = {
+    path.stem: path
+    for path in sorted((REPO / "train_configs").glob("*.toml"))
+    if not path.stem.startswith("debug_")
+}
 GIB_OF_AN_80_GB_GPU = 79.2
 every_preset = pytest.mark.parametrize("name", PRESETS)
 
 
 def comment(name) -> tuple[dict[str, str], list[str], str]:
-    """Of a preset's first comment: the environment and arguments of its command, and what it is said to print."""
+    """Of a preset's first comment: the environment and arguments of its command, and what it is said to
+    print."""
     lines = [line[2:] for line in PRESETS[name].read_text().split("\n\n[job]")[0].rstrip().split("\n")]
     first = next(number for number, line in enumerate(lines) if "recipes/plan.py" in line)
     words = shlex.split(lines[first].rstrip("\\") + lines[first + 1])
@@ -28,7 +34,13 @@ def comment(name) -> tuple[dict[str, str], list[str], str]:
 
 
 def test_there_are_presets():
-    assert set(PRESETS) == {"qwen2_5_7b_32k", "qwen2_5_7b_256k", "qwen2_5_72b_256k", "llama3_1_8b_128k", "qwen3_8b_64k"}
+    assert set(PRESETS) == {
+        "qwen2_5_7b_32k",
+        "qwen2_5_7b_256k",
+        "qwen2_5_72b_256k",
+        "llama3_1_8b_128k",
+        "qwen3_8b_64k",
+    }
 
 
 @every_preset
@@ -40,22 +52,36 @@ def test_the_comment_is_what_plan_prints(name, monkeypatch, capsys):
     report = json.loads(capsys.readouterr().out)
     assert plan.table(report).split("\n") == printed.split("\n")
     config = load_config(["--job.config_file", str(PRESETS[name])])
-    assert report["longest_sequence"]["longest"] == config.training.seq_len  # the longest that the preset admits
+    assert (
+        report["longest_sequence"]["longest"] == config.training.seq_len
+    )  # the longest that the preset admits
     for memory in (report["memory"], report["memory_longest_sequence"]):
         assert sum(memory["parts_gib"].values()) == pytest.approx(memory["total_gib"])
         assert memory["total_gib"] == max(memory["pipeline_ranks_gib"]) < GIB_OF_AN_80_GB_GPU - 8
-    assert sum(report["stage_layers"]) == {"7B": 28, "72B": 80, "8B": 32 if "llama" in name else 36}[config.model.flavor]
+    assert (
+        sum(report["stage_layers"])
+        == {"7B": 28, "72B": 80, "8B": 32 if "llama" in name else 36}[config.model.flavor]
+    )
 
 
 @every_preset
 def test_the_fake_backend_runs_it_at_full_size(name, tmp_path):
-    """As its users will run it, but for the data: a sequence of k + 1 chunks, so that one is recomputed, and short ones."""
+    """As its users will run it, but for the data: a sequence of k + 1 chunks, so that one is recomputed, and
+    short ones."""
     config = load_config(["--job.config_file", str(PRESETS[name])])
     assert config.training.dataset == "jsonl"
-    data = write_rows(tmp_path / "rows.jsonl", [config.chunkflow.k * config.chunkflow.chunk_size + 100, 300, 200, 100])
+    data = write_rows(
+        tmp_path / "rows.jsonl", [config.chunkflow.k * config.chunkflow.chunk_size + 100, 300, 200, 100]
+    )
     recipe = "finetune_pipeline.py" if config.parallelism.pipeline_parallel_degree > 1 else "finetune.py"
-    options = [f"--training.dataset_path={data}", "--training.global_batch_size=4", f"--job.dump_folder={tmp_path / 'run'}"]
-    environ = dict(CONFIG_FILE=str(PRESETS[name]), TRAIN_FILE=str(REPO / "recipes" / recipe), **comment(name)[0])
+    options = [
+        f"--training.dataset_path={data}",
+        "--training.global_batch_size=4",
+        f"--job.dump_folder={tmp_path / 'run'}",
+    ]
+    environ = dict(
+        CONFIG_FILE=str(PRESETS[name]), TRAIN_FILE=str(REPO / "recipes" / recipe), **comment(name)[0]
+    )
     done = run(tmp_path, *options, processes=2, COMM_MODE="fake_backend", **environ)
     said = f"Rank 0 of {environ['NGPU']} can run this step"
     assert done.returncode == 0 and said in done.stdout, done.stdout[-3000:]
@@ -67,12 +93,19 @@ def test_the_fake_backend_runs_it_at_full_size(name, tmp_path):
 
 
 def test_plan_as_a_command(tmp_path, monkeypatch, capsys):
-    options = ["--training.dataset=synthetic", "--training.overlong=drop", "--chunkflow.no_enable", "--training.enable_cpu_offload"]
+    options = [
+        "--training.dataset=synthetic",
+        "--training.overlong=drop",
+        "--chunkflow.no_enable",
+        "--training.enable_cpu_offload",
+    ]
     done = subprocess.run(
         [sys.executable, str(REPO / "recipes" / "plan.py"), "--steps=1", *options],
         cwd=tmp_path, env=environment(tmp_path, NGPU="2"), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0 and "whole sequences" in done.stdout and "in host memory" in done.stdout, done.stderr
+    assert done.returncode == 0 and "whole sequences" in done.stdout and "in host memory" in done.stdout, (
+        done.stderr
+    )
     assert not list(tmp_path.glob("outputs*")), "nothing is left behind"
     monkeypatch.setenv("NGPU", "2")
     for wrong, said in (
@@ -80,7 +113,10 @@ def test_plan_as_a_command(tmp_path, monkeypatch, capsys):
         (["--steps"], "is not a whole number"),
         (["--training.stepz=1"], "did you mean --training.steps?"),
         (["--parallelism.pipeline_parallel_degree=3"], "the number of processes"),
-        (["--parallelism.pipeline_parallel_degree=2", "--parallelism.fsdp_reshard_after_forward=always"], '"default" or "never"'),
+        (
+            ["--parallelism.pipeline_parallel_degree=2", "--parallelism.fsdp_reshard_after_forward=always"],
+            '"default" or "never"',
+        ),
     ):
         with pytest.raises(SystemExit) as stopped:
             plan.main([*options, *wrong])

@@ -1,4 +1,5 @@
-"""recipes/finetune.py as its users run it: same curves on every layout, files it leaves, sentences for wrong input."""
+"""recipes/finetune.py as its users run it: same curves on every layout, files it leaves, sentences for wrong
+input."""
 
 import json
 import os
@@ -8,7 +9,17 @@ import time
 
 import pytest
 
-from tests.runs import REPO, RECIPE, assert_same_curves, end_processes, environment, processes_of, run, train, write_rows
+from tests.runs import (
+    RECIPE,
+    REPO,
+    assert_same_curves,
+    end_processes,
+    environment,
+    processes_of,
+    run,
+    train,
+    write_rows,
+)
 
 LENGTHS = [300, 20, 64, 5, 130, 31, 7, 90, 12, 1, 48, 200, 9, 77, 33]
 
@@ -22,19 +33,31 @@ def data(tmp_path_factory):
 def reference(tmp_path_factory, data):
     """The curve of whole sequences in one process, in fp64."""
     return train(
-        tmp_path_factory.mktemp("reference"), "run", data, "--training.dtype=float64", "--chunkflow.enable=false"
+        tmp_path_factory.mktemp("reference"),
+        "run",
+        data,
+        "--training.dtype=float64",
+        "--chunkflow.enable=false",
     )
 
 
 def test_chunks_have_the_curve_of_whole_sequences(tmp_path, data, reference):
     chunked = train(tmp_path, "run", data, "--training.dtype=float64", "--chunkflow.k=2")
     assert_same_curves(chunked, reference, 1e-8, 1e-8)
-    assert sum(row["recomputed_chunks"] for row in chunked) > 0 == sum(row["recomputed_chunks"] for row in reference)
+    assert (
+        sum(row["recomputed_chunks"] for row in chunked)
+        > 0
+        == sum(row["recomputed_chunks"] for row in reference)
+    )
     assert all(row["chunks"] == 6 for row in reference), "one whole sequence a micro-batch"
 
 
 def test_fp32_for_twenty_steps(tmp_path, data):
-    options = ["--training.mixed_precision_param=float32", "--training.steps=20", "--lr_scheduler.warmup_steps=20"]
+    options = [
+        "--training.mixed_precision_param=float32",
+        "--training.steps=20",
+        "--lr_scheduler.warmup_steps=20",
+    ]
     chunked = train(tmp_path, "chunks", data, *options)
     whole = train(tmp_path, "whole", data, *options, "--chunkflow.no_enable")
     assert_same_curves(chunked, whole, 1e-5, 1e-4)
@@ -56,7 +79,13 @@ def test_ranks_have_the_curve_of_one_process(tmp_path, data, reference, processe
 
 
 def test_bf16_learns_and_two_runs_are_bitwise_equal(tmp_path, data):
-    options = ["--debug.seed=3", "--debug.deterministic", "--training.steps=8", "--optimizer.lr=3e-3", "--model.name=qwen3"]
+    options = [
+        "--debug.seed=3",
+        "--debug.deterministic",
+        "--training.steps=8",
+        "--optimizer.lr=3e-3",
+        "--model.name=qwen3",
+    ]
     first, second = (train(tmp_path, name, data, *options, processes=2) for name in ("first", "second"))
     assert first[-1]["loss"] < 0.9 * first[0]["loss"]
     timing = {"seconds", "tps", "tflops", "mfu_percent", "memory_gib"}
@@ -68,24 +97,46 @@ def test_bf16_learns_and_two_runs_are_bitwise_equal(tmp_path, data):
 def test_what_a_run_leaves(tmp_path, data):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    rows = train(tmp_path, "run", data, "--training.mixed_precision_param=float32", "--profiling.enable_profiling", "--profiling.profile_freq=2")
-    contract = "step loss grad_norm lr tokens supervised_tokens seconds tps chunks padding_percent recomputed_chunks"
+    rows = train(
+        tmp_path,
+        "run",
+        data,
+        "--training.mixed_precision_param=float32",
+        "--profiling.enable_profiling",
+        "--profiling.profile_freq=2",
+    )
+    contract = (
+        "step loss grad_norm lr tokens supervised_tokens seconds tps chunks padding_percent recomputed_chunks"
+    )
     assert set(contract.split()) | {"dp_imbalance_percent", "memory_gib"} <= set(rows[0])
     assert [row["lr"] for row in rows] == pytest.approx([4e-4, 8e-4, 8e-4, 4e-4])
     events = EventAccumulator(str(tmp_path / "run" / "tb"), size_guidance={"images": 0, "scalars": 0})
     events.Reload()
     tags = events.Tags()
-    assert {"loss_metrics/global_avg_loss", "loss_metrics/global_max_loss", "grad_norm", "lr", "throughput(tps)", "tflops"} <= set(tags["scalars"])
+    assert {
+        "loss_metrics/global_avg_loss",
+        "loss_metrics/global_max_loss",
+        "grad_norm",
+        "lr",
+        "throughput(tps)",
+        "tflops",
+    } <= set(tags["scalars"])
     assert {
         "chunkflow/chunks", "chunkflow/groups", "chunkflow/padding(%)", "chunkflow/recomputed(%)", "chunkflow/live_chunks_peak",
         "chunkflow/kv_state(GiB)", "chunkflow/tokens_per_supervised_token", "chunkflow/waiting(%)/rank_0",
         "chunkflow/template_overhead(%)", "chunkflow/dp_imbalance(%)", "time_metrics/data_loading(%)", "data/dropped_tokens",
     } <= set(tags["scalars"])  # fmt: skip
-    assert [event.value for event in events.Scalars("loss_metrics/global_avg_loss")] == pytest.approx([row["loss"] for row in rows])
+    assert [event.value for event in events.Scalars("loss_metrics/global_avg_loss")] == pytest.approx(
+        [row["loss"] for row in rows]
+    )
     assert tags["images"] == ["chunkflow/plan of step 1"]
     assert (tmp_path / "run" / "profile_traces" / "iteration_2" / "rank0_trace.json").stat().st_size > 1000
     # the saved config is the run: started from it, the same curve comes out
-    again = run(tmp_path, f"--job.config_file={tmp_path / 'run' / 'config.toml'}", f"--job.dump_folder={tmp_path / 'again'}")
+    again = run(
+        tmp_path,
+        f"--job.config_file={tmp_path / 'run' / 'config.toml'}",
+        f"--job.dump_folder={tmp_path / 'again'}",
+    )
     assert again.returncode == 0, again.stdout
     assert "tensorboard --logdir" in again.stdout and "Training completed" in again.stdout
     repeated = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
@@ -93,16 +144,30 @@ def test_what_a_run_leaves(tmp_path, data):
 
 
 def test_the_ledger_balances_and_overlong_sequences_are_named(tmp_path, data):
-    options = ["--training.dataset=jsonl", f"--training.dataset_path={data}", "--training.seq_len=100", "--training.steps=1"]
+    options = [
+        "--training.dataset=jsonl",
+        f"--training.dataset_path={data}",
+        "--training.seq_len=100",
+        "--training.steps=1",
+    ]
     options += ["--training.global_batch_size=15", f"--job.dump_folder={tmp_path / 'run'}"]
     failed = run(tmp_path, *options)
-    assert failed.returncode == 1 and f"error: {data}:1: 300 tokens, but training.seq_len admits 100" in failed.stdout
+    assert (
+        failed.returncode == 1
+        and f"error: {data}:1: 300 tokens, but training.seq_len admits 100" in failed.stdout
+    )
     assert "Traceback" not in failed.stdout and "step:" not in failed.stdout
     for policy, said, tokens in (
         ("truncate", "truncated 3 sequences (330 tokens)", "truncated 330, dropped 0"),
         ("drop", "dropped 3 sequences (630 tokens)", "truncated 0, dropped 630"),
     ):
-        done = run(tmp_path, *options, f"--training.overlong={policy}", "--training.global_batch_size=12", "--training.no_shuffle")
+        done = run(
+            tmp_path,
+            *options,
+            f"--training.overlong={policy}",
+            "--training.global_batch_size=12",
+            "--training.no_shuffle",
+        )
         assert said in done.stdout, done.stdout[-2000:]
         assert policy == "truncate" or tokens in done.stdout
 
@@ -132,7 +197,11 @@ def test_wrong_config_is_a_sentence_and_status_2(tmp_path, options, said):
 
 
 def test_fake_backend(tmp_path, data):
-    options = ["--training.dataset=jsonl", f"--training.dataset_path={data}", f"--job.dump_folder={tmp_path / 'run'}"]
+    options = [
+        "--training.dataset=jsonl",
+        f"--training.dataset_path={data}",
+        f"--job.dump_folder={tmp_path / 'run'}",
+    ]
     done = run(tmp_path, *options, processes=2, COMM_MODE="fake_backend", NGPU="64")
     assert done.returncode == 0 and "Rank 0 of 64 can run this step" in done.stdout, done.stdout[-2000:]
     assert not (tmp_path / "run" / "metrics.jsonl").exists(), "nothing is measured, nothing is overwritten"
@@ -141,7 +210,8 @@ def test_fake_backend(tmp_path, data):
 def test_a_rank_that_raises_ends_the_job_with_its_own_message(tmp_path, data):
     recipe = tmp_path / "my_recipe.py"
     text = RECIPE.read_text().replace(
-        "            garbage.run(step)\n", '            garbage.run(step)\n            assert rank != 1 or step < 2, "rank 1 stumbles"\n'
+        "            garbage.run(step)\n",
+        '            garbage.run(step)\n            assert rank != 1 or step < 2, "rank 1 stumbles"\n',
     )
     recipe.write_text(text)
     done = run(
@@ -154,8 +224,17 @@ def test_a_rank_that_raises_ends_the_job_with_its_own_message(tmp_path, data):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_dies_or_hangs_ends_the_job(tmp_path, data, how):
     (tmp_path / "empty.toml").touch()
-    options = ["--training.dataset=jsonl", f"--training.dataset_path={data}", f"--job.dump_folder={tmp_path / 'run'}"]
-    options += ["--training.steps=100000", "--comm.train_timeout_seconds=5", "--metrics.log_freq=1", "--metrics.no_enable_tensorboard"]
+    options = [
+        "--training.dataset=jsonl",
+        f"--training.dataset_path={data}",
+        f"--job.dump_folder={tmp_path / 'run'}",
+    ]
+    options += [
+        "--training.steps=100000",
+        "--comm.train_timeout_seconds=5",
+        "--metrics.log_freq=1",
+        "--metrics.no_enable_tensorboard",
+    ]
     log = open(tmp_path / "log", "w+")
     job = subprocess.Popen(
         [str(REPO / "run_train.sh"), *options],

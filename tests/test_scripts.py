@@ -1,4 +1,5 @@
-"""run_train.sh and run_tests.sh: which arguments, files and exit statuses go through them, and which Python they find."""
+"""run_train.sh and run_tests.sh: which arguments, files and exit statuses go through them, and which Python
+they find."""
 
 import json
 import os
@@ -50,7 +51,13 @@ def environment(**more: str) -> dict[str, str]:
 def train(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess:
     command = [str(ROOT / "run_train.sh"), *arguments]
     return subprocess.run(
-        command, cwd=folder, env=environment(**more), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+        command,
+        cwd=folder,
+        env=environment(**more),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -82,13 +89,25 @@ def test_a_failing_recipe_fails_the_script(folder):
     "arguments, more, sentence",
     [
         (["--training.stepz=3"], {}, "error: unknown key --training.stepz: did you mean --training.steps?"),
-        (["--training.steps=0"], {}, "error: training.steps = 0 is out of range: choose a value of at least 1"),
-        ([], {"CONFIG_FILE": "none.toml"}, "error: job.config_file = \"none.toml\" cannot be read (No such file or directory)"),
+        (
+            ["--training.steps=0"],
+            {},
+            "error: training.steps = 0 is out of range: choose a value of at least 1",
+        ),
+        (
+            [],
+            {"CONFIG_FILE": "none.toml"},
+            'error: job.config_file = "none.toml" cannot be read (No such file or directory)',
+        ),
         ([], {"TRAIN_FILE": "none.py"}, "error: TRAIN_FILE = none.py does not exist: name a recipe"),
         ([], {"NGPU": "two"}, "error: NGPU = two in the environment is not a whole number"),
         ([], {"NNODES": "2"}, "error: NNODES = 2 needs RDZV_ENDPOINT"),
         ([], {"COMM_MODE": "local_tensor"}, 'error: comm.mode = "local_tensor" is not there'),
-        (["--parallelism.data_parallel_shard_degree=2"], {"NGPU": "3"}, "error: parallelism.data_parallel_replicate_degree = 1 x"),
+        (
+            ["--parallelism.data_parallel_shard_degree=2"],
+            {"NGPU": "3"},
+            "error: parallelism.data_parallel_replicate_degree = 1 x",
+        ),
         (["--training.dataset=jsonl", "--training.dataset_path=none.jsonl"], {}, "error: none.jsonl: "),
     ],
 )
@@ -109,14 +128,20 @@ def test_check_and_help_start_nothing(folder):
 
 
 def test_the_fake_backend_is_one_process_for_many(folder):
-    run = train(folder, "--parallelism.data_parallel_shard_degree=32", "--training.steps=9", COMM_MODE="fake_backend", NGPU="32")
+    run = train(
+        folder,
+        "--parallelism.data_parallel_shard_degree=32",
+        "--training.steps=9",
+        COMM_MODE="fake_backend",
+        NGPU="32",
+    )
     assert run.returncode == 0, run.stderr
     assert seen(folder)["argv"][-2:] == ["--comm.mode=fake_backend", "--training.steps=1"]
     assert (seen(folder)["RANK"], seen(folder)["NGPU"]) == (None, "32")
 
 
 def test_files_are_looked_for_at_the_caller_first_and_then_in_the_repository(folder):
-    fake = dict(COMM_MODE="fake_backend")
+    fake = {"COMM_MODE": "fake_backend"}
     assert train(folder, CONFIG_FILE="my config.toml", **fake).returncode == 0
     assert seen(folder)["description"] == "from my config"
     assert train(folder, CONFIG_FILE="train_configs/debug_model.toml", **fake).returncode == 0
@@ -139,14 +164,20 @@ def test_two_machines_meet(folder):
     recipe = str(folder / "my recipe.py")
     with ThreadPoolExecutor() as pool:
         runs = [
-            pool.submit(train, place, TRAIN_FILE=recipe, NNODES="2", NODE_RANK=str(node), RDZV_ENDPOINT=endpoint)
+            pool.submit(
+                train, place, TRAIN_FILE=recipe, NNODES="2", NODE_RANK=str(node), RDZV_ENDPOINT=endpoint
+            )
             for node, place in enumerate(places)
         ]
     assert [run.result().returncode for run in runs] == [0, 0], runs[0].result().stderr
-    assert sorted(file.name for place in places for file in place.glob("seen*")) == ["seen0.json", "seen1.json"]
+    assert sorted(file.name for place in places for file in place.glob("seen*")) == [
+        "seen0.json",
+        "seen1.json",
+    ]
 
 
-# ---- Which Python. In a copy of the scripts, with stand-ins for interpreters that write down what they are asked to do.
+# --- Which Python. In a copy of the scripts, with stand-ins for interpreters that write down what they are
+# asked to do.
 
 BARE_PYTHON = """#!/bin/bash
 case "$1 $2" in
@@ -169,7 +200,8 @@ esac
 
 @pytest.fixture
 def copy(tmp_path):
-    """run_tests.sh in a repository of its own; calling it returns (status, stdout, stderr, what was installed meanwhile)."""
+    """run_tests.sh in a repository of its own; calling it returns (status, stdout, stderr, what was installed
+    meanwhile)."""
     repo, log = tmp_path / "a copy", tmp_path / "log"
     (repo / ".ci").mkdir(parents=True)
     (tmp_path / "bin").mkdir()
@@ -178,7 +210,9 @@ def copy(tmp_path):
     for place, text in ((tmp_path / "bin" / "python3", BARE_PYTHON), (tmp_path / "venv_python", VENV_PYTHON)):
         place.write_text(text)
         place.chmod(0o755)
-    (tmp_path / "bin" / "python").symlink_to("python3")  # no other Python of this machine is to be found first
+    (tmp_path / "bin" / "python").symlink_to(
+        "python3"
+    )  # no other Python of this machine is to be found first
 
     def call(*arguments: str, script: str = "run_tests.sh", path: str = "", **more: str):
         log.write_text("")
@@ -203,7 +237,11 @@ def test_the_active_python_is_used_where_it_has_everything(copy):
 def test_a_python_that_lacks_something_is_passed_over(copy):
     pyproject = copy.repo / "pyproject.toml"
     text = pyproject.read_text()
-    for wrong in (text.replace("torch==", "torch==1."), text.replace("pytest>=", "pytest>=1000."), text.replace("tqdm", "tqdm-of-old")):
+    for wrong in (
+        text.replace("torch==", "torch==1."),
+        text.replace("pytest>=", "pytest>=1000."),
+        text.replace("tqdm", "tqdm-of-old"),
+    ):
         assert wrong != text
         pyproject.write_text(wrong)
         shutil.rmtree(copy.repo / ".venv", ignore_errors=True)

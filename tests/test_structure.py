@@ -14,7 +14,13 @@ FLOORS = {  # room -> the project's rooms that it may import
     "chunkflow.execution": {"chunkflow.planning", "chunkflow.execution"},
     "models": {"chunkflow.execution", "models"},
     "chunkflow.data": {"chunkflow.planning", "chunkflow.execution", "chunkflow.data"},
-    "chunkflow.training": {"chunkflow.planning", "chunkflow.execution", "chunkflow.data", "chunkflow.training", "models"},
+    "chunkflow.training": {
+        "chunkflow.planning",
+        "chunkflow.execution",
+        "chunkflow.data",
+        "chunkflow.training",
+        "models",
+    },
 }
 
 
@@ -46,7 +52,9 @@ def test_recipes_are_short_and_copyable(tmp_path):
     assert recipes
     for recipe in recipes:
         assert len(recipe.read_text().splitlines()) < 350, recipe.name
-        assert not {name for name in imports(recipe) if name.split(".")[0] in ("recipes", "tests")}, recipe.name
+        assert not {name for name in imports(recipe) if name.split(".")[0] in ("recipes", "tests")}, (
+            recipe.name
+        )
 
 
 def test_the_readme_names_what_exists():
@@ -61,27 +69,48 @@ def test_the_readme_names_what_exists():
         named.add(str(path.relative_to(REPO)))
     listed = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split()
     for file in listed:
-        if file.split("/")[0] in ("recipes", "chunkflow", "models", "train_configs", "benchmarks", "docs") and not file.endswith("__init__.py"):
+        if file.split("/")[0] in (
+            "recipes",
+            "chunkflow",
+            "models",
+            "train_configs",
+            "benchmarks",
+            "docs",
+        ) and not file.endswith("__init__.py"):
             assert file in named, f"the file tree of the README lacks {file}"
-    for path in re.findall(r"(?:train_configs|recipes|benchmarks|docs|tests|chunkflow)/[\w/.]+\.(?:py|toml|md|slurm)", readme):
+    for path in re.findall(
+        r"(?:train_configs|recipes|benchmarks|docs|tests|chunkflow)/[\w/.]+\.(?:py|toml|md|slurm)", readme
+    ):
         assert (REPO / path).exists(), f"the README names {path}"
 
 
 def test_reliability_names_tests_that_exist():
     """docs/reliability.md puts a test behind every promise: a part of its name, or its file."""
-    table = [line.split("|")[-2] for line in (REPO / "docs" / "reliability.md").read_text().splitlines() if line.startswith("|")][2:]
+    table = [
+        line.split("|")[-2]
+        for line in (REPO / "docs" / "reliability.md").read_text().splitlines()
+        if line.startswith("|")
+    ][2:]
     assert len(table) > 12
-    functions = re.findall(r"^def (test_\w+)", (REPO / "tests" / "test_checkpoint.py").read_text(), re.MULTILINE)
+    functions = re.findall(
+        r"^def (test_\w+)", (REPO / "tests" / "test_checkpoint.py").read_text(), re.MULTILINE
+    )
     for cell in table:
         names = [name for name in re.findall(r"`([^`]+)`", cell) if not name.startswith("python ")]
         assert names, cell
         for name in names:
-            assert (REPO / name).exists() if "/" in name else any(name in function for function in functions), name
+            assert (
+                (REPO / name).exists() if "/" in name else any(name in function for function in functions)
+            ), name
 
 
 @pytest.mark.parametrize("benchmark", sorted(path.name for path in (REPO / "benchmarks").glob("*.py")))
 def test_benchmarks_start(benchmark):
     done = subprocess.run(
-        [sys.executable, f"benchmarks/{benchmark}", "--help"], cwd=REPO, capture_output=True, text=True, timeout=120
+        [sys.executable, f"benchmarks/{benchmark}", "--help"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from chunkflow.data.dataset import open_dataset
-from chunkflow.data.synthetic import ANSWER, KEYS, QUERY, VALUES, VOCABULARY, SyntheticDataset, synthetic_lengths
+from chunkflow.data.synthetic import (
+    ANSWER,
+    KEYS,
+    QUERY,
+    VALUES,
+    VOCABULARY,
+    SyntheticDataset,
+    synthetic_lengths,
+)
 
 
 def share(lengths, condition):
@@ -25,7 +33,10 @@ def test_lmsys_lengths(seed):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_llama3_lengths(seed):
     lengths = synthetic_lengths("llama3_sft", 100_000, seed)
-    short, long = [length for length in lengths if length < 8192], [length for length in lengths if length >= 8192]
+    short, long = (
+        [length for length in lengths if length < 8192],
+        [length for length in lengths if length >= 8192],
+    )
     assert len(long) / len(lengths) == pytest.approx(0.0011, abs=0.00002)
     assert sum(short) / len(short) < 1000
     assert sum(long) / len(long) == pytest.approx(37_000, rel=0.05)
@@ -49,7 +60,10 @@ def test_a_few_lengths(count):
 
 
 def test_lengths_need_no_torch():
-    code = "import sys, chunkflow.data.synthetic as s; s.synthetic_lengths('lmsys', 10, 0); assert 'torch' not in sys.modules"
+    code = (
+        "import sys, chunkflow.data.synthetic as s; s.synthetic_lengths('lmsys', 10, 0); assert 'torch'"
+        " not in sys.modules"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment)
 
@@ -66,7 +80,8 @@ def picks(dataset):
 
 
 def test_the_header_predicts_every_label_and_nothing_else_can(dataset):
-    """An oracle that reads the header: target t is labels[t + 1], and the answer to the question that stands at t."""
+    """An oracle that reads the header: target t is labels[t + 1], and the answer to the question that stands
+    at t."""
     for index in picks(dataset):
         length = dataset.lengths[index]
         tokens, labels = (tensor.tolist() for tensor in dataset.row(index, length))
@@ -117,7 +132,9 @@ def test_opened_by_name(tmp_path):
 
 
 def test_wrong_settings_are_sentences():
-    with pytest.raises(ValueError, match=r'training.dataset_path is "c4": the synthetic dataset is "lmsys" or "llama3_sft"'):
+    with pytest.raises(
+        ValueError, match=r'training.dataset_path is "c4": the synthetic dataset is "lmsys" or "llama3_sft"'
+    ):
         open_dataset("synthetic", "c4", None, vocab_size=2048, seed=0)
     with pytest.raises(ValueError, match=r"vocabulary of 583 ids is too small .* uses 584: choose"):
         open_dataset("synthetic", "", None, vocab_size=583, seed=0)

@@ -66,7 +66,12 @@ def test_any_text_comes_back_as_it_was(tokenizer, text):
 
 
 def test_every_byte_and_every_plane_comes_back(tokenizer):
-    text = "".join(map(chr, [*range(0x800), *range(0x2500, 0x2600), *range(0xD7F0, 0xD800), *range(0xE000, 0x110000, 997)]))
+    text = "".join(
+        map(
+            chr,
+            [*range(0x800), *range(0x2500, 0x2600), *range(0xD7F0, 0xD800), *range(0xE000, 0x110000, 997)],
+        )
+    )
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -77,7 +82,9 @@ def test_a_batch_is_its_texts_one_by_one(tokenizer):
 
 def test_the_shipped_model(tokenizer):
     assert tokenizer.vocab_size == 2048
-    assert tokenizer.bos_id is not None and tokenizer.eos_id is not None and tokenizer.bos_id != tokenizer.eos_id
+    assert (
+        tokenizer.bos_id is not None and tokenizer.eos_id is not None and tokenizer.bos_id != tokenizer.eos_id
+    )
     assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("a"), tokenizer.eos_id]) == "a"
     assert SHIPPED_MODEL.stat().st_size < 100_000
     code = "class A:\n    def f(self):\n        return None\n"
@@ -130,10 +137,13 @@ def test_what_is_no_model_is_refused_in_a_sentence(tmp_path, name, content):
         Tokenizer(str(path))
     message = str(error.value)
     assert message.startswith(f"{path}: ") and "\n" not in message
-    assert "set model.tokenizer_path to a tokenizer.json, a sentencepiece model (tokenizer.model), or a folder" in message
+    assert (
+        "set model.tokenizer_path to a tokenizer.json, a sentencepiece model (tokenizer.model), or a folder"
+        in message
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ tokenizer.json
+# --------------------------------------------------------------------------------------------- tokenizer.json
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +153,9 @@ def raw():
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<bos>", "<eos>", "<end>"]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     raw.train_from_iterator(["def words to(learn): from\n\treturn a  few\n"] * 3, trainer)
     return raw
 
@@ -164,14 +176,18 @@ def folder(raw, tmp_path):
 
 
 def test_a_tokenizer_json(folder, raw, tmp_path):
-    made = folder({"bos_token": "<bos>", "eos_token": {"content": "<eos>", "lstrip": False}, "pad_token": None})
+    made = folder(
+        {"bos_token": "<bos>", "eos_token": {"content": "<eos>", "lstrip": False}, "pad_token": None}
+    )
     assert made.vocab_size == raw.get_vocab_size() and (made.bos_id, made.eos_id) == (0, 1)
     assert made.encode_batch(TEXTS) == [raw.encode(text, add_special_tokens=False).ids for text in TEXTS]
     assert made.encode_batch([]) == [] and made.encode("a<end>") == [*made.encode("a"), 2]
     for text in TEXTS:
         assert made.decode([0, *made.encode(text), 1]) == text
         assert "".join(made.pieces(made.encode(text))) == text
-    assert "".join(made.pieces([0, *made.encode("naïve \U0001f600"), 2, 1])) == "<bos>naïve \U0001f600<end><eos>"
+    assert (
+        "".join(made.pieces([0, *made.encode("naïve \U0001f600"), 2, 1])) == "<bos>naïve \U0001f600<end><eos>"
+    )
     assert Tokenizer(str(tmp_path / "tokenizer.json")).digest == made.digest  # its folder belongs to it
 
 
@@ -197,7 +213,12 @@ def test_where_the_special_tokens_come_from(folder):
 
 
 def test_the_digest_follows_the_folder(folder):
-    configs = [None, {"eos_token": "<eos>"}, {"eos_token": "<end>"}, {"eos_token": "<end>", "chat_template": "{{ messages }}"}]
+    configs = [
+        None,
+        {"eos_token": "<eos>"},
+        {"eos_token": "<end>"},
+        {"eos_token": "<end>", "chat_template": "{{ messages }}"},
+    ]
     assert len({folder(config).digest for config in configs}) == 4
     assert folder(configs[3]).digest == folder({**configs[3], "model_max_length": 4096}).digest
 
@@ -206,12 +227,24 @@ BAD_FOLDERS = [
     ({"tokenizer_config": "{"}, "tokenizer_config.json: this file cannot be read (Expecting"),
     ({"tokenizer_config": "[]"}, "tokenizer_config.json: this file does not hold one JSON object"),
     ({"special_tokens_map": "0"}, "special_tokens_map.json: this file does not hold one JSON object"),
-    ({"config": {"eos_token": "<none>"}}, 'tokenizer_config.json: eos_token is "<none>", which the tokenizer does not have'),
+    (
+        {"config": {"eos_token": "<none>"}},
+        'tokenizer_config.json: eos_token is "<none>", which the tokenizer does not have',
+    ),
     ({"config": {"bos_token": 3}}, "tokenizer_config.json: bos_token is 3: it must be a string or null"),
     ({"config": {"bos_token": {"id": 3}}}, 'bos_token is {"id": 3}: it must be a string or null'),
-    ({"config": {"chat_template": 3}}, 'tokenizer_config.json: chat_template is 3: it must be a string, or a list of'),
-    ({"config": {"chat_template": [{"name": "rag", "template": ""}]}}, '{"name", "template"} with a "default", correct it'),
-    ({"config": {"chat_template": [{"name": "default"}]}}, '{"name", "template"} with a "default", correct it'),
+    (
+        {"config": {"chat_template": 3}},
+        "tokenizer_config.json: chat_template is 3: it must be a string, or a list of",
+    ),
+    (
+        {"config": {"chat_template": [{"name": "rag", "template": ""}]}},
+        '{"name", "template"} with a "default", correct it',
+    ),
+    (
+        {"config": {"chat_template": [{"name": "default"}]}},
+        '{"name", "template"} with a "default", correct it',
+    ),
     ({"config": {"chat_template": "{% if %}"}}, "is not valid Jinja (line 1: Expected an expression"),
 ]
 
@@ -226,7 +259,10 @@ def test_a_bad_folder_is_one_sentence(folder, case, tmp_path):
 
 def test_without_the_package_it_is_one_sentence(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match=r"tokenizer.json: .* tokenizers, which is not installed: pip install 'chunkflow\[hf\]'"):
+    with pytest.raises(
+        ValueError,
+        match=r"tokenizer.json: .* tokenizers, which is not installed: pip install 'chunkflow\[hf\]'",
+    ):
         folder()
     loaded_without = runpy.run_path(tokenizer_module.__file__)  # nor does sentencepiece need it
     assert loaded_without["Tokenizer"]().encode("so") == Tokenizer().encode("so")

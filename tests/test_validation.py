@@ -1,4 +1,5 @@
-"""Validation: the loss of whole sequences on every layout, by position, within its memory; training goes on unchanged."""
+"""Validation: the loss of whole sequences on every layout, by position, within its memory; training goes on
+unchanged."""
 
 import json
 import random
@@ -49,12 +50,15 @@ def naive_losses(hidden_TC, weight_VC, labels_T, loss_gradient):
 
 
 def whole_sequence_losses(model, sequences):
-    """Mean loss, and sum and count for each range of positions, of whole sequences one by one, by the naive functions."""
+    """Mean loss, and sum and count for each range of positions, of whole sequences one by one, by the naive
+    functions."""
     module = sys.modules[type(model).__module__]
     sums, counts = [0.0] * 3, [0] * 3
-    with mock.patch.object(module, "chunk_attention", naive_attention), mock.patch.object(
-        module, "sliced_cross_entropy", naive_losses
-    ), torch.no_grad():
+    with (
+        mock.patch.object(module, "chunk_attention", naive_attention),
+        mock.patch.object(module, "sliced_cross_entropy", naive_losses),
+        torch.no_grad(),
+    ):
         for tokens, labels in sequences:
             whole = Chunk((Segment(0, 0, len(tokens)),))
             losses = model(tokens, ChunkTensors(whole, 0, tokens, labels, torch.arange(len(tokens))))
@@ -69,7 +73,9 @@ def assert_same_losses(losses, expected):
     got, targets, by_position = losses.result()
     assert abs(got - mean) <= 1e-10 * mean and targets == sum(counts)
     names = ["up_to_1K", "up_to_4K", "up_to_16K"]
-    assert {name: count for name, (_, count) in by_position.items()} == {n: c for n, c in zip(names, counts) if c}
+    assert {name: count for name, (_, count) in by_position.items()} == {
+        n: c for n, c in zip(names, counts) if c
+    }
     for name, total, count in zip(names, sums, counts):
         assert not count or abs(by_position[name][0] - total / count) <= 1e-10 * total / count
 
@@ -79,7 +85,7 @@ def some_lengths(seed: int) -> list[int]:
     return [[70], [1100, 40, 9], [15] * 12, random_lengths(random.Random(seed), 130)][seed]
 
 
-# ---------------------------------------------------------------------------------------------------------- one process
+# ------------------------------------------------------------------------------------------------ one process
 
 
 @pytest.mark.parametrize("family", families)
@@ -88,27 +94,44 @@ def test_losses_and_memory_on_one_stage(family):
     for seed, chunk_size in enumerate((17, 100, 16, 8)):
         lengths = some_lengths(seed) + ([130, 90] if seed == 1 else [])
         sequences = random_sequences(lengths, 96, seed)
-        plan = plan_step(lengths, PlanSettings(Cost.of_model(model.args), chunk_size=chunk_size, forward_only=True))
+        plan = plan_step(
+            lengths, PlanSettings(Cost.of_model(model.args), chunk_size=chunk_size, forward_only=True)
+        )
         (groups,), (actions,) = plan.groups, plan.actions
         losses, saved = LossByPosition(max(lengths), CPU), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+        ):
             tensors = chunk_tensors(groups, sequences)
             result = run_evaluation(model, groups, actions, tensors, CPU, losses.take)
         assert_same_losses(losses, whole_sequence_losses(model, sequences))
-        assert not saved and all(parameter.grad is None for parameter in model.parameters()), "no activations, no gradients"
+        assert not saved and all(parameter.grad is None for parameter in model.parameters()), (
+            "no activations, no gradients"
+        )
         assert plan.recomputed_chunks == live_chunks(actions) == 0
         # K/V of one group in fp64, no gradients: 2 x tokens x G x D of each layer
         longest = max((group.tokens for group in groups if len(group.chunks) > 1), default=0)
-        assert result.peak_state_bytes == 8 * 2 * longest * SMALL["n_kv_heads"] * SMALL["head_dim"] * SMALL["n_layers"]
-        assert all(chunk.state is None for group in tensors for chunk in group), "a batch holds no K/V when it is done"
+        assert (
+            result.peak_state_bytes
+            == 8 * 2 * longest * SMALL["n_kv_heads"] * SMALL["head_dim"] * SMALL["n_layers"]
+        )
+        assert all(chunk.state is None for group in tensors for chunk in group), (
+            "a batch holds no K/V when it is done"
+        )
 
 
 def test_a_loss_belongs_to_the_position_that_predicts():
     positions = torch.tensor([0, 1023, 1024, 4095, 4096, 5000])
-    chunk = ChunkTensors(Chunk((Segment(0, 0, 6),)), 0, positions, torch.tensor([1, 1, 1, 1, 1, -100]), positions)
+    chunk = ChunkTensors(
+        Chunk((Segment(0, 0, 6),)), 0, positions, torch.tensor([1, 1, 1, 1, 1, -100]), positions
+    )
     losses = LossByPosition(5001, CPU)
     losses.take(chunk, torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 0.0]))
-    assert losses.result() == (31 / 5, 5, {"up_to_1K": (1.5, 2), "up_to_4K": (6.0, 2), "up_to_16K": (16.0, 1)})
+    assert losses.result() == (
+        31 / 5,
+        5,
+        {"up_to_1K": (1.5, 2), "up_to_4K": (6.0, 2), "up_to_16K": (16.0, 1)},
+    )
     assert LossByPosition(1024, CPU).names == ["up_to_1K"]
     assert LossByPosition(1 << 20, CPU).names[-2:] == ["up_to_256K", "up_to_1M"]
     assert LossByPosition(9, CPU).result() == (0.0, 0, {})
@@ -131,7 +154,8 @@ class Lengths:
 
 
 @pytest.mark.parametrize(
-    "overlong, expected", [("truncate", [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]), ("drop", [[0, 1, 3, 4], [5, 7]])]
+    "overlong, expected",
+    [("truncate", [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]), ("drop", [[0, 1, 3, 4], [5, 7]])],
 )
 def test_every_sequence_comes_once(overlong, expected):
     loader = ChunkDataLoader(
@@ -153,12 +177,26 @@ def test_every_sequence_comes_once(overlong, expected):
 @pytest.mark.parametrize("steps, tokens", [(-1, 248), (1, 170), (2, 239), (9, 248)])
 def test_all_of_the_data_or_so_many_batches(tmp_path, steps, tokens):
     valid = write_rows(tmp_path / "valid.jsonl", [150, 20, 64, 5, 9])
-    options = ["--validation.enable", "--validation.dataset=jsonl", f"--validation.dataset_path={valid}", "--validation.freq=3"]
-    options += [f"--validation.steps={steps}", "--training.steps=7", "--training.global_batch_size=2", f"--job.dump_folder={tmp_path}"]
-    config = load_config([*options, "--training.mixed_precision_param=float32", "--metrics.no_enable_tensorboard"])
+    options = [
+        "--validation.enable",
+        "--validation.dataset=jsonl",
+        f"--validation.dataset_path={valid}",
+        "--validation.freq=3",
+    ]
+    options += [
+        f"--validation.steps={steps}",
+        "--training.steps=7",
+        "--training.global_batch_size=2",
+        f"--job.dump_folder={tmp_path}",
+    ]
+    config = load_config(
+        [*options, "--training.mixed_precision_param=float32", "--metrics.no_enable_tensorboard"]
+    )
     with mock.patch.dict("os.environ", {"CHUNKFLOW_CACHE": str(tmp_path / "cache")}):
         model = small_model("llama3", torch.float32, vocab_size=2048)
-        validation = Validation(config, PlanSettings(Cost.of_model(model.args), chunk_size=16), 0, None, 2048, 0, CPU)
+        validation = Validation(
+            config, PlanSettings(Cost.of_model(model.args), chunk_size=16), 0, None, 2048, 0, CPU
+        )
     assert [step for step in range(1, 8) if validation.due(step)] == [3, 6, 7]
     device, mesh = parallel.init_processes(config)
     try:
@@ -172,7 +210,9 @@ def test_all_of_the_data_or_so_many_batches(tmp_path, steps, tokens):
                     ),
                 )  # fmt: skip
             assert planned.call_count <= 3, "plans are made once"
-        assert all(isinstance(parameter, DTensor) for parameter in model.parameters()), "parameters are shards again"
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters()), (
+            "parameters are shards again"
+        )
         assert torch.equal(generator, torch.get_rng_state())
         metrics.close()
     finally:
@@ -181,11 +221,12 @@ def test_all_of_the_data_or_so_many_batches(tmp_path, steps, tokens):
     assert first["tokens"] == second["tokens"] == tokens and first["loss"] == second["loss"]
 
 
-# ------------------------------------------------------------------------------------------------------ ranks and stages
+# ------------------------------------------------------------------------------------------- ranks and stages
 
 
 def on_ranks():
-    """Validation, then a training step: exact losses, the same number of forwards for all, gradients left alone and exact after."""
+    """Validation, then a training step: exact losses, the same number of forwards for all, gradients left
+    alone and exact after."""
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
     rank, ranks, checked = dist.get_rank(), dist.get_world_size(), 0
     for reshard in ("never", "always"):
@@ -198,14 +239,20 @@ def on_ranks():
         for seed in range(4):
             lengths = some_lengths(seed)
             sequences = random_sequences(lengths, 96, seed)
-            options = dict(chunk_size=(16, 200)[seed % 2], lockstep=reshard == "always", forward_only=True)
+            options = {
+                "chunk_size": (16, 200)[seed % 2],
+                "lockstep": reshard == "always",
+                "forward_only": True,
+            }
             plan = plan_step(lengths, PlanSettings(Cost.of_model(model.args), ranks, **options))
             assert reshard == "never" or len(set(map(len, plan.actions))) == 1
             for parameter in model.parameters():
                 parameter.grad = torch.full_like(parameter, 3.0)
             losses = LossByPosition(max(lengths), CPU)
             groups = plan.groups[rank]
-            run_evaluation(model, groups, plan.actions[rank], chunk_tensors(groups, sequences), CPU, losses.take)
+            run_evaluation(
+                model, groups, plan.actions[rank], chunk_tensors(groups, sequences), CPU, losses.take
+            )
             model.reset_iter_state()
             dist.all_reduce(losses.figures)
             assert_same_losses(losses, whole_sequence_losses(reference, sequences))
@@ -232,18 +279,26 @@ def on_stages(shape, virtuals):
             losses = LossByPosition(max(lengths), CPU)
             groups = plan.groups[pipeline.replica]
             program = plan.pipeline.program[pipeline.rank]
-            result = pipeline.schedule.evaluate(program, groups, chunk_tensors(groups, sequences), losses.take)
+            result = pipeline.schedule.evaluate(
+                program, groups, chunk_tensors(groups, sequences), losses.take
+            )
             for model in pipeline.models.values():
                 model.reset_iter_state()
             dist.all_reduce(losses.figures)
             assert_same_losses(losses, whole_sequence_losses(whole, sequences))
-            assert max(result.live_chunks) == 0 and max(result.stage_inputs) <= 2 and result.receive_buffers <= 2 * virtual
+            assert (
+                max(result.live_chunks) == 0
+                and max(result.stage_inputs) <= 2
+                and result.receive_buffers <= 2 * virtual
+            )
             for stage in pipeline.schedule._stages:
                 assert not stage.fwd_cache and not stage.args_recv_info and not stage.bwd_cache
             assert not pipeline.schedule.states and not pipeline.schedule.in_flight
             longest = max((group.tokens for group in groups if len(group.chunks) > 1), default=0)
             own_layers = sum(len(model.layers) for model in pipeline.models.values())
-            assert result.state_bytes <= 8 * 2 * longest * SMALL["n_kv_heads"] * SMALL["head_dim"] * own_layers
+            assert (
+                result.state_bytes <= 8 * 2 * longest * SMALL["n_kv_heads"] * SMALL["head_dim"] * own_layers
+            )
             checked += 1
         _, got, _ = pipeline.step(pipeline.plan([70, 9, 33], 1), trained)
         assert_same_gradients(got, {name: expected[name] for name in got}, 1e-10)
@@ -259,7 +314,9 @@ def on_layouts(*shapes):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size, shapes", [(1, []), (2, [((2, 1), (1, 2))]), (3, []), (4, [((2, 2), (1,))])])
+@pytest.mark.parametrize(
+    "world_size, shapes", [(1, []), (2, [((2, 1), (1, 2))]), (3, []), (4, [((2, 2), (1,))])]
+)
 def test_losses_on_ranks_and_stages(world_size, shapes):
     checked = on_layouts() if world_size == 1 else run_ranks(on_layouts, world_size, *shapes)[0]
     assert checked == (8 if world_size < 4 else 0) + sum(4 * len(virtuals) for _, virtuals in shapes)
@@ -276,7 +333,10 @@ def test_programs_of_stages_are_checked_and_in_step(ranks, stages):
     check_schedule(program, counts, 1, stages)
     for rank, entries in enumerate(program):
         for index in range(len(entries)):
-            for mutated in (entries[:index] + entries[index + 1 :], entries[:index] + [entries[index]] + entries[index:]):
+            for mutated in (
+                entries[:index] + entries[index + 1 :],
+                entries[:index] + [entries[index]] + entries[index:],
+            ):
                 with pytest.raises(ValueError, match="of group"):
                     check_schedule(program[:rank] + [mutated] + program[rank + 1 :], counts, 1, stages)
         waiting = 0
@@ -288,18 +348,22 @@ def test_programs_of_stages_are_checked_and_in_step(ranks, stages):
 
 def test_ranks_without_chunks_still_take_part():
     for lockstep, expected in ((False, [5, 1, 1]), (True, [5, 5, 5])):
-        actions = plan_step([70], PlanSettings(Cost(1.0, 0.0), 3, chunk_size=16, lockstep=lockstep, forward_only=True)).actions
+        actions = plan_step(
+            [70], PlanSettings(Cost(1.0, 0.0), 3, chunk_size=16, lockstep=lockstep, forward_only=True)
+        ).actions
         assert list(map(len, actions)) == expected
         assert {action.kind for own in actions for action in own} == {Kind.EVALUATE}
         assert all(action.group == DUMMY for action in actions[1])
 
 
-# ---------------------------------------------------------------------------------------------------- the log, the config
+# ---------------------------------------------------------------------------------------- the log, the config
 
 
 def test_an_interval_goes_on_after_validation_and_resume_takes_back_rows(tmp_path):
     def start(**more):
-        config = load_config([f"--job.dump_folder={tmp_path}", "--validation.enable", "--metrics.no_enable_tensorboard"])
+        config = load_config(
+            [f"--job.dump_folder={tmp_path}", "--validation.enable", "--metrics.no_enable_tensorboard"]
+        )
         return MetricsLogger(config, CPU, torch.float32, **more)
 
     plan = plan_step([5], PlanSettings(Cost(1.0, 0.0)))
@@ -311,7 +375,9 @@ def test_an_interval_goes_on_after_validation_and_resume_takes_back_rows(tmp_pat
         del peak
         metrics.interrupt()
         time.sleep(0.3)
-        metrics.log_validation(step, loss=2.0, tokens=30, supervised_tokens=20, by_position={"up_to_1K": (2.0, 20)})
+        metrics.log_validation(
+            step, loss=2.0, tokens=30, supervised_tokens=20, by_position={"up_to_1K": (2.0, 20)}
+        )
     metrics.log(3, plan, loss=1.0, max_loss=1.0, grad_norm=1.0, lr=0.1, supervised_tokens=4)
     metrics.close()
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
@@ -319,8 +385,15 @@ def test_an_interval_goes_on_after_validation_and_resume_takes_back_rows(tmp_pat
     path = tmp_path / "validation.jsonl"
     second, third = map(json.loads, path.read_text().splitlines())
     assert 0.3 <= third["seconds"] < 0.4 and third["tps"] == pytest.approx(30 / third["seconds"])
-    assert row["memory_gib"] > third["memory_gib"] + 0.1, "the interval keeps the peak that it had before validation"
-    assert (second["step"], second["loss"], second["loss_up_to_1K"], second["supervised_tokens_up_to_1K"]) == (2, 2.0, 2.0, 20)
+    assert row["memory_gib"] > third["memory_gib"] + 0.1, (
+        "the interval keeps the peak that it had before validation"
+    )
+    assert (
+        second["step"],
+        second["loss"],
+        second["loss_up_to_1K"],
+        second["supervised_tokens_up_to_1K"],
+    ) == (2, 2.0, 2.0, 20)
     with open(path, "a") as file:
         file.write('{"step": 4, "lo')
     start(start_step=2).close()
@@ -360,12 +433,19 @@ def test_missing_and_overlong_validation_data_are_named(tmp_path):
         check_paths(load_config([*options, f"--validation.dataset_path={tmp_path / 'no.jsonl'}"]))
     data = write_rows(tmp_path / "rows.jsonl", [30])
     valid = write_rows(tmp_path / "valid.jsonl", [30, 101])
-    options += ["--training.dataset=jsonl", f"--training.dataset_path={data}", f"--validation.dataset_path={valid}"]
+    options += [
+        "--training.dataset=jsonl",
+        f"--training.dataset_path={data}",
+        f"--validation.dataset_path={valid}",
+    ]
     done = run(tmp_path, *options, "--training.seq_len=100")
-    assert done.returncode == 1 and f"error: {valid}:2: 101 tokens, but training.seq_len admits 100" in done.stdout, done.stdout
+    assert (
+        done.returncode == 1
+        and f"error: {valid}:2: 101 tokens, but training.seq_len admits 100" in done.stdout
+    ), done.stdout
 
 
-# ------------------------------------------------------------------------------------------------------------ the recipes
+# ------------------------------------------------------------------------------------------------ the recipes
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +456,8 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "recipe, options", [("finetune.py", []), ("finetune_pipeline.py", ["--parallelism.pipeline_parallel_degree=2"])]
+    "recipe, options",
+    [("finetune.py", []), ("finetune_pipeline.py", ["--parallelism.pipeline_parallel_degree=2"])],
 )
 def test_recipes_validate_and_train_on_unchanged(tmp_path, data, recipe, options):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -384,7 +465,7 @@ def test_recipes_validate_and_train_on_unchanged(tmp_path, data, recipe, options
     rows, valid = data
     options = ["--training.mixed_precision_param=float32", "--training.steps=3", *options]
     validate = ["--validation.enable", f"--validation.dataset_path={valid}", "--validation.freq=2"]
-    environ = dict(processes=2, TRAIN_FILE=str(REPO / "recipes" / recipe))
+    environ = {"processes": 2, "TRAIN_FILE": str(REPO / "recipes" / recipe)}
     plain = train(tmp_path, "plain", rows, *options, "--metrics.no_enable_tensorboard", **environ)
     validated = train(tmp_path, "validated", rows, *options, *validate, **environ)
     for name in ("loss", "grad_norm", "tokens", "n_tokens_seen"):
@@ -394,7 +475,9 @@ def test_recipes_validate_and_train_on_unchanged(tmp_path, data, recipe, options
     assert (second["step"], third["step"]) == (2, 3) and third["tokens"] == 1366
     for row in (second, third):
         assert 5 < row["loss"] < 9
-        assert row["supervised_tokens"] == row["supervised_tokens_up_to_1K"] + row["supervised_tokens_up_to_4K"]
+        assert (
+            row["supervised_tokens"] == row["supervised_tokens_up_to_1K"] + row["supervised_tokens_up_to_4K"]
+        )
         sums = [row[f"loss_{name}"] * row[f"supervised_tokens_{name}"] for name in ("up_to_1K", "up_to_4K")]
         assert sum(sums) == pytest.approx(row["loss"] * row["supervised_tokens"], rel=1e-12)
     assert third["loss"] != second["loss"]

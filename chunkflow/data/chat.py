@@ -1,8 +1,10 @@
-"""Chats -> text, and which characters of it the assistant wrote: by the model's own template, or by a built-in one.
+"""Chats -> text, and which characters of it the assistant wrote: by the model's own template, or by a
+built-in one.
 
-The loss belongs to what the model is to generate: an assistant's content and the token that ends its turn. Where a turn
-begins and ends is read off the template itself: what it renders for the messages before the turn (with the prompt that asks
-for an answer) and for the messages up to the turn, which both have to be the beginning of what it renders for all.
+The loss belongs to what the model is to generate: an assistant's content and the token that ends its turn.
+Where a turn begins and ends is read off the template itself: what it renders for the messages before the turn
+(with the prompt that asks for an answer) and for the messages up to the turn, which both have to be the
+beginning of what it renders for all.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ CHATML = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}
 """
-# Llama 3's model card: contents without surrounding white space, and what tools answer under the name "ipython".
+# Llama 3's model card: contents without surrounding white space, and what tools answer under the name
+# "ipython".
 LLAMA3 = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -38,8 +41,8 @@ LLAMA3 = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}
 """
-# A system message opens the first user's turn. (Mistral's own later templates move it to the last one: what follows a turn
-# would then change what stands before it.)
+# A system message opens the first user's turn. (Mistral's own later templates move it to the last one: what
+# follows a turn would then change what stands before it.)
 MISTRAL = """\
 {{- bos_token -}}
 {%- set waiting = namespace(system='') -%}
@@ -75,7 +78,8 @@ class Turn(NamedTuple):
     message: int
     start: int
     end: int  # behind the token that ends the turn
-    limit: int  # behind what the template puts there before the next message, such as a line break: no loss on it
+    # behind what the template puts there before the next message, such as a line break: no loss on it
+    limit: int
 
 
 class RenderedChat(NamedTuple):
@@ -89,18 +93,24 @@ class RenderedChat(NamedTuple):
         return [place for turn in self.turns for place in (turn.start, turn.end)]
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 
 def read_messages(row: dict, form: str) -> Messages:
-    """The chat of a row under "messages" ({"role", "content"}) or "conversations" ({"from", "value"}, as ShareGPT has them).
+    """The chat of a row under "messages" ({"role", "content"}) or "conversations" ({"from", "value"}, as
+    ShareGPT has them).
 
     A message may carry "weight": 0, no loss on it, or 1. ValueError, one sentence, for whatever is wrong.
     """
-    given, (role_key, content_key) = row[form], ("role", "content") if form == "messages" else ("from", "value")
+    given, (role_key, content_key) = (
+        row[form],
+        ("role", "content") if form == "messages" else ("from", "value"),
+    )
     rule = f'it must be an object with "{role_key}" and "{content_key}"'
     if not isinstance(given, list):
-        raise ValueError(f'"{form}" is {show(given)}: it must be a list of {{"{role_key}", "{content_key}"}} objects')
+        raise ValueError(
+            f'"{form}" is {show(given)}: it must be a list of {{"{role_key}", "{content_key}"}} objects'
+        )
     if not given:
         raise ValueError(f'"{form}" is an empty list: a sequence has at least one message, remove the row')
     messages, trained = [], []
@@ -120,18 +130,24 @@ def read_messages(row: dict, form: str) -> Messages:
             raise ValueError(f"{name} has the role {show(role)}: rename it to one of {', '.join(roles)}")
         if form == "conversations":
             renamed = {"from": "role", "value": "content"}
-            message = {renamed.get(key, key): value for key, value in message.items()} | {"role": SHAREGPT_ROLES[role]}
+            message = {renamed.get(key, key): value for key, value in message.items()} | {
+                "role": SHAREGPT_ROLES[role]
+            }
         answer = message["role"] == "assistant"
         weight = message.pop("weight", int(answer))
         if type(weight) not in (int, float) or weight not in (0, 1):
             raise ValueError(f"{name}.weight is {show(weight)}: it must be 0 (no loss on this message) or 1")
         if weight and not answer:
-            raise ValueError(f"{name}.weight is 1, and there is loss on the assistant's messages only: remove it")
+            raise ValueError(
+                f"{name}.weight is 1, and there is loss on the assistant's messages only: remove it"
+            )
         messages.append(message)
         trained.append(weight == 1)
     tools = row.get("tools") or None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError(f"tools is {show(tools)}: it must be a list of objects, as the model's chat template reads them")
+        raise ValueError(
+            f"tools is {show(tools)}: it must be a list of objects, as the model's chat template reads them"
+        )
     return Messages(form, messages, trained, tools)
 
 
@@ -150,8 +166,8 @@ def check_keys(chat: Messages, template: str, origin: str) -> None:
 
 
 def plain_spans(chat: Messages) -> list[tuple[str, bool]]:
-    """ChatML for a tokenizer that has no special tokens for chats: `<|im_start|>role`, a line break, the content,
-    `<|im_end|>`, a line break, as (text, whether there is loss on it).
+    """ChatML for a tokenizer that has no special tokens for chats: `<|im_start|>role`, a line break, the
+    content, `<|im_end|>`, a line break, as (text, whether there is loss on it).
 
     Each span is to be tokenised by itself, so that no token has a part in two of them.
     """
@@ -163,29 +179,36 @@ def plain_spans(chat: Messages) -> list[tuple[str, bool]]:
     return spans
 
 
-# ------------------------------------------------------------------------------------------------------------ templates
+# -------------------------------------------------------------------------------------------------- templates
 
 
 class Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`, by which some templates mark what the model writes, renders its content."""
+    """`{% generation %} ... {% endgeneration %}`, by which some templates mark what the model writes, renders
+    its content."""
 
     tags = {"generation"}
 
     def parse(self, parser):
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(
+            line
+        )
 
 
 class ChatTemplate:
-    """A Jinja template of the Hugging Face kind, which is code of a stranger: it runs in jinja2's immutable sandbox.
+    """A Jinja template of the Hugging Face kind, which is code of a stranger: it runs in jinja2's immutable
+    sandbox.
 
-    `templates`: by name, "default" and perhaps "tool_use", which rows with tools get. `tokens`: what "bos_token" and the like
-    stand for. `special`: the texts of all special tokens. ValueError where a template is not valid; `origin` names it there.
+    `templates`: by name, "default" and perhaps "tool_use", which rows with tools get. `tokens`: what
+    "bos_token" and the like stand for. `special`: the texts of all special tokens. ValueError where a
+    template is not valid; `origin` names it there.
     """
 
     def __init__(self, templates: dict[str, str], tokens: dict[str, str], special: list[str], origin: str):
         self._sources, self._tokens, self._origin = templates, tokens, origin
-        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or NOTHING)
+        self._special = re.compile(
+            "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or NOTHING
+        )
         now = datetime.now()  # one moment for all: two renderings must not differ by the clock
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
@@ -195,18 +218,29 @@ class ChatTemplate:
         try:
             self._compiled = {name: environment.from_string(source) for name, source in templates.items()}
         except TemplateSyntaxError as error:
-            raise ValueError(f"{origin} is not valid Jinja (line {error.lineno}: {error.message}): repair it") from None
+            raise ValueError(
+                f"{origin} is not valid Jinja (line {error.lineno}: {error.message}): repair it"
+            ) from None
 
-    def render(self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False) -> str:
-        """The text of a chat, as transformers renders it; with `add_generation_prompt` up to where the assistant writes."""
+    def render(
+        self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False
+    ) -> str:
+        """The text of a chat, as transformers renders it; with `add_generation_prompt` up to where the
+        assistant writes."""
         compiled = self._compiled[self._name(tools)]
         try:
             return compiled.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self._tokens
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._tokens,
             )
         except Exception as error:  # whatever the stranger's code does
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{self._origin} cannot render the messages ({reason}): correct them, or the template") from None
+            raise ValueError(
+                f"{self._origin} cannot render the messages ({reason}): correct them, or the template"
+            ) from None
 
     def _name(self, tools: list[dict] | None) -> str:
         return "tool_use" if tools and "tool_use" in self._sources else "default"
@@ -214,8 +248,8 @@ class ChatTemplate:
     def turns(self, chat: Messages) -> RenderedChat:
         """The text of a chat and the turns with loss in it.
 
-        ValueError where the template does not render a turn in the whole chat as it does when the turn is the last, because
-        it drops earlier reasoning, say: the loss would be on what the model is never to write.
+        ValueError where the template does not render a turn in the whole chat as it does when the turn is the
+        last, because it drops earlier reasoning, say: the loss would be on what the model is never to write.
         """
         messages, tools = chat.messages, chat.tools
         source = self._sources[self._name(tools)]
@@ -231,24 +265,31 @@ class ChatTemplate:
                 after = text if place + 1 == len(messages) else self.render(messages[: place + 1], tools)
             except ValueError as error:
                 raise ValueError(f"{chat.form}[{place}]: up to here {error}") from None
-            remedy = 'give it "weight": 0 (no loss on it), or use a template (chat_template.jinja) that keeps it'
+            remedy = (
+                'give it "weight": 0 (no loss on it), or use a template (chat_template.jinja) that keeps it'
+            )
             if not text.startswith(after):
                 raise ValueError(
-                    f"{chat.form}[{place}]: {self._origin} renders the messages up to here otherwise once more follow (it"
-                    f" changes or drops earlier text): {remedy}, or make a row that ends with it"
+                    f"{chat.form}[{place}]: {self._origin} renders the messages up to here otherwise once"
+                    f" more follow (it changes or drops earlier text): {remedy}, or make a row that ends with"
+                    " it"
                 )
             if not after.startswith(before):
                 raise ValueError(
-                    f"{chat.form}[{place}]: {self._origin} does not begin this turn with the prompt that it asks for an answer"
-                    f" with ({show(_difference(before, after))} is missing): {remedy}"
+                    f"{chat.form}[{place}]: {self._origin} does not begin this turn with the prompt that it"
+                    f" asks for an answer with ({show(_difference(before, after))} is missing): {remedy}"
                 )
             content = messages[place].get("content", "").strip()
-            if "add_generation_prompt" not in source and not after[len(before) :].lstrip().startswith(content):
+            if "add_generation_prompt" not in source and not after[len(before) :].lstrip().startswith(
+                content
+            ):
                 raise ValueError(
                     f"{chat.form}[{place}]: {self._origin} does not say where the answer begins in"
                     f" {show(after[len(before) :])} (it knows no add_generation_prompt): {remedy}"
                 )
-            turns.append(Turn(place, len(before), self._end_of_turn(text, len(before), len(after)), len(after)))
+            turns.append(
+                Turn(place, len(before), self._end_of_turn(text, len(before), len(after)), len(after))
+            )
         return RenderedChat(text, turns, chat.form)
 
     def _end_of_turn(self, text: str, start: int, limit: int) -> int:
@@ -270,24 +311,30 @@ def built_in_template(tokens: dict[str, str], special: list[str]) -> ChatTemplat
 
 def _difference(before: str, after: str) -> str:
     """What `before` has behind the part that both begin with."""
-    same = next((place for place, (one, other) in enumerate(zip(before, after)) if one != other), min(len(before), len(after)))
+    same = next(
+        (place for place, (one, other) in enumerate(zip(before, after)) if one != other),
+        min(len(before), len(after)),
+    )
     return before[same:]
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     """JSON as it is, where Jinja's own filter would escape it for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> None:
     raise ValueError(message)
 
 
-# --------------------------------------------------------------------------------------------------------------- labels
+# ----------------------------------------------------------------------------------------------------- labels
 
 
 def labels_of(chat: RenderedChat, ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
-    """The label of each token: itself within a turn, else -100. `offsets`: the characters that each token stands for.
+    """The label of each token: itself within a turn, else -100. `offsets`: the characters that each token
+    stands for.
 
     ValueError where a token lies partly in a turn.
     """
@@ -298,7 +345,8 @@ def labels_of(chat: RenderedChat, ids: list[int], offsets: list[tuple[int, int]]
                 raise ValueError(_inside(chat, turn, "begins", offsets[token]))
             token += 1
         while token < len(ids) and offsets[token][0] < turn.end:
-            # It may reach beyond the end, up to the limit: some tokenizers take white space into the special token before.
+            # It may reach beyond the end, up to the limit: some tokenizers take white space into the special
+            # token before.
             if offsets[token][1] > turn.limit:
                 raise ValueError(_inside(chat, turn, "ends", offsets[token]))
             labels[token] = ids[token]
@@ -308,12 +356,14 @@ def labels_of(chat: RenderedChat, ids: list[int], offsets: list[tuple[int, int]]
 
 def _inside(chat: RenderedChat, turn: Turn, verb: str, span: tuple[int, int]) -> str:
     return (
-        f"{chat.form}[{turn.message}]: its text {verb} inside the token {show(chat.text[slice(*span)])}, so that its loss"
-        ' cannot be told from that of its neighbour: remove white space around its content, or give it "weight": 0'
+        f"{chat.form}[{turn.message}]: its text {verb} inside the token {show(chat.text[slice(*span)])}, so"
+        " that its loss"
+        " cannot be told from that of its neighbour: remove white space around its content, or give it"
+        ' "weight": 0'
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------ words
 
 
 def show(value) -> str:
@@ -329,5 +379,7 @@ def checked_text(text, name: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         lone = f"\\u{ord(text[error.start]):04x}"
-        raise ValueError(f"{name} has {lone} at position {error.start}, which is half a character: repair it") from None
+        raise ValueError(
+            f"{name} has {lone} at position {error.start}, which is half a character: repair it"
+        ) from None
     return text

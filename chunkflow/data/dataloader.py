@@ -1,7 +1,8 @@
 """Global batches -> plans -> chunk tensors of this rank, made while the step before is still running.
 
-Every rank walks the same order of sequences and builds the same plan from their lengths; it then reads only the tokens of its
-own sequences. The data state is therefore one number, the same on all ranks: the sequences passed so far.
+Every rank walks the same order of sequences and builds the same plan from their lengths; it then reads only
+the tokens of its own sequences. The data state is therefore one number, the same on all ranks: the sequences
+passed so far.
 """
 
 from __future__ import annotations
@@ -60,12 +61,12 @@ class StepData:
 
 
 class ChunkDataLoader:
-    """Iterates over steps, without end: past the end of the data a new epoch begins, shuffled anew. With `once` (validation) it
-    ends there: every sequence comes once, and the last step may have fewer.
+    """Iterates over steps, without end: past the end of the data a new epoch begins, shuffled anew. With
+    `once` (validation) it ends there: every sequence comes once, and the last step may have fewer.
 
-    `overlong` says what becomes of sequences longer than `seq_len` tokens: "error" (ValueError here), "truncate" or "drop".
-    `rank` counts data-parallel ranks; the ranks of one pipeline share theirs, and read the same chunks. `make_plan` is `plan_step` with
-    the settings, in the loader's thread, unless given.
+    `overlong` says what becomes of sequences longer than `seq_len` tokens: "error" (ValueError here),
+    "truncate" or "drop". `rank` counts data-parallel ranks; the ranks of one pipeline share theirs, and read
+    the same chunks. `make_plan` is `plan_step` with the settings, in the loader's thread, unless given.
     """
 
     def __init__(
@@ -93,7 +94,9 @@ class ChunkDataLoader:
         self._order: tuple[int, list[int]] = (-1, [])
         self.end = math.inf  # of the cursor
         if once:  # a step with nothing but dropped sequences does not come
-            self.end = next(end for end in range(len(dataset), 0, -1) if not self._dropped(self._row(end - 1)))
+            self.end = next(
+                end for end in range(len(dataset), 0, -1) if not self._dropped(self._row(end - 1))
+            )
 
     def _check_lengths(self) -> str:
         lengths = self.dataset.lengths
@@ -103,14 +106,16 @@ class ChunkDataLoader:
         first, excess = overlong[0], sum(lengths[index] for index in overlong)
         if self.overlong == "error":
             raise ValueError(
-                f"{self.dataset.source(first)}: {lengths[first]:,} tokens, but training.seq_len admits {self.seq_len:,}"
-                f" ({len(overlong):,} sequences of {len(lengths):,} are longer, the longest has {max(lengths):,} tokens): raise"
+                f"{self.dataset.source(first)}: {lengths[first]:,} tokens, but training.seq_len admits"
+                f" {self.seq_len:,} ({len(overlong):,} sequences of {len(lengths):,} are longer, the longest"
+                f" has {max(lengths):,} tokens): raise"
                 ' training.seq_len, or set training.overlong to "truncate" or "drop"'
             )
         if self.overlong == "drop":
             if len(overlong) == len(lengths):
                 raise ValueError(
-                    f"all {len(lengths):,} sequences are longer than training.seq_len = {self.seq_len:,} and training.overlong ="
+                    f"all {len(lengths):,} sequences are longer than training.seq_len = {self.seq_len:,} and"
+                    " training.overlong ="
                     f' "drop" leaves none: raise training.seq_len to at least {min(lengths):,}'
                 )
             return f"dropped {len(overlong):,} sequences ({excess:,} tokens)"
@@ -186,7 +191,9 @@ class ChunkDataLoader:
         ledger.trained = sum(supervised)
         ledger.masked = sum(lengths) - ledger.trained
         plan = self.make_plan(lengths)
-        own = sorted({s.sequence for group in plan.groups[self.rank] for chunk in group.chunks for s in chunk.segments})
+        own = sorted(
+            {s.sequence for group in plan.groups[self.rank] for chunk in group.chunks for s in chunk.segments}
+        )
         return StepData(
             plan=plan,
             rows=rows,
@@ -213,11 +220,14 @@ class ChunkDataLoader:
             self._order = epoch, order
         return self._order[1][place]
 
-    def _tensors(self, plan: Plan, rows: list[int], lengths: list[int], own: list[int]) -> list[list[ChunkTensors]]:
+    def _tensors(
+        self, plan: Plan, rows: list[int], lengths: list[int], own: list[int]
+    ) -> list[list[ChunkTensors]]:
         tokens, targets = {}, {}
         for sequence in own:
             ids, labels = self.dataset.row(rows[sequence], lengths[sequence])
-            # The one shift: position t is to predict token t + 1. It happens on the whole sequence, before any cut.
+            # The one shift: position t is to predict token t + 1. It happens on the whole sequence, before
+            # any cut.
             tokens[sequence], targets[sequence] = ids, torch.cat([labels[1:], labels.new_tensor([IGNORE])])
         groups = []
         for group in plan.groups[self.rank]:

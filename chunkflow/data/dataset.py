@@ -1,9 +1,10 @@
-"""Data sets: text files and JSONL -> tokens on disk, memory-mapped; read once by whichever process comes first.
+"""Data sets: text files and JSONL -> tokens on disk, memory-mapped; read once by whichever process comes
+first.
 
-Every dataset has `len(dataset)`; `dataset.lengths`, a list of tokens per sequence; `dataset.row(index, length)`, tokens and
-labels of the first `length` tokens, as int64 tensors; `dataset.supervised(index, length)`, how many targets those have;
-`dataset.source(index)`, "FILE:LINE". Labels are aligned with tokens (the label of a token is the token itself or -100: no
-loss); the shift by one happens in the dataloader.
+Every dataset has `len(dataset)`; `dataset.lengths`, a list of tokens per sequence; `dataset.row(index,
+length)`, tokens and labels of the first `length` tokens, as int64 tensors; `dataset.supervised(index,
+length)`, how many targets those have; `dataset.source(index)`, "FILE:LINE". Labels are aligned with tokens
+(the label of a token is the token itself or -100: no loss); the shift by one happens in the dataloader.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from chunkflow.execution.loss import IGNORE
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 2  # to be raised whenever the same files and tokenizer give other tokens, or other files in the cache
+CACHE_FORMAT = (
+    2  # to be raised whenever the same files and tokenizer give other tokens, or other files in the cache
+)
 BATCH_CHARACTERS = 1 << 20  # tokenised at once; bounds the memory that tokenising takes
 
 FORMS = {  # of a row, and the keys of each
@@ -46,7 +49,10 @@ FORMS = {  # of a row, and the keys of each
     "prompt": ("prompt", "completion"),
     "input_ids": ("input_ids", "labels"),
 }
-FORMS_SENTENCE = 'a row is {"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"} or {"input_ids"[, "labels"]}'
+FORMS_SENTENCE = (
+    'a row is {"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"} or'
+    ' {"input_ids"[, "labels"]}'
+)
 
 
 class Row(NamedTuple):
@@ -70,12 +76,13 @@ def open_dataset(
     cache_dir: str | None = None,
     section: str = "training",
 ) -> TokenDataset | SyntheticDataset:
-    """The dataset "python_stdlib", "jsonl" or "synthetic" (training.dataset) at `path` (training.dataset_path), or those of
-    another `section`.
+    """The dataset "python_stdlib", "jsonl" or "synthetic" (training.dataset) at `path`
+    (training.dataset_path), or those of another `section`.
 
-    Text is tokenised at the first call, into `cache_dir` (None: $CHUNKFLOW_CACHE, $XDG_CACHE_HOME/chunkflow or
-    ~/.cache/chunkflow); several processes may call at once. Without a tokenizer only ready token ids can be read. `vocab_size`
-    is the model's: an id that is not below it is an error. `seed` matters to "synthetic" alone.
+    Text is tokenised at the first call, into `cache_dir` (None: $CHUNKFLOW_CACHE, $XDG_CACHE_HOME/chunkflow
+    or ~/.cache/chunkflow); several processes may call at once. Without a tokenizer only ready token ids can
+    be read. `vocab_size` is the model's: an id that is not below it is an error. `seed` matters to
+    "synthetic" alone.
 
     Raises ValueError, one sentence with FILE:LINE where there is one, for whatever is wrong with the data.
     """
@@ -84,7 +91,8 @@ def open_dataset(
     if name == "python_stdlib":
         if path:
             raise ValueError(
-                f'{section}.dataset_path is "{path}" and python_stdlib takes none: remove it, or set {section}.dataset'
+                f'{section}.dataset_path is "{path}" and python_stdlib takes none: remove it, or set'
+                f" {section}.dataset"
             )
         if tokenizer is None:
             raise ValueError("python_stdlib is text and there is no tokenizer: set model.tokenizer_path")
@@ -100,10 +108,14 @@ def open_dataset(
     meta = _read_meta(folder) or _build_once(folder, files, read, tokenizer, vocab_size)
     if meta["rows"] == 0:
         place = path or sysconfig.get_paths()["stdlib"]
-        raise ValueError(f"{place}: there is no sequence in it: choose another {section}.dataset or {section}.dataset_path")
+        raise ValueError(
+            f"{place}: there is no sequence in it: choose another {section}.dataset or {section}.dataset_path"
+        )
     if changed := _changed(before):  # between its digest and its tokens, perhaps
         shutil.rmtree(folder, ignore_errors=True)
-        raise ValueError(f"{changed}: the file changed while it was read: start again when nothing writes to it")
+        raise ValueError(
+            f"{changed}: the file changed while it was read: start again when nothing writes to it"
+        )
     identity = {
         "training.dataset": name,
         "content (digest)": content,
@@ -113,7 +125,9 @@ def open_dataset(
     }
     dataset = TokenDataset(folder, files, identity, before)
     if meta["largest_id"] >= vocab_size:  # the cache may have been made for a larger model
-        raise ValueError(f"{dataset.source(meta['largest_id_row'])}: {_beyond(meta['largest_id'], vocab_size)}")
+        raise ValueError(
+            f"{dataset.source(meta['largest_id_row'])}: {_beyond(meta['largest_id'], vocab_size)}"
+        )
     return dataset
 
 
@@ -139,7 +153,8 @@ class TokenDataset:
         return f"{self._files[self._sources[2 * index]]}:{self._sources[2 * index + 1]}"
 
     def changed_file(self) -> str:
-        """A file that is no longer as it was read, or ""; its sequences stay as they were, since training reads the cache."""
+        """A file that is no longer as it was read, or ""; its sequences stay as they were, since training
+        reads the cache."""
         return _changed(self._stamps)
 
     def row(self, index: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,14 +163,16 @@ class TokenDataset:
         return tokens, tokens.clone() if self._labels is None else self._slice(self._labels, index, length)
 
     def supervised(self, index: int, length: int) -> int:
-        """How many of the first `length` tokens are a target. The first never is: no token comes before it."""
+        """How many of the first `length` tokens are a target. The first never is: no token comes before
+        it."""
         if self._labels is None:
             return length - 1
         return int((self._slice(self._labels, index, length)[1:] != IGNORE).sum())
 
     def _slice(self, mapped: memoryview, index: int, length: int) -> torch.Tensor:
         start = self._offsets[index]
-        # A copy of these few bytes: torch shares memory with writable buffers only, and the map is not writable.
+        # A copy of these few bytes: torch shares memory with writable buffers only, and the map is not
+        # writable.
         return torch.frombuffer(bytearray(mapped[start : start + length]), dtype=torch.int32).long()
 
 
@@ -164,11 +181,12 @@ def _map(path: Path, code: str) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).cast(code)
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def python_files() -> list[str]:
-    """The sources of the interpreter's own library, without installed packages and tests, sorted by their path in it."""
+    """The sources of the interpreter's own library, without installed packages and tests, sorted by their
+    path in it."""
     root = sysconfig.get_paths()["stdlib"]
     paths = []
     for folder, subfolders, names in os.walk(root):
@@ -178,34 +196,42 @@ def python_files() -> list[str]:
 
 
 def jsonl_files(path: str, section: str = "training") -> list[str]:
-    """The files that the section's dataset_path stands for, sorted: a *.jsonl file, those of a folder at any depth, or a pattern.
+    """The files that the section's dataset_path stands for, sorted: a *.jsonl file, those of a folder at any
+    depth, or a pattern.
 
     Raises ValueError where there are none, or one is of another kind.
     """
     if not path:
-        raise ValueError(f"{section}.dataset_path is empty: set it to a *.jsonl file, a folder of them, or a pattern")
+        raise ValueError(
+            f"{section}.dataset_path is empty: set it to a *.jsonl file, a folder of them, or a pattern"
+        )
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
         files = glob.glob(os.path.join(glob.escape(expanded), "**", "*.jsonl"), recursive=True)
         if not files:
-            raise ValueError(f"{path}: no *.jsonl file in this folder: only JSONL is read, convert other formats to it")
+            raise ValueError(
+                f"{path}: no *.jsonl file in this folder: only JSONL is read, convert other formats to it"
+            )
     elif os.path.exists(expanded):
         files = [expanded]
     else:
         files = [file for file in glob.glob(expanded, recursive=True) if not os.path.isdir(file)]
         if not files:
             raise ValueError(
-                f"{path}: no such file or folder, and no file matches it as a pattern: set {section}.dataset_path to *.jsonl "
-                "files on this machine (data sets of the Hugging Face hub are not read by name: save them as JSONL first)"
+                f"{path}: no such file or folder, and no file matches it as a pattern: set"
+                f" {section}.dataset_path to *.jsonl files on this machine (data sets of the Hugging Face hub"
+                " are not read by name: save them as JSONL first)"
             )
     files.sort()
     for file in files:
         if not file.endswith(".jsonl"):
-            raise ValueError(f"{file}: only *.jsonl files are read, one JSON object a line: convert it, or narrow the path")
+            raise ValueError(
+                f"{file}: only *.jsonl files are read, one JSON object a line: convert it, or narrow the path"
+            )
     return files
 
 
-# ----------------------------------------------------------------------------------------------------------------- rows
+# ------------------------------------------------------------------------------------------------------- rows
 
 
 def _python_rows(files: list[str], tokenizer: Tokenizer, vocab_size: int) -> Iterator[Row]:
@@ -215,7 +241,9 @@ def _python_rows(files: list[str], tokenizer: Tokenizer, vocab_size: int) -> Ite
             with tokenize.open(path) as file:  # follows the encoding that the file declares (PEP 263)
                 text = file.read()
         except (OSError, SyntaxError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}:1: this file of Python's library cannot be read ({error}): repair it") from None
+            raise ValueError(
+                f"{path}:1: this file of Python's library cannot be read ({error}): repair it"
+            ) from None
         yield Row(_text_spans(text, tokenizer), file=index, size=os.path.getsize(path))
 
 
@@ -233,17 +261,22 @@ def _jsonl_rows(files: list[str], tokenizer: Tokenizer | None, vocab_size: int) 
                         raise ValueError(f"{path}:{number}: {error}") from None
                     yield row._replace(file=index, line=number, size=len(line))
         except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror}): give it to this user to read") from None
+            raise ValueError(
+                f"{path}: cannot be read ({error.strerror}): give it to this user to read"
+            ) from None
 
 
 def _parse_line(line: bytes, tokenizer: Tokenizer | None, vocab_size: int) -> Row:
-    """A line of JSONL, in any of the forms of a row. The errors are completed with FILE:LINE by the caller."""
+    """A line of JSONL, in any of the forms of a row. The errors are completed with FILE:LINE by the
+    caller."""
     try:
         row = json.loads(line.decode(), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start + 1} of the line is not UTF-8: save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg}, column {error.colno}): write one JSON object a line") from None
+        raise ValueError(
+            f"not valid JSON ({error.msg}, column {error.colno}): write one JSON object a line"
+        ) from None
     except RecursionError:
         raise ValueError(f"the JSON is nested too deeply: {FORMS_SENTENCE}") from None
     if not isinstance(row, dict):
@@ -251,14 +284,21 @@ def _parse_line(line: bytes, tokenizer: Tokenizer | None, vocab_size: int) -> Ro
     forms = [(form, [key for key in keys if key in row]) for form, keys in FORMS.items()]
     forms = [(form, keys) for form, keys in forms if keys]
     if not forms:
-        raise ValueError(f"the row has none of the known keys (it has {show(list(row))}): {FORMS_SENTENCE}, rename its keys")
+        raise ValueError(
+            f"the row has none of the known keys (it has {show(list(row))}): {FORMS_SENTENCE}, rename its"
+            " keys"
+        )
     form, keys = forms[0]
     if len(forms) > 1:
         other = forms[1][1][0]
-        raise ValueError(f'the row has both "{keys[0]}" and "{other}": {FORMS_SENTENCE}, remove or rename one of the two')
+        raise ValueError(
+            f'the row has both "{keys[0]}" and "{other}": {FORMS_SENTENCE}, remove or rename one of the two'
+        )
     missing = {"prompt", "completion"} - set(keys) if form == "prompt" else {form} - set(keys)
     if missing:
-        raise ValueError(f'the row has "{keys[0]}" without "{missing.pop()}": {FORMS_SENTENCE}, add what is missing')
+        raise ValueError(
+            f'the row has "{keys[0]}" without "{missing.pop()}": {FORMS_SENTENCE}, add what is missing'
+        )
     if form == "input_ids":
         ids = _checked_ids(row["input_ids"], "input_ids", vocab_size)
         if not ids:
@@ -271,7 +311,9 @@ def _parse_line(line: bytes, tokenizer: Tokenizer | None, vocab_size: int) -> Ro
             raise ValueError(f"{counts}: give one label a token, -100 for no loss")
         return Row([(ids, True)], labels)
     if tokenizer is None:
-        raise ValueError(f'the row has "{form}" and there is no tokenizer: set model.tokenizer_path, or give "input_ids"')
+        raise ValueError(
+            f'the row has "{form}" and there is no tokenizer: set model.tokenizer_path, or give "input_ids"'
+        )
     if form == "text":
         return Row(_text_spans(checked_text(row["text"], "text"), tokenizer))
     if form == "prompt":
@@ -296,22 +338,28 @@ def _checked_ids(ids, name: str, vocab_size: int) -> list[int]:
         raise ValueError(f"{name} is {show(ids)}: it must be a list of integers, write token ids")
     if not set(map(type, ids)) <= {int}:  # true and false are no integers here
         place = next(place for place, token in enumerate(ids) if type(token) is not int)
-        raise ValueError(f"{name}[{place}] is {show(ids[place])}: every entry must be an integer, write token ids")
+        raise ValueError(
+            f"{name}[{place}] is {show(ids[place])}: every entry must be an integer, write token ids"
+        )
     if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
         return ids
     for place, token in enumerate(ids):
         if token >= vocab_size:
             raise ValueError(f"{name}[{place}]: {_beyond(token, vocab_size)}")
         if token < 0 and not (token == IGNORE and name == "labels"):
-            rule = "a label is a token id, or -100 for no loss" if name == "labels" else "a token id is at least 0"
+            rule = (
+                "a label is a token id, or -100 for no loss"
+                if name == "labels"
+                else "a token id is at least 0"
+            )
             raise ValueError(f"{name}[{place}] is {token}: {rule}, correct it")
     return ids
 
 
 def _beyond(token: int, vocab_size: int) -> str:
     return (
-        f"token id {token} is not in the model's vocabulary of {vocab_size} (0 to {vocab_size - 1}): choose the tokenizer "
-        "(model.tokenizer_path) that belongs to the model, or a model with more ids"
+        f"token id {token} is not in the model's vocabulary of {vocab_size} (0 to {vocab_size - 1}): choose"
+        " the tokenizer (model.tokenizer_path) that belongs to the model, or a model with more ids"
     )
 
 
@@ -319,7 +367,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not valid JSON: write null, or remove it")
 
 
-# ---------------------------------------------------------------------------------------------------------- token cache
+# ------------------------------------------------------------------------------------------------ token cache
 
 
 def cache_folder() -> Path:
@@ -339,7 +387,9 @@ def _content_digest(files: list[str]) -> str:
                 while block := file.read(1 << 20):
                     content.update(block)
         except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror}): give it to this user to read") from None
+            raise ValueError(
+                f"{path}: cannot be read ({error.strerror}): give it to this user to read"
+            ) from None
         digest.update(json.dumps([os.path.basename(path), content.hexdigest()]).encode())
     return digest.hexdigest()
 
@@ -365,7 +415,8 @@ def _changed(stamps: dict[str, tuple]) -> str:
 
 
 def _read_meta(folder: Path) -> dict | None:
-    """What is known about a complete cache; None if there is none, or one whose files have not the size they should have."""
+    """What is known about a complete cache; None if there is none, or one whose files have not the size they
+    should have."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         if all((folder / name).stat().st_size == size for name, size in meta["bytes"].items()):
@@ -375,8 +426,11 @@ def _read_meta(folder: Path) -> dict | None:
     return None
 
 
-def _build_once(folder: Path, files: list[str], read: Callable, tokenizer: Tokenizer | None, vocab_size: int) -> dict:
-    """Tokenises the files into `folder`, or waits until another process has. A cache appears whole, by a rename, or not."""
+def _build_once(
+    folder: Path, files: list[str], read: Callable, tokenizer: Tokenizer | None, vocab_size: int
+) -> dict:
+    """Tokenises the files into `folder`, or waits until another process has. A cache appears whole, by a
+    rename, or not."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{folder}.lock", "w") as lock:
@@ -404,11 +458,13 @@ def _build_once(folder: Path, files: list[str], read: Callable, tokenizer: Token
             _fsync(folder.parent)
     except OSError as error:
         raise ValueError(
-            f"{folder.parent}: the token cache cannot be written ({error.strerror}): set CHUNKFLOW_CACHE to a folder with "
-            "room that this user may write to"
+            f"{folder.parent}: the token cache cannot be written ({error.strerror}): set CHUNKFLOW_CACHE to a"
+            " folder with room that this user may write to"
         ) from None
     seconds = time.perf_counter() - start
-    logger.info(f"tokenised {meta['rows']:,} sequences ({meta['tokens']:,} tokens) in {seconds:.1f} s into {folder}")
+    logger.info(
+        f"tokenised {meta['rows']:,} sequences ({meta['tokens']:,} tokens) in {seconds:.1f} s into {folder}"
+    )
     return meta
 
 
@@ -454,13 +510,15 @@ def _tokenised_batch(
 def _write_cache(
     folder: Path, rows: Iterable[tuple[Row, list[int], list[int]]], files: list[str], vocab_size: int
 ) -> dict:
-    """Writes tokens.bin and, if any label is not its token, labels.bin (int32); offsets.bin, where each sequence starts and
-    the last one ends, and sources.bin, (file, line) of each (int64); then meta.json, which is returned."""
+    """Writes tokens.bin and, if any label is not its token, labels.bin (int32); offsets.bin, where each
+    sequence starts and the last one ends, and sources.bin, (file, line) of each (int64); then meta.json,
+    which is returned."""
     count = total = 0
     largest_id, largest_id_row = -1, 0
     with ExitStack() as stack:
         tokens_file, offsets_file, sources_file = (
-            stack.enter_context(open(folder / name, "wb")) for name in ("tokens.bin", "offsets.bin", "sources.bin")
+            stack.enter_context(open(folder / name, "wb"))
+            for name in ("tokens.bin", "offsets.bin", "sources.bin")
         )
         written = [tokens_file, offsets_file, sources_file]
         labels_file = None
@@ -468,14 +526,18 @@ def _write_cache(
         for row, tokens, labels in rows:
             source = f"{files[row.file]}:{row.line}"
             if not tokens:
-                raise ValueError(f"{source}: the text is empty, and the tokenizer has no BOS or EOS to add: remove the row")
+                raise ValueError(
+                    f"{source}: the text is empty, and the tokenizer has no BOS or EOS to add: remove the row"
+                )
             if max(max(tokens), max(labels)) > largest_id:
                 largest_id, largest_id_row = max(max(tokens), max(labels)), count
                 if largest_id >= vocab_size:
                     raise ValueError(f"{source}: {_beyond(largest_id, vocab_size)}")
             if labels_file is None and labels != tokens:
                 tokens_file.flush()
-                shutil.copyfile(folder / "tokens.bin", folder / "labels.bin")  # every label so far is its token
+                shutil.copyfile(
+                    folder / "tokens.bin", folder / "labels.bin"
+                )  # every label so far is its token
                 labels_file = stack.enter_context(open(folder / "labels.bin", "ab"))
                 written.append(labels_file)
             array("i", tokens).tofile(tokens_file)

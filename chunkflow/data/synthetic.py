@@ -1,9 +1,11 @@
-"""Sequences made up on the spot: real length statistics, and content that only long-range attention can predict.
+"""Sequences made up on the spot: real length statistics, and content that only long-range attention can
+predict.
 
-The lengths follow two published mixtures (ChunkFlow, section 2; Llama 3, table 7), so that plans and throughput can be
-studied without the data. The content is a look-up task. Its first tokens, the header, state facts: key j has value v_j, each
-key once, one token a fact. Every later token asks for a key of the header, and its target is the answer. Answers never
-stand in the input, so no local pattern helps: a position 200,000 tokens into a sequence still has to attend to its start.
+The lengths follow two published mixtures (ChunkFlow, section 2; Llama 3, table 7), so that plans and
+throughput can be studied without the data. The content is a look-up task. Its first tokens, the header, state
+facts: key j has value v_j, each key once, one token a fact. Every later token asks for a key of the header,
+and its target is the answer. Answers never stand in the input, so no local pattern helps: a position 200,000
+tokens into a sequence still has to attend to its start.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ QUERY = KEYS * VALUES
 ANSWER = QUERY + KEYS
 VOCABULARY = ANSWER + VALUES
 
-# Points (share of sequences that are shorter, length in tokens) of each mixture; between them the logarithm of the length is
-# linear in the share. LMSys-Chat-1M: over 99 % < 4K, 0.013 % > 32K, longest about 300K. Llama 3's SFT data: 99.89 % short
-# (< 1K on average), 0.11 % long (37K on average).
+# Points (share of sequences that are shorter, length in tokens) of each mixture; between them the logarithm
+# of the length is linear in the share. LMSys-Chat-1M: over 99 % < 4K, 0.013 % > 32K, longest about 300K.
+# Llama 3's SFT data: 99.89 % short (< 1K on average), 0.11 % long (37K on average).
 MIXTURES = {
     "lmsys": [(0.0, 16), (0.5, 320), (0.9, 1024), (0.995, 4096), (0.99987, 32768), (1.0, 300_000)],
     "llama3_sft": [(0.0, 16), (0.5, 480), (0.9, 1536), (0.9989, 8192), (0.99945, 21_000), (1.0, 131_072)],
@@ -30,13 +32,16 @@ MIXTURES = {
 
 
 def synthetic_lengths(mix: str, count: int, seed: int) -> list[int]:
-    """`count` lengths (tokens) of mixture "lmsys" or "llama3_sft", the same for the same seed; imports no torch.
+    """`count` lengths (tokens) of mixture "lmsys" or "llama3_sft", the same for the same seed; imports no
+    torch.
 
-    One length is drawn in each of `count` equal shares of the mixture, then all are shuffled: a hundred thousand have the
-    published statistics whatever the seed.
+    One length is drawn in each of `count` equal shares of the mixture, then all are shuffled: a hundred
+    thousand have the published statistics whatever the seed.
     """
     if mix not in MIXTURES:
-        raise ValueError(f'training.dataset_path is "{mix}": the synthetic dataset is "lmsys" or "llama3_sft", choose one')
+        raise ValueError(
+            f'training.dataset_path is "{mix}": the synthetic dataset is "lmsys" or "llama3_sft", choose one'
+        )
     shares = [share for share, _ in MIXTURES[mix]]
     logarithms = [log(length) for _, length in MIXTURES[mix]]
     generator = random.Random(f"{mix}/{seed}")
@@ -56,8 +61,8 @@ class SyntheticDataset:
     def __init__(self, mix: str, *, vocab_size: int, seed: int, count: int = DEFAULT_COUNT):
         if vocab_size < VOCABULARY:
             raise ValueError(
-                f"the model's vocabulary of {vocab_size} ids is too small for the synthetic dataset, which uses "
-                f"{VOCABULARY}: choose a model (model.flavor) with at least as many"
+                f"the model's vocabulary of {vocab_size} ids is too small for the synthetic dataset, which"
+                f" uses {VOCABULARY}: choose a model (model.flavor) with at least as many"
             )
         self.lengths = synthetic_lengths(mix, count, seed)
         self._mix = mix
@@ -66,7 +71,12 @@ class SyntheticDataset:
     @property
     def identity(self) -> dict[str, object]:
         """What the sequences depend on."""
-        return {"training.dataset": "synthetic", "training.dataset_path": self._mix, "sequences": len(self.lengths), "its seed": self._seed}
+        return {
+            "training.dataset": "synthetic",
+            "training.dataset_path": self._mix,
+            "sequences": len(self.lengths),
+            "its seed": self._seed,
+        }
 
     def changed_file(self) -> str:
         return ""
@@ -78,7 +88,8 @@ class SyntheticDataset:
         return f"synthetic/{self._mix}:{index + 1}"
 
     def row(self, index: int, length: int):
-        """Tokens and labels (int64, aligned) of the first `length` tokens: -100 on the header and the first query."""
+        """Tokens and labels (int64, aligned) of the first `length` tokens: -100 on the header and the first
+        query."""
         import torch  # here, since planning uses the lengths of this module and does without torch
 
         full = self.lengths[index]

@@ -1,17 +1,20 @@
-"""Text <-> token ids, by a tokenizer.json of Hugging Face or a sentencepiece model, and the chat template that belongs to it.
+"""Text <-> token ids, by a tokenizer.json of Hugging Face or a sentencepiece model, and the chat template
+that belongs to it.
 
-The shipped sentencepiece model, `python_2048.model`, has 2048 ids (256 of them single bytes, so that nothing is ever unknown)
-and was trained on the sources of Python's own library. Training takes seconds, draws nothing at random, and is repeated by
+The shipped sentencepiece model, `python_2048.model`, has 2048 ids (256 of them single bytes, so that nothing
+is ever unknown) and was trained on the sources of Python's own library. Training takes seconds, draws nothing
+at random, and is repeated by
 
     import sentencepiece, tokenize
     from chunkflow.data.dataset import python_files
 
     with open("python_2048.model", "wb") as model:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(tokenize.open(path).read() for path in python_files()), max_sentence_length=1 << 24,
-            model_writer=model, model_type="bpe", vocab_size=2048, character_coverage=0.9999, byte_fallback=True,
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
+            sentence_iterator=(tokenize.open(path).read() for path in python_files()), max_sentence_length=1
+            << 24, model_writer=model, model_type="bpe", vocab_size=2048, character_coverage=0.9999,
+            byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
+            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True, unk_id=0,
+            bos_id=1, eos_id=2, pad_id=-1)
 """
 
 from __future__ import annotations
@@ -24,24 +27,36 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from chunkflow.data.chat import BUILT_IN, NOTHING, ChatTemplate, Messages, RenderedChat, built_in_template, plain_spans
+from chunkflow.data.chat import (
+    BUILT_IN,
+    NOTHING,
+    ChatTemplate,
+    Messages,
+    RenderedChat,
+    built_in_template,
+    plain_spans,
+)
 
 SHIPPED_MODEL = Path(__file__).with_name("python_2048.model")
 SPACE_MARK = "\u2581"  # "▁", which sentencepiece writes for a space
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-REMEDY = "set model.tokenizer_path to a tokenizer.json, a sentencepiece model (tokenizer.model), or a folder with one of them"
+REMEDY = (
+    "set model.tokenizer_path to a tokenizer.json, a sentencepiece model (tokenizer.model), or a folder"
+    " with one of them"
+)
 
 
 class Tokenizer:
-    """A tokenizer, from a file, or from a folder with a tokenizer.json (which counts first) or a tokenizer.model; "": the
-    shipped one.
+    """A tokenizer, from a file, or from a folder with a tokenizer.json (which counts first) or a
+    tokenizer.model; "": the shipped one.
 
-    Beside it may lie a tokenizer_config.json (bos_token, eos_token, chat_template, special tokens), a special_tokens_map.json,
-    an added_tokens.json, and a chat_template.jinja, which wins over chat_template, as in transformers.
+    Beside it may lie a tokenizer_config.json (bos_token, eos_token, chat_template, special tokens), a
+    special_tokens_map.json, an added_tokens.json, and a chat_template.jinja, which wins over chat_template,
+    as in transformers.
 
-    `vocab_size`: one more than the largest id. `bos_id` and `eos_id`: None where there is none. `chat`: the model's own chat
-    template, else the built-in one that its special tokens are made for, else None: plain ChatML. `digest` changes with all
-    that changes the tokens of a row.
+    `vocab_size`: one more than the largest id. `bos_id` and `eos_id`: None where there is none. `chat`: the
+    model's own chat template, else the built-in one that its special tokens are made for, else None: plain
+    ChatML. `digest` changes with all that changes the tokens of a row.
 
     Raises ValueError, one sentence with the file, for whatever cannot be read.
     """
@@ -78,13 +93,17 @@ class Tokenizer:
             return None
         number = self._codec.special.get(tokens[name], self._codec.id(tokens[name]))
         if number is None:
-            raise ValueError(f'{config}: {name} is "{tokens[name]}", which the tokenizer does not have: correct one of the two')
+            raise ValueError(
+                f'{config}: {name} is "{tokens[name]}", which the tokenizer does not have: correct one of the'
+                " two"
+            )
         return number
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text` alone: no BOS, no EOS.
 
-        A tokenizer.json takes the text of a special token for that token, as in transformers; sentencepiece for mere text.
+        A tokenizer.json takes the text of a special token for that token, as in transformers; sentencepiece
+        for mere text.
         """
         return self.encode_batch([text])[0]
 
@@ -93,7 +112,8 @@ class Tokenizer:
         return self._codec.encode_batch(texts)
 
     def encode_chats(self, chats: list[RenderedChat]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """The ids of each rendered chat, special tokens in it found, and the characters [start, end) of each id."""
+        """The ids of each rendered chat, special tokens in it found, and the characters [start, end) of each
+        id."""
         return self._codec.encode_chats(chats)
 
     def decode(self, ids: list[int]) -> str:
@@ -101,8 +121,9 @@ class Tokenizer:
         return self._codec.decode([number for number in ids if number not in (self.bos_id, self.eos_id)])
 
     def question(self, content: str) -> tuple[list[int], list[int]]:
-        """The ids of a user's message and of what follows it up to where the assistant writes, by the chat template; and those
-        that end the assistant's turn there: none where the template puts no special token behind it."""
+        """The ids of a user's message and of what follows it up to where the assistant writes, by the chat
+        template; and those that end the assistant's turn there: none where the template puts no special token
+        behind it."""
         question, answer = {"role": "user", "content": content}, {"role": "assistant", "content": "answer"}
         if self.chat is None:
             spans = plain_spans(Messages("messages", [question, answer], [False, False], None))
@@ -110,11 +131,14 @@ class Tokenizer:
             return sum(prompt, []), end
         texts = self.chat.render([question], add_generation_prompt=True), self.chat.render([question, answer])
         behind_answer = texts[1].rpartition(answer["content"])[2]
-        (prompt, _), (end, _) = self.encode_chats([RenderedChat(text, [], "messages") for text in (texts[0], behind_answer)])
+        (prompt, _), (end, _) = self.encode_chats(
+            [RenderedChat(text, [], "messages") for text in (texts[0], behind_answer)]
+        )
         return prompt, [number for number in end if number in self._named][:1]
 
     def stream(self, ids: Iterable[int], behind: list[int]) -> Iterator[str]:
-        """The text of `ids` as they come, behind the ids `behind`. A character of several ids comes with the last of them."""
+        """The text of `ids` as they come, behind the ids `behind`. A character of several ids comes with the
+        last of them."""
         window, told = behind, len(self.decode(behind))
         for number in ids:
             window = [*window, number]
@@ -126,8 +150,13 @@ class Tokenizer:
         yield self.decode(window)[told:]
 
     def pieces(self, ids: list[int]) -> Iterator[str]:
-        """What each id adds to the text, special tokens by their names. A character of several ids comes with the last."""
-        start = told = 0  # decoded anew from `start`, since a token may read otherwise behind another; told: what was yielded
+        """What each id adds to the text, special tokens by their names. A character of several ids comes with
+        the last."""
+        start = told = (
+            # decoded anew from `start`, since a token may read otherwise behind another; told: what was
+            # yielded
+            0
+        )
         for place, number in enumerate(ids):
             if number in self._named:
                 start, told = place, place + 1
@@ -151,16 +180,19 @@ class HuggingFaceCodec:
             import tokenizers
         except ImportError:
             raise ValueError(
-                f"{file}: a tokenizer.json is read by the package tokenizers, which is not installed: pip install"
+                f"{file}: a tokenizer.json is read by the package tokenizers, which is not installed: pip"
+                " install"
                 " 'chunkflow[hf]', or set model.tokenizer_path to a sentencepiece model"
             ) from None
         try:
             self._model = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the package raises nothing narrower
             reason = " ".join(str(error).split())
-            raise ValueError(f"{file}: this file is not a tokenizer.json of Hugging Face ({reason}): {REMEDY}") from None
-        # A file may bring along the settings of its last use. BOS and EOS are added by who wants them; and the post-processor,
-        # which would add them, also cuts white space off the offsets.
+            raise ValueError(
+                f"{file}: this file is not a tokenizer.json of Hugging Face ({reason}): {REMEDY}"
+            ) from None
+        # A file may bring along the settings of its last use. BOS and EOS are added by who wants them; and
+        # the post-processor, which would add them, also cuts white space off the offsets.
         self._model.no_truncation()
         self._model.no_padding()
         self._model.post_processor = None
@@ -169,7 +201,9 @@ class HuggingFaceCodec:
             raise ValueError(f"{file}: this tokenizer has no tokens: {REMEDY}")
         self.vocab_size = max(vocabulary.values()) + 1
         added = self._model.get_added_tokens_decoder()
-        self.special: dict[str, int] = {token.content: number for number, token in sorted(added.items()) if token.special}
+        self.special: dict[str, int] = {
+            token.content: number for number, token in sorted(added.items()) if token.special
+        }
 
     def id(self, text: str) -> int | None:
         return self._model.token_to_id(text)
@@ -196,7 +230,11 @@ class SentencePieceCodec:
         if not content:  # an empty file is taken for no file by sentencepiece
             raise ValueError(f"{file}: this file is not a sentencepiece model: {REMEDY}")
         self._size = self._model.get_piece_size()
-        control = {self._model.id_to_piece(number): number for number in range(self._size) if self._model.is_control(number)}
+        control = {
+            self._model.id_to_piece(number): number
+            for number in range(self._size)
+            if self._model.is_control(number)
+        }
         self.special: dict[str, int] = control | added
         self.vocab_size = max([self._size - 1, *added.values()]) + 1
         self._texts = {number: text for text, number in self.special.items()}
@@ -204,8 +242,9 @@ class SentencePieceCodec:
         self.tokens = {name: self._model.id_to_piece(number) for name, number in named.items() if number >= 0}
         longest_first = sorted(self.special, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, longest_first)) or NOTHING})")
-        # Sentencepiece takes a real "▁" for a space and gives back a space (its issue 863). A model that has bytes can spell
-        # the real one, in three ids. Not so a model that puts a space in front of every text: it would add one behind too.
+        # Sentencepiece takes a real "▁" for a space and gives back a space (its issue 863). A model that has
+        # bytes can spell the real one, in three ids. Not so a model that puts a space in front of every text:
+        # it would add one behind too.
         spelled = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         has_bytes = self._model.decode(spelled) == SPACE_MARK
         adds_space = self._model.encode("a", out_type=str)[0].startswith(SPACE_MARK)
@@ -228,7 +267,8 @@ class SentencePieceCodec:
         return batch
 
     def encode_chats(self, chats: list[RenderedChat]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Text between special tokens and the cuts of a chat is tokenised by itself: a token never reaches over a cut."""
+        """Text between special tokens and the cuts of a chat is tokenised by itself: a token never reaches
+        over a cut."""
         return [self._encode_chat(chat) for chat in chats]
 
     def _encode_chat(self, chat: RenderedChat) -> tuple[list[int], list[tuple[int, int]]]:
@@ -268,7 +308,7 @@ def _without_added_space(content: bytes) -> SentencePieceProcessor:
     return SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
-# ----------------------------------------------------------------------------------------------------------- the folder
+# ------------------------------------------------------------------------------------------------- the folder
 
 
 def _tokenizer_file(path: Path) -> Path:
@@ -277,7 +317,9 @@ def _tokenizer_file(path: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer.model"):
         if (path / name).is_file():
             return path / name
-    raise ValueError(f"{path}: there is neither a tokenizer.json nor a tokenizer.model in this folder: {REMEDY}")
+    raise ValueError(
+        f"{path}: there is neither a tokenizer.json nor a tokenizer.model in this folder: {REMEDY}"
+    )
 
 
 def _read_json(file: Path) -> dict:
@@ -311,7 +353,10 @@ def _added_tokens(file: Path, settings: dict) -> dict[str, int]:
         added[text] = int(number) if number.isdecimal() else number
     for text, number in added.items():
         if type(number) is not int or number < 0 or not text:
-            raise ValueError(f"{config}: the added token {json.dumps(text)} has the id {json.dumps(number)}: write a token id")
+            raise ValueError(
+                f"{config}: the added token {json.dumps(text)} has the id {json.dumps(number)}: write a token"
+                " id"
+            )
     return added
 
 
@@ -322,7 +367,9 @@ def _templates(file: Path, settings: dict) -> tuple[dict[str, str], str]:
         try:
             return {"default": jinja.read_bytes().decode()}, f"the chat template {jinja}"
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{jinja}: the chat template cannot be read ({error}): repair it, or take it away") from None
+            raise ValueError(
+                f"{jinja}: the chat template cannot be read ({error}): repair it, or take it away"
+            ) from None
     given, config = settings.get("chat_template"), file.with_name("tokenizer_config.json")
     origin = f"the chat template of {config}"
     if isinstance(given, list) and all(isinstance(entry, dict) for entry in given):
@@ -333,5 +380,7 @@ def _templates(file: Path, settings: dict) -> tuple[dict[str, str], str]:
         return {}, origin
     if "default" not in given or not all(isinstance(text, str) for pair in given.items() for text in pair):
         rule = 'it must be a string, or a list of {"name", "template"} with a "default"'
-        raise ValueError(f"{config}: chat_template is {json.dumps(settings['chat_template'])[:60]}: {rule}, correct it")
+        raise ValueError(
+            f"{config}: chat_template is {json.dumps(settings['chat_template'])[:60]}: {rule}, correct it"
+        )
     return given, origin

@@ -1,9 +1,10 @@
 """Chunk-aware attention: causal within each sequence, across the chunks of that sequence, without a mask.
 
-A dependent chunk attends to its prefix (not causal) and to itself (causal); the two results are merged by their log-sum-exp.
-The flash backward of each part, given the merged output and log-sum-exp, returns exactly that part's gradients, as in ring
-attention. On the CPU each part is one flash call on views of the group's K/V buffer; on CUDA the whole chunk, packed
-neighbours included, is one variable-length call, whose bottom-right causal rule is "prefix + own" by itself.
+A dependent chunk attends to its prefix (not causal) and to itself (causal); the two results are merged by
+their log-sum-exp. The flash backward of each part, given the merged output and log-sum-exp, returns exactly
+that part's gradients, as in ring attention. On the CPU each part is one flash call on views of the group's
+K/V buffer; on CUDA the whole chunk, packed neighbours included, is one variable-length call, whose
+bottom-right causal rule is "prefix + own" by itself.
 
 Shape suffixes: T tokens, P prefix tokens, H query heads, G key/value heads, D head dimension.
 """
@@ -25,8 +26,9 @@ def chunk_attention(
 ) -> torch.Tensor:
     """Attention of one chunk in one layer, (T, H, D). H must be a multiple of G (grouped-query attention).
 
-    Leaves the chunk's keys and values in `chunk.state` for the chunks after it; in backward, adds to the gradients of the
-    chunks before it and takes what those after it left. Keys and values outside `chunk` are not autograd inputs.
+    Leaves the chunk's keys and values in `chunk.state` for the chunks after it; in backward, adds to the
+    gradients of the chunks before it and takes what those after it left. Keys and values outside `chunk` are
+    not autograd inputs.
     """
     return _ChunkAttention.apply(q_THD, k_TGD, v_TGD, chunk, layer)
 
@@ -44,8 +46,8 @@ class _ChunkAttention(torch.autograd.Function):
             chunk.state.write(layer, chunk.prefix, k_TGD, v_TGD)
         out_THD, extra = (_forward_cuda if q_THD.is_cuda else _forward_cpu)(q_THD, k_TGD, v_TGD, chunk, layer)
         ctx.chunk, ctx.layer = chunk, layer
-        # With a state, keys and values are in its buffer already: saving them too would hold them twice. Views of that buffer
-        # must not be saved, since later chunks write into it.
+        # With a state, keys and values are in its buffer already: saving them too would hold them twice.
+        # Views of that buffer must not be saved, since later chunks write into it.
         keys_values = (k_TGD, v_TGD) if chunk.state is None else ()
         ctx.save_for_backward(q_THD, out_THD, *extra, *keys_values)
         ctx.extras = len(extra)
@@ -59,7 +61,9 @@ class _ChunkAttention(torch.autograd.Function):
         if state is not None:
             keys_values = state.read(layer, chunk.prefix, chunk.prefix + q_THD.size(0))
         backward = _backward_cuda if q_THD.is_cuda else _backward_cpu
-        dq, dk, dv, dk_prefix, dv_prefix = backward(dout_THD, q_THD, *keys_values, out_THD, extra, chunk, layer)
+        dq, dk, dv, dk_prefix, dv_prefix = backward(
+            dout_THD, q_THD, *keys_values, out_THD, extra, chunk, layer
+        )
         if state is not None:
             left = state.exchange_gradients(layer, chunk.index, dk_prefix, dv_prefix)
             if left is not None:
@@ -86,7 +90,9 @@ def _forward_cpu(q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
     if chunk.prefix:
         k_PGD, v_PGD = chunk.state.read(layer, 0, chunk.prefix)
         own, own_lse = results[0]
-        past, past_lse = _flash(q[:, :, : chunk.lengths[0]], _heads_first(k_PGD), _heads_first(v_PGD), 0.0, False)
+        past, past_lse = _flash(
+            q[:, :, : chunk.lengths[0]], _heads_first(k_PGD), _heads_first(v_PGD), 0.0, False
+        )
         lse = torch.logaddexp(own_lse, past_lse)
         share = torch.sigmoid(past_lse - own_lse).unsqueeze(-1)  # = exp(past_lse - lse)
         out = own.to(share.dtype).lerp_(past.to(share.dtype), share).to(own.dtype)
@@ -103,7 +109,8 @@ def _backward_cpu(dout_THD, q_THD, k_TGD, v_TGD, out_THD, extra, chunk: ChunkTen
     dout, q, k, v, out = map(_heads_first, (dout_THD, q_THD, k_TGD, v_TGD, out_THD))
     (lse,) = extra
     results = [
-        _flash_backward(*(x[:, :, piece] for x in (dout, q, k, v, out, lse)), 0.0, True) for piece in _pieces(chunk)
+        _flash_backward(*(x[:, :, piece] for x in (dout, q, k, v, out, lse)), 0.0, True)
+        for piece in _pieces(chunk)
     ]
     dk_prefix = dv_prefix = None
     if chunk.prefix:

@@ -31,10 +31,11 @@ def run_actions(
     device: torch.device,
     before_last_backward: Callable[[], None],
 ) -> StepResult:
-    """Runs forward and backward of `actions`; gradients of sum(loss) / targets are added to the parameters' `.grad`.
+    """Runs forward and backward of `actions`; gradients of sum(loss) / targets are added to the parameters'
+    `.grad`.
 
-    `chunks[g][c]` are the tensors of chunk c of group g; `targets` the supervised tokens of the whole global batch, over all
-    ranks. `before_last_backward` is where gradients begin to be reduced over ranks.
+    `chunks[g][c]` are the tensors of chunk c of group g; `targets` the supervised tokens of the whole global
+    batch, over all ranks. `before_last_backward` is where gradients begin to be reduced over ranks.
     """
     result = StepResult(device)
     states: dict[int, KeyValueState] = {}
@@ -56,7 +57,9 @@ def run_actions(
             loss = losses.pop((group, number))
             loss.backward(torch.full_like(loss, 1 / targets))
             if group in states:
-                result.peak_state_bytes = max(result.peak_state_bytes, sum(state.bytes() for state in states.values()))
+                result.peak_state_bytes = max(
+                    result.peak_state_bytes, sum(state.bytes() for state in states.values())
+                )
             chunks[group][number].state = None
             if number == 0:
                 states.pop(group, None)
@@ -67,7 +70,9 @@ def run_actions(
                 states[group] = KeyValueState(groups[group])
             chunk.state = states[group]
         chunk.state_only = kind is Kind.FORWARD_STATE
-        chunk.loss_gradient = 1 / targets if following[index] == Action(Kind.BACKWARD, group, number) else None
+        chunk.loss_gradient = (
+            1 / targets if following[index] == Action(Kind.BACKWARD, group, number) else None
+        )
         with torch.set_grad_enabled(not chunk.state_only):
             loss = model(chunk.tokens, chunk)
         if not chunk.state_only:
@@ -86,9 +91,11 @@ def run_evaluation(
     device: torch.device,
     take: Callable[[ChunkTensors, torch.Tensor], None],
 ) -> StepResult:
-    """Runs the actions of a forward-only plan: `take(chunk, losses_T)` gets each chunk with the loss of each of its tokens.
+    """Runs the actions of a forward-only plan: `take(chunk, losses_T)` gets each chunk with the loss of each
+    of its tokens.
 
-    Nothing is kept but the K/V of one group; gradients and parameters stay as they are. `StepResult.loss_sum` stays 0.
+    Nothing is kept but the K/V of one group; gradients and parameters stay as they are. `StepResult.loss_sum`
+    stays 0.
     """
     result = StepResult(device)
     state = None

@@ -1,8 +1,8 @@
-"""Head and cross-entropy, in slices of tokens: neither all logits nor, while other chunks run, anything weight-sized is held.
-And the head for a single token, in slices of the vocabulary.
+"""Head and cross-entropy, in slices of tokens: neither all logits nor, while other chunks run, anything
+weight-sized is held. And the head for a single token, in slices of the vocabulary.
 
-Where a chunk's backward is the very next action, its forward makes the head's gradients too, from the same logits; otherwise
-backward computes the logits again.
+Where a chunk's backward is the very next action, its forward makes the head's gradients too, from the same
+logits; otherwise backward computes the logits again.
 
 Shape suffixes: T tokens of the chunk, S tokens of a slice, C hidden size, V vocabulary.
 """
@@ -12,27 +12,31 @@ from __future__ import annotations
 import torch
 
 IGNORE = -100  # the label of a position that has no target
-# Logits of one slice: on a CPU 4 MiB in fp32, which a cache holds; on CUDA 256 MiB, which fill the device. Fewer tokens than
-# the least do not pay, whatever the vocabulary: each slice adds to a weight-sized gradient.
+# Logits of one slice: on a CPU 4 MiB in fp32, which a cache holds; on CUDA 256 MiB, which fill the device.
+# Fewer tokens than the least do not pay, whatever the vocabulary: each slice adds to a weight-sized gradient.
 _SLICE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 _LEAST_TOKENS = 512
 
 
 def sliced_cross_entropy(
-    hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels_T: torch.Tensor, loss_gradient: float | None = None
+    hidden_TC: torch.Tensor,
+    weight_VC: torch.Tensor,
+    labels_T: torch.Tensor,
+    loss_gradient: float | None = None,
 ) -> torch.Tensor:
     """The SUM of the cross-entropies of all positions that have a target: 0-dim, in at least fp32.
 
-    `labels_T` are targets, already shifted; -100 means none. Logits are computed in at least fp32, a slice at a time.
-    `loss_gradient`: backward comes next and will send this to the loss, so gradients are made at once; None: in backward, from
-    logits that are computed again.
+    `labels_T` are targets, already shifted; -100 means none. Logits are computed in at least fp32, a slice at
+    a time. `loss_gradient`: backward comes next and will send this to the loss, so gradients are made at
+    once; None: in backward, from logits that are computed again.
     """
     return _SlicedCrossEntropy.apply(hidden_TC, weight_VC, labels_T, loss_gradient)
 
 
 @torch.no_grad()
 def token_losses(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy of each position, (T,), in at least fp32, 0 where there is no target; without a graph."""
+    """The cross-entropy of each position, (T,), in at least fp32, 0 where there is no target; without a
+    graph."""
     compute = torch.promote_types(hidden_TC.dtype, torch.float32)
     head = _Head(weight_VC, compute)
     losses_T = torch.empty(hidden_TC.size(0), dtype=compute, device=hidden_TC.device)
@@ -45,10 +49,13 @@ def token_losses(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels_T: tor
 
 
 def token_logits(hidden_C: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
-    """The logits of one token, (V,), in at least fp32: a slice of the vocabulary at a time, as narrow weights are widened."""
+    """The logits of one token, (V,), in at least fp32: a slice of the vocabulary at a time, as narrow weights
+    are widened."""
     compute = torch.promote_types(hidden_C.dtype, torch.float32)
     rows = max(128, _SLICE_ELEMENTS[weight_VC.device.type] // weight_VC.size(1))
-    return torch.cat([_Head(part_SC, compute).logits(hidden_C.unsqueeze(0))[0] for part_SC in weight_VC.split(rows)])
+    return torch.cat(
+        [_Head(part_SC, compute).logits(hidden_C.unsqueeze(0))[0] for part_SC in weight_VC.split(rows)]
+    )
 
 
 class _SlicedCrossEntropy(torch.autograd.Function):
@@ -58,7 +65,9 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         head = _Head(weight_VC, compute)
         loss = torch.zeros((), dtype=compute, device=hidden_TC.device)
         lse_T = torch.empty(hidden_TC.size(0), dtype=compute, device=hidden_TC.device)
-        gradients = None if loss_gradient is None else _Gradients(hidden_TC, weight_VC, labels_T, loss_gradient)
+        gradients = (
+            None if loss_gradient is None else _Gradients(hidden_TC, weight_VC, labels_T, loss_gradient)
+        )
         for piece in _slices(hidden_TC.size(0), weight_VC):
             logits_SV, labels_S = head.logits(hidden_TC[piece]), labels_T[piece]
             target_S = logits_SV.gather(1, labels_S.clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -94,7 +103,13 @@ class _SlicedCrossEntropy(torch.autograd.Function):
 class _Gradients:
     """Those of hidden states and weight, a slice at a time. `dloss`: what backward sends to the loss."""
 
-    def __init__(self, hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels_T: torch.Tensor, dloss: float | torch.Tensor):
+    def __init__(
+        self,
+        hidden_TC: torch.Tensor,
+        weight_VC: torch.Tensor,
+        labels_T: torch.Tensor,
+        dloss: float | torch.Tensor,
+    ):
         self.hidden_TC, self.weight_VC, self.labels_T, self.dloss = hidden_TC, weight_VC, labels_T, dloss
         self.dhidden_TC = torch.empty_like(hidden_TC)
         self.dweight_VC: torch.Tensor | None = None
@@ -113,7 +128,9 @@ class _Gradients:
         elif dlogits_SV.dtype == sum_S.dtype:
             self.dweight_VC.addmm_(dlogits_SV.t(), hidden_SC)
         else:
-            self.dweight_VC = self.dweight_VC.to(sum_S.dtype).add_(dlogits_SV.t() @ hidden_SC)  # one such sum is held, no second
+            self.dweight_VC = self.dweight_VC.to(sum_S.dtype).add_(
+                dlogits_SV.t() @ hidden_SC
+            )  # one such sum is held, no second
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.dhidden_TC, self.dweight_VC.to(self.weight_VC.dtype)

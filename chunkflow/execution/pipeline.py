@@ -1,9 +1,11 @@
-"""Runs a pipeline plan on torch.distributed.pipelining: one rank's program of actions, sends and receives, exactly.
+"""Runs a pipeline plan on torch.distributed.pipelining: one rank's program of actions, sends and receives,
+exactly.
 
-torch's own runtime splits a batch evenly, keeps a receive buffer for every micro-batch, knows neither FORWARD_STATE nor RECOMPUTE,
-and waits for its sends at the end of the step. Here the micro-batches are the plan's chunks, as many and as long as each step has
-them; a receive buffer is made when its receive is posted and is gone after the chunk's backward; a chunk that keeps no activations
-keeps its stage input, from which it is recomputed without a message.
+torch's own runtime splits a batch evenly, keeps a receive buffer for every micro-batch, knows neither
+FORWARD_STATE nor RECOMPUTE, and waits for its sends at the end of the step. Here the micro-batches are the
+plan's chunks, as many and as long as each step has them; a receive buffer is made when its receive is posted
+and is gone after the chunk's backward; a chunk that keeps no activations keeps its stage input, from which it
+is recomputed without a message.
 """
 
 from __future__ import annotations
@@ -30,16 +32,17 @@ from chunkflow.planning.pipeline_schedule import StageAction, Timed
 from chunkflow.planning.pipeline_transfers import Transfer
 from chunkflow.planning.schedule import Kind
 
-# A send that the other end has not taken holds its tensor. gloo does not tell before one waits, so the oldest is waited for when
-# there are more; plans keep neighbours in step, so that this seldom takes time.
+# A send that the other end has not taken holds its tensor. gloo does not tell before one waits, so the oldest
+# is waited for when there are more; plans keep neighbours in step, so that this seldom takes time.
 SENDS_IN_FLIGHT = 4
 
 
 class ChunkStage(PipelineStage):
-    """A PipelineStage whose micro-batches are chunks of any length. All that is private to torch's stages is touched here.
+    """A PipelineStage whose micro-batches are chunks of any length. All that is private to torch's stages is
+    touched here.
 
-    `before_last_backward` is called before the step's last backward of this stage: gradients are then reduced over data-parallel
-    ranks within that backward, layer by layer, while torch's stages reduce them after it.
+    `before_last_backward` is called before the step's last backward of this stage: gradients are then reduced
+    over data-parallel ranks within that backward, layer by layer, while torch's stages reduce them after it.
     """
 
     def __init__(
@@ -56,7 +59,10 @@ class ChunkStage(PipelineStage):
         tokens = torch.empty(1, dtype=torch.int64, device="meta")
         hidden = torch.empty(1, model.args.dim, dtype=hidden_dtype, device="meta", requires_grad=True)
         loss = torch.empty((), device="meta", requires_grad=True)
-        ends = dict(input_args=hidden if stage else tokens, output_args=hidden if stage < stages - 1 else loss)
+        ends = {
+            "input_args": hidden if stage else tokens,
+            "output_args": hidden if stage < stages - 1 else loss,
+        }
         super().__init__(model, stage, stages, device, group=group, **ends)
         self.before_last_backward = before_last_backward
         self.hidden_size, self.hidden_dtype = model.args.dim, hidden_dtype
@@ -73,14 +79,17 @@ class ChunkStage(PipelineStage):
         """Posts the receive of chunk `index`'s input, or of the gradient of its output."""
         buffer = torch.empty(tokens, self.hidden_size, dtype=self.hidden_dtype, device=self.device)
         infos, metas, step = (
-            (self.grad_recv_info, self._stage_meta.outputs, 1) if gradient else (self.args_recv_info, self._stage_meta.inputs, -1)
+            (self.grad_recv_info, self._stage_meta.outputs, 1)
+            if gradient
+            else (self.args_recv_info, self._stage_meta.inputs, -1)
         )
         infos[index] = (_RecvInfo("hidden states", self.stage_index + step, buffer, metas[0]),)
         (operation,) = self.get_bwd_recv_ops(index) if gradient else self.get_fwd_recv_ops(index)
         return dist.irecv(operation.tensor, operation.peer, group=operation.group)
 
     def send(self, gradient: bool, index: int) -> tuple[dist.Work, torch.Tensor]:
-        """Sends chunk `index`'s output on, or the gradient of its input back. The tensor must live until the work is done."""
+        """Sends chunk `index`'s output on, or the gradient of its input back. The tensor must live until the
+        work is done."""
         (operation,) = self.get_bwd_send_ops(index) if gradient else self.get_fwd_send_ops(index)
         return dist.isend(operation.tensor, operation.peer, group=operation.group), operation.tensor
 
@@ -102,27 +111,37 @@ class ChunkStage(PipelineStage):
     def forget_input(self, index: int) -> None:
         self.args_recv_info.pop(index, None)
 
-    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False):
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ):
         assert backward_type == "full"
         if last_backward:
             self.before_last_backward(self.submod)
-        return stage_backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]), None
+        return stage_backward(
+            bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]
+        ), None
 
 
 class PipelineResult:
-    """What one step amounted to on this rank. Counters are peaks; lists have one entry for each stage of the rank."""
+    """What one step amounted to on this rank. Counters are peaks; lists have one entry for each stage of the
+    rank."""
 
     def __init__(self, device: torch.device, stages: int):
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # of the replica's token losses; on its last stage
+        self.loss_sum = torch.zeros(
+            (), dtype=torch.float64, device=device
+        )  # of the replica's token losses; on its last stage
         self.live_chunks = [0] * stages  # chunks that held activations
-        self.stage_inputs = [0] * stages  # inputs received, or to be received, of chunks whose backward had not run
+        self.stage_inputs = [
+            0
+        ] * stages  # inputs received, or to be received, of chunks whose backward had not run
         self.receive_buffers = 0  # posted receives that no action had taken
         self.state_bytes = 0  # K/V and their gradients
         self.clock = ActionClock(device)
 
 
 class ActionClock:
-    """When the rank's actions computed. Waiting for a message belongs to none; meeting other replicas in a collective does."""
+    """When the rank's actions computed. Waiting for a message belongs to none; meeting other replicas in a
+    collective does."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -147,20 +166,30 @@ class ActionClock:
 
 
 class StateAwareSchedule(PipelineScheduleMulti):
-    """Runs each step's own program on the stages of this rank, one or several; the pipeline has at least two ranks."""
+    """Runs each step's own program on the stages of this rank, one or several; the pipeline has at least two
+    ranks."""
 
     def __init__(self, stages: Sequence[ChunkStage]):
-        # torch asks for a number of micro-batches, which here changes every step, and knows by the loss that there is a backward.
-        super().__init__(list(stages), n_microbatches=1, loss_fn=lambda output, target: output, scale_grads=False)
+        # torch asks for a number of micro-batches, which here changes every step, and knows by the loss that
+        # there is a backward.
+        super().__init__(
+            list(stages), n_microbatches=1, loss_fn=lambda output, target: output, scale_grads=False
+        )
         self.device = stages[0].device
 
     def step(
-        self, program: Sequence[StageAction | Transfer], groups: Sequence[Group], chunks: list[list[ChunkTensors]], targets: int
+        self,
+        program: Sequence[StageAction | Transfer],
+        groups: Sequence[Group],
+        chunks: list[list[ChunkTensors]],
+        targets: int,
     ) -> PipelineResult:
-        """Runs this rank's part of a plan; gradients of sum(loss) / targets are added to the parameters' `.grad`.
+        """Runs this rank's part of a plan; gradients of sum(loss) / targets are added to the parameters'
+        `.grad`.
 
-        `chunks[g][c]` are the tensors of chunk c of the replica's group g, the same on all its ranks; without any, a dummy keeps the
-        replica's collectives in step. `targets` counts the supervised tokens of the global batch, over all replicas.
+        `chunks[g][c]` are the tensors of chunk c of the replica's group g, the same on all its ranks; without
+        any, a dummy keeps the replica's collectives in step. `targets` counts the supervised tokens of the
+        global batch, over all replicas.
         """
         return self._run(program, groups, chunks, targets)
 
@@ -171,8 +200,9 @@ class StateAwareSchedule(PipelineScheduleMulti):
         chunks: list[list[ChunkTensors]],
         take: Callable[[ChunkTensors, torch.Tensor], None],
     ) -> PipelineResult:
-        """Runs this rank's part of a forward-only plan: on the last stage `take(chunk, losses_T)` gets each chunk with the loss of
-        each of its tokens. Nothing is kept but the K/V of the group that a stage is in; gradients and parameters stay as they are.
+        """Runs this rank's part of a forward-only plan: on the last stage `take(chunk, losses_T)` gets each
+        chunk with the loss of each of its tokens. Nothing is kept but the K/V of the group that a stage is
+        in; gradients and parameters stay as they are.
         """
         return self._run(program, groups, chunks, 1, take)
 
@@ -193,8 +223,12 @@ class StateAwareSchedule(PipelineScheduleMulti):
             stage.begin_step(self._n_microbatches)
         self.places = {stage.stage_index: place for place, stage in enumerate(self._stages)}
         self.states: dict[tuple[int, int], KeyValueState] = {}  # (stage, group)
-        self.in_flight: dict[tuple[int, int], ChunkTensors] = {}  # (stage, index) -> from the first forward to the backward
-        self.losses: dict[int, torch.Tensor] = {}  # index -> of the chunks that hold activations on the last stage
+        self.in_flight: dict[
+            tuple[int, int], ChunkTensors
+        ] = {}  # (stage, index) -> from the first forward to the backward
+        self.losses: dict[
+            int, torch.Tensor
+        ] = {}  # index -> of the chunks that hold activations on the last stage
         self.arriving: dict[tuple[bool, int, int], dist.Work] = {}  # (gradient, stage, index)
         self.leaving: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self.live, self.left = [0] * len(self._stages), [self._n_microbatches] * len(self._stages)
@@ -245,7 +279,9 @@ class StateAwareSchedule(PipelineScheduleMulti):
         else:
             chunk = self._chunk(stage, group, number)
             chunk.state_only = kind is Kind.FORWARD_STATE
-            chunk.loss_gradient = 1 / self.targets if following == action._replace(kind=Kind.BACKWARD) else None
+            chunk.loss_gradient = (
+                1 / self.targets if following == action._replace(kind=Kind.BACKWARD) else None
+            )
             self._forward(place, index, chunk)
         self.result.clock.marks.append((action, start, self.result.clock.now()))
 
@@ -274,7 +310,8 @@ class StateAwareSchedule(PipelineScheduleMulti):
             self._forget(stage, group, number, index)
 
     def _forget(self, stage: ChunkStage, group: int, number: int, index: int) -> None:
-        """After an EVALUATE, once its output has been taken or sent: only the K/V stay, until the group's last chunk."""
+        """After an EVALUATE, once its output has been taken or sent: only the K/V stay, until the group's
+        last chunk."""
         stage.forget_output(index)
         stage.forget_input(index)
         self.in_flight.pop((stage.stage_index, index)).state = None

@@ -1,9 +1,10 @@
 """What a model gets with a chunk, and the K/V state that the chunks of one group share.
 
-Neither class is a dataclass: FSDP2 rebuilds dataclasses among a module's inputs when it casts them, and writes to the copy would
-be lost.
+Neither class is a dataclass: FSDP2 rebuilds dataclasses among a module's inputs when it casts them, and
+writes to the copy would be lost.
 
-Shape suffixes: T tokens of the chunk, P tokens before it in the same sequence, G key/value heads, D head dimension.
+Shape suffixes: T tokens of the chunk, P tokens before it in the same sequence, G key/value heads, D head
+dimension.
 """
 
 from __future__ import annotations
@@ -18,16 +19,23 @@ from chunkflow.planning.chunks import Chunk, Group
 class ChunkTensors:
     """One chunk as the model sees it.
 
-    tokens, labels, positions: (T,) int64. `labels[t]` is the target of position t (already shifted), -100 where there is none;
-    no labels at all (None): the model continues the chunk instead of learning from it.
-    `lengths` are the tokens of each segment; the first one attends to `prefix` earlier tokens of its sequence.
-    `index` is the chunk's place in its group. The executor sets, before each forward, `state` (None for a standalone chunk),
-    `state_only` (FORWARD_STATE: only this chunk's K/V are wanted), `each_loss` (EVALUATE: the loss of each token, without a graph, is
-    wanted in place of their sum), and `loss_gradient`: what the chunk's backward will send to its loss, where that backward is the very
-    next action (else None).
+    tokens, labels, positions: (T,) int64. `labels[t]` is the target of position t (already shifted), -100
+    where there is none; no labels at all (None): the model continues the chunk instead of learning from it.
+    `lengths` are the tokens of each segment; the first one attends to `prefix` earlier tokens of its
+    sequence. `index` is the chunk's place in its group. The executor sets, before each forward, `state` (None
+    for a standalone chunk), `state_only` (FORWARD_STATE: only this chunk's K/V are wanted), `each_loss`
+    (EVALUATE: the loss of each token, without a graph, is wanted in place of their sum), and `loss_gradient`:
+    what the chunk's backward will send to its loss, where that backward is the very next action (else None).
     """
 
-    def __init__(self, chunk: Chunk, index: int, tokens: torch.Tensor, labels: torch.Tensor | None, positions: torch.Tensor):
+    def __init__(
+        self,
+        chunk: Chunk,
+        index: int,
+        tokens: torch.Tensor,
+        labels: torch.Tensor | None,
+        positions: torch.Tensor,
+    ):
         self.index = index
         self.prefix = chunk.prefix
         self.lengths = [segment.length for segment in chunk.segments]
@@ -49,21 +57,30 @@ class ChunkTensors:
 
 
 class KeyValueState:
-    """Keys and values of a group's tokens so far, and the gradients that later chunks sent back to them, for each layer.
+    """Keys and values of a group's tokens so far, and the gradients that later chunks sent back to them, for
+    each layer.
 
-    Keys and values of a layer lie in one buffer for the whole group, so that a chunk reads its prefix without copying it.
-    Gradients are kept a chunk each, in at least fp32, and are gone as soon as that chunk's backward has taken them.
+    Keys and values of a layer lie in one buffer for the whole group, so that a chunk reads its prefix without
+    copying it. Gradients are kept a chunk each, in at least fp32, and are gone as soon as that chunk's
+    backward has taken them.
     """
 
     def __init__(self, group: Group):
         self.chunk_starts = [chunk.prefix for chunk in group.chunks]
-        self.tokens = group.tokens  # a tail's packed neighbours included: behind the prefix, where one call on CUDA reads them
+        self.tokens = (
+            group.tokens
+        )  # a tail's packed neighbours included: behind the prefix, where one call on CUDA reads them
         self.buffers: dict[int, torch.Tensor] = {}  # layer -> (2, tokens, G, D): keys and values
-        self.gradients: dict[int, dict[int, torch.Tensor]] = {}  # layer -> chunk -> (2, tokens of the chunk, G, D)
-        self.next_backward: dict[int, int] = {}  # layer -> index of the only chunk whose backward may come now
+        self.gradients: dict[
+            int, dict[int, torch.Tensor]
+        ] = {}  # layer -> chunk -> (2, tokens of the chunk, G, D)
+        self.next_backward: dict[
+            int, int
+        ] = {}  # layer -> index of the only chunk whose backward may come now
 
     def write(self, layer: int, start: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> None:
-        """Stores a chunk's keys and values. Writing them again (recompute, activation checkpointing) changes nothing."""
+        """Stores a chunk's keys and values. Writing them again (recompute, activation checkpointing) changes
+        nothing."""
         buffer = self.buffers.get(layer)
         if buffer is None:
             buffer = self.buffers[layer] = k_TGD.new_empty(2, self.tokens, *k_TGD.shape[1:])
@@ -78,12 +95,16 @@ class KeyValueState:
     def exchange_gradients(
         self, layer: int, index: int, dk_PGD: torch.Tensor | None, dv_PGD: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Adds chunk `index`'s gradients to those of the chunks before it; returns what later chunks had left for itself.
+        """Adds chunk `index`'s gradients to those of the chunks before it; returns what later chunks had left
+        for itself.
 
-        Returns (2, T, G, D) or None. A chunk's gradient is complete only when every later chunk has sent its share.
+        Returns (2, T, G, D) or None. A chunk's gradient is complete only when every later chunk has sent its
+        share.
         """
         expected = self.next_backward.get(layer, len(self.chunk_starts) - 1)
-        assert index == expected, f"layer {layer}: backward of chunk {index}, but chunk {expected} comes first"
+        assert index == expected, (
+            f"layer {layer}: backward of chunk {index}, but chunk {expected} comes first"
+        )
         self.next_backward[layer] = index - 1
         gradients = self.gradients.setdefault(layer, {})
         for earlier, (start, end) in enumerate(zip(self.chunk_starts[:index], self.chunk_starts[1:])):

@@ -1,7 +1,8 @@
 """Plans made in a process of their own.
 
-Planning is pure Python. A thread that plans holds Python's lock, and whatever the training thread starts meanwhile waits for it: a plan
-of 600 chunks on 16 stages takes 1.4 s, and a step beside it as much longer. A process of its own costs the step nothing.
+Planning is pure Python. A thread that plans holds Python's lock, and whatever the training thread starts
+meanwhile waits for it: a plan of 600 chunks on 16 stages takes 1.4 s, and a step beside it as much longer. A
+process of its own costs the step nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from chunkflow.planning.planner import PipelinePlan, Plan, PlanSettings, plan_st
 
 
 class PlanProcess:
-    """`plan_step` with these settings, elsewhere. What comes back has the program of one pipeline rank, and no timeline.
+    """`plan_step` with these settings, elsewhere. What comes back has the program of one pipeline rank, and
+    no timeline.
 
     The process imports no torch, and ends with this one.
     """
@@ -38,7 +40,11 @@ class PlanProcess:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # may reach all processes of a job; the training process decides
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+    ):  # may reach all processes of a job; the training process decides
         signal.signal(number, signal.SIG_IGN)
     questions, answers = sys.stdin.buffer, sys.stdout.buffer
     settings, rank = pickle.load(questions)

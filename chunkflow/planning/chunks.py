@@ -1,8 +1,8 @@
 """Chunk construction: sequence lengths -> groups of chunks (ChunkFlow, section 4.1). Pure Python, no torch.
 
-Sequences longer than `chunk_size` are cut, in order, into dependent chunks; all others are packed whole. The last chunk of
-a cut sequence is usually not full, and nothing in its group comes after it, so short sequences may be packed behind it
-without adding a dependency ("filled tails").
+Sequences longer than `chunk_size` are cut, in order, into dependent chunks; all others are packed whole. The
+last chunk of a cut sequence is usually not full, and nothing in its group comes after it, so short sequences
+may be packed behind it without adding a dependency ("filled tails").
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 
 class Segment(NamedTuple):
-    """A contiguous run of one sequence's tokens inside a chunk: tokens `start .. start + length - 1` of `sequence`."""
+    """A contiguous run of one sequence's tokens inside a chunk: tokens `start .. start + length - 1` of
+    `sequence`."""
 
     sequence: int  # index into the batch's list of lengths
     start: int
@@ -20,7 +21,8 @@ class Segment(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The micro-batch: segments laid one behind the other. Only the first may be a part of a longer sequence."""
+    """The micro-batch: segments laid one behind the other. Only the first may be a part of a longer
+    sequence."""
 
     segments: tuple[Segment, ...]
 
@@ -56,10 +58,12 @@ def whole_sequences(lengths: list[int], sequences: list[int] | None = None) -> l
 def build_groups(
     lengths: list[int], chunk_size: int, fill_tails: bool = True, sequences: list[int] | None = None
 ) -> list[Group]:
-    """Cuts and packs sequences of the given lengths (tokens, each at least 1) into groups, the longest group first.
+    """Cuts and packs sequences of the given lengths (tokens, each at least 1) into groups, the longest group
+    first.
 
-    `sequences` are the indices of those wanted; None: all. The short sequences are packed by best-fit-decreasing, and by first-fit-decreasing too where that could save a chunk;
-    the fewer chunks count. Ties are broken by index, so that every rank builds the same groups.
+    `sequences` are the indices of those wanted; None: all. The short sequences are packed by
+    best-fit-decreasing, and by first-fit-decreasing too where that could save a chunk; the fewer chunks
+    count. Ties are broken by index, so that every rank builds the same groups.
     """
     tails: list[int] = []  # free tokens behind each long sequence
     cut: list[list[Chunk]] = []
@@ -119,7 +123,8 @@ def _best_fit(short: list[tuple[int, int]], chunk_size: int, tails: list[int]) -
 
 
 def _first_fit(short: list[tuple[int, int]], chunk_size: int, tails: list[int]) -> list[list[int]]:
-    """Puts each sequence into the first bin that has room. A tree of maxima finds that bin in log(bins) steps."""
+    """Puts each sequence into the first bin that has room. A tree of maxima finds that bin in log(bins)
+    steps."""
     size = 1
     while size < len(tails) + len(short):
         size *= 2

@@ -1,4 +1,5 @@
-"""What a sequence costs, from the model's dimensions: FLOPs that grow with its tokens and with its pairs of tokens."""
+"""What a sequence costs, from the model's dimensions: FLOPs that grow with its tokens and with its pairs of
+tokens."""
 
 from __future__ import annotations
 
@@ -6,14 +7,16 @@ from typing import NamedTuple
 
 
 class Cost(NamedTuple):
-    """Forward FLOPs: `per_token` in matrix products of weights, `per_pair` for a query and a key that attend (all layers)."""
+    """Forward FLOPs: `per_token` in matrix products of weights, `per_pair` for a query and a key that attend
+    (all layers)."""
 
     per_token: float
     per_pair: float
 
     @classmethod
     def of_model(cls, args) -> Cost:
-        """From a model's sizes (`models.*.ModelArgs`): every weight matrix counts 2 FLOPs an element, embeddings none."""
+        """From a model's sizes (`models.*.ModelArgs`): every weight matrix counts 2 FLOPs an element,
+        embeddings none."""
         return cls.of_layers(args, args.n_layers, head=True)
 
     @classmethod

@@ -1,8 +1,10 @@
-"""Peak memory of one rank, by part, from arithmetic: the model's sizes, the layout, the actions of a plan. Pure Python, no torch.
+"""Peak memory of one rank, by part, from arithmetic: the model's sizes, the layout, the actions of a plan.
+Pure Python, no torch.
 
-Counted is what PyTorch allocates in a step on CUDA: FSDP2's shards, what it gathers and what it reduces, what autograd keeps, K/V
-state, and the largest temporaries of backward. Not counted: the CUDA context, NCCL's buffers, what the allocator cannot reuse, and
-what torch.compile would save. Tests compare the parts with what PyTorch holds on a CPU; no GPU has confirmed the whole.
+Counted is what PyTorch allocates in a step on CUDA: FSDP2's shards, what it gathers and what it reduces, what
+autograd keeps, K/V state, and the largest temporaries of backward. Not counted: the CUDA context, NCCL's
+buffers, what the allocator cannot reuse, and what torch.compile would save. Tests compare the parts with what
+PyTorch holds on a CPU; no GPU has confirmed the whole.
 """
 
 from __future__ import annotations
@@ -47,16 +49,24 @@ class Layout(NamedTuple):
 
 
 def _moment_8bit(elements: int) -> int:
-    """torchao's: a byte an element, a scale for each block of 256, a table of 256 values; small or ragged parts stay fp32."""
-    return elements + 4 * (elements // 256) + 4 * 256 if elements >= 4096 and elements % 256 == 0 else 4 * elements
+    """torchao's: a byte an element, a scale for each block of 256, a table of 256 values; small or ragged
+    parts stay fp32."""
+    return (
+        elements + 4 * (elements // 256) + 4 * 256
+        if elements >= 4096 and elements % 256 == 0
+        else 4 * elements
+    )
 
 
 class StageSizes:
-    """What one stage (or the whole model) holds, in bytes. `args` are a model's ModelArgs; `shapes` its parameters', by name."""
+    """What one stage (or the whole model) holds, in bytes. `args` are a model's ModelArgs; `shapes` its
+    parameters', by name."""
 
     def __init__(self, args, shapes: dict[str, Sequence[int]], layout: Layout):
         self.layout = layout
-        groups: dict[str, list[Sequence[int]]] = {}  # FSDP2's: one a layer; what else there is belongs to the root, ""
+        groups: dict[
+            str, list[Sequence[int]]
+        ] = {}  # FSDP2's: one a layer; what else there is belongs to the root, ""
         for name, shape in shapes.items():
             groups.setdefault(name.split(".")[1] if name.startswith("layers.") else "", []).append(shape)
         root_shapes = groups.pop("", [])
@@ -71,11 +81,15 @@ class StageSizes:
             return sum(map(shard, shapes))
 
         self.parameters = self.gradients = sharded(shapes.values()) * layout.stored
-        moments = sum(_moment_8bit(shard(shape)) if layout.eight_bit else shard(shape) * layout.stored for shape in shapes.values())
+        moments = sum(
+            _moment_8bit(shard(shape)) if layout.eight_bit else shard(shape) * layout.stored
+            for shape in shapes.values()
+        )
         self.optimizer = 2 * moments + 4 * len(shapes)  # and a step count each
 
-        # "never" keeps everything gathered, and sums the gradients of all chunks unsharded, until the step's last backward. ZeRO-3
-        # gathers the layer in use while the next one arrives, and reduces a layer's gradients at once.
+        # "never" keeps everything gathered, and sums the gradients of all chunks unsharded, until the step's
+        # last backward. ZeRO-3 gathers the layer in use while the next one arrives, and reduces a layer's
+        # gradients at once.
         self.root_gathered = sharded(root_shapes) * layout.shards * layout.compute
         layer_gathered = sharded(layer_shapes) * layout.shards * layout.compute
         self.gathered = self.root_gathered + (2 if layout.reshard else self.layers) * layer_gathered
@@ -98,8 +112,8 @@ class StageSizes:
         if checkpointed:
             return tokens * self.hidden_bytes
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        # Inputs and results of both norms; queries and what attention returns; of the feed-forward the two products, silu of the
-        # first, and their product.
+        # Inputs and results of both norms; queries and what attention returns; of the feed-forward the two
+        # products, silu of the first, and their product.
         elements = 4 * self.dim + 2 * queries + 4 * self.hidden
         statistics = self.heads + 2  # log-sum-exp of each head; each norm's factor
         if self.head_norms:  # their inputs
@@ -110,7 +124,8 @@ class StageSizes:
         return tokens * (elements * compute + statistics * wide)
 
     def activations(self, tokens: int, standalone: bool) -> int:
-        """What autograd keeps of one chunk's forward through this stage, besides its input from another stage."""
+        """What autograd keeps of one chunk's forward through this stage, besides its input from another
+        stage."""
         every, wide = self.layout.checkpoint_every, max(4, self.layout.compute)
         checkpointed = len(range(0, self.layers, every)) if every else 0
         kept = (self.layers - checkpointed) * self.layer_activations(tokens, standalone)
@@ -125,7 +140,8 @@ class StageSizes:
         return kept
 
     def head_temporaries(self, tokens: int) -> int:
-        """Of the loss's backward: a slice's logits and their narrow copy, the gradients of hidden states and of the head."""
+        """Of the loss's backward: a slice's logits and their narrow copy, the gradients of hidden states and
+        of the head."""
         if not self.last:
             return 0
         compute, wide = self.layout.compute, max(4, self.layout.compute)
@@ -137,14 +153,16 @@ class StageSizes:
     def layer_temporaries(self, chunk: Chunk, standalone: bool) -> int:
         """The most that one layer's backward holds beyond what its forward kept.
 
-        Either in the feed-forward (two gradients of its width, two of the model's), or in attention, where half of what the forward
-        kept is gone: flash attention sums the gradient of queries in fp32, and with grouped-query heads makes K/V gradients for every
-        query head, of the prefix too.
+        Either in the feed-forward (two gradients of its width, two of the model's), or in attention, where
+        half of what the forward kept is gone: flash attention sums the gradient of queries in fp32, and with
+        grouped-query heads makes K/V gradients for every query head, of the prefix too.
         """
         tokens, compute = chunk.tokens, self.layout.compute
         feed_forward = tokens * (2 * self.hidden + 2 * self.dim) * compute
         queries, keys, seen = self.heads * self.head_dim, self.kv_heads * self.head_dim, chunk.prefix + tokens
-        attention = (tokens + 128 * len(chunk.segments)) * (queries + self.heads) * 4 + tokens * 2 * queries * compute
+        attention = (tokens + 128 * len(chunk.segments)) * (
+            queries + self.heads
+        ) * 4 + tokens * 2 * queries * compute
         attention += seen * 2 * (keys + (queries if queries > keys else 0)) * compute
         attention -= tokens * (4 * self.hidden + self.dim) * compute
         recomputed = self.layer_activations(tokens, standalone) if self.layout.checkpoint_every else 0
@@ -152,7 +170,8 @@ class StageSizes:
 
 
 def fixed_parts(stages: Iterable[StageSizes]) -> dict[str, int]:
-    """What is there from the first step's end on, whatever the plan; shards are in host memory with offloading."""
+    """What is there from the first step's end on, whatever the plan; shards are in host memory with
+    offloading."""
     parts = dict.fromkeys(PARTS, 0)
     for stage in stages:
         for part in ("parameters", "optimizer", "gradients"):
@@ -162,14 +181,17 @@ def fixed_parts(stages: Iterable[StageSizes]) -> dict[str, int]:
 
 def host_bytes(stages: Iterable[StageSizes]) -> int:
     """What offloading puts into host memory."""
-    return sum(stage.parameters + stage.optimizer + stage.gradients for stage in stages if stage.layout.offload)
+    return sum(
+        stage.parameters + stage.optimizer + stage.gradients for stage in stages if stage.layout.offload
+    )
 
 
 def peak_parts(
     stages: dict[int, StageSizes], groups: Sequence[Group], entries: Sequence[Action | StageAction | Transfer]
 ) -> dict[str, int]:
-    """Bytes of each part at the moment of the step when their sum is largest, on a rank that holds `stages` (by number) and runs
-    `entries` in order: a rank's actions, or its program in a pipeline. Dummies count nothing."""
+    """Bytes of each part at the moment of the step when their sum is largest, on a rank that holds `stages`
+    (by number) and runs `entries` in order: a rank's actions, or its program in a pipeline. Dummies count
+    nothing."""
     now = fixed_parts(stages.values())
     for stage in stages.values():
         now["gathered_parameters"] += stage.gathered
@@ -181,11 +203,14 @@ def peak_parts(
         if sum(then.values()) > sum(peak.values()):
             peak = then
 
-    # Neighbours in a pipeline pass hidden states of up to a chunk; those on their way count as if always there.
+    # Neighbours in a pipeline pass hidden states of up to a chunk; those on their way count as if always
+    # there.
     longest = max((chunk.tokens for group in groups for chunk in group.chunks), default=0)
     for stage in stages.values():
         now["stage_inputs"] += stage.layout.sends_in_flight * longest * stage.hidden_bytes
-    backwards = {number: sum(entry.kind is Kind.BACKWARD for entry in actions_of(entries, number)) for number in stages}
+    backwards = {
+        number: sum(entry.kind is Kind.BACKWARD for entry in actions_of(entries, number)) for number in stages
+    }
     left = dict(backwards)
     gradient_tokens: dict[tuple[int, int], int] = {}  # (stage, group) -> tokens whose K/V gradients are there
     for entry in entries:
@@ -213,8 +238,8 @@ def peak_parts(
             moment()
             continue
 
-        # Backward: first the head, then layer after layer, whose activations go while K/V gradients of the prefix come; at the end
-        # what the root group reduces.
+        # Backward: first the head, then layer after layer, whose activations go while K/V gradients of the
+        # prefix come; at the end what the root group reduces.
         left[number] -= 1
         reduces = stage.layout.reshard or not left[number]
         prefix, there = own.prefix, gradient_tokens.get((number, entry.group), 0)
@@ -222,7 +247,9 @@ def peak_parts(
         head = stage.vocab * stage.dim * stage.layout.compute if stage.last else 0
         temporaries = stage.layer_temporaries(own, standalone)
         moment(logits=stage.head_temporaries(tokens))
-        now["stage_inputs"] += 0 if stage.first else tokens * stage.hidden_bytes  # the gradient that is sent back
+        now["stage_inputs"] += (
+            0 if stage.first else tokens * stage.hidden_bytes
+        )  # the gradient that is sent back
         if stage.layers:
             one = max(0, prefix - there) * stage.kv_gradient_of_layer
             moment(temporaries=temporaries, unsharded_gradients=layer + head, kv_gradients=one)
@@ -231,7 +258,9 @@ def peak_parts(
         now["activations"] -= kept
         now["kv_gradients"] += (prefix - there) * kv_gradient if not standalone else 0
         if stage.layers:
-            own_layer = stage.layer_activations(tokens, standalone, checkpointed=bool(stage.layout.checkpoint_every))
+            own_layer = stage.layer_activations(
+                tokens, standalone, checkpointed=bool(stage.layout.checkpoint_every)
+            )
             moment(temporaries=temporaries, unsharded_gradients=layer + head, activations=own_layer)
         if left[number] or stage.layout.reshard:
             moment(unsharded_gradients=stage.root_gradient + (stage.root_reduced if reduces else 0))
@@ -241,7 +270,9 @@ def peak_parts(
                 unsharded_gradients=stage.root_gradient + stage.root_reduced - gone,
                 gathered_parameters=stage.root_gathered - stage.gathered,
             )
-        now["stage_inputs"] -= output + tokens * stage.hidden_bytes * ((not stage.first) + (not stage.first) + (not stage.last))
+        now["stage_inputs"] -= output + tokens * stage.hidden_bytes * (
+            (not stage.first) + (not stage.first) + (not stage.last)
+        )
         if standalone:
             continue
         gradient_tokens[number, entry.group] = prefix

@@ -1,12 +1,14 @@
-"""State-aware 1F1B and interleaved 1F1B: the groups of a step -> a list of actions for every pipeline rank. Pure Python.
+"""State-aware 1F1B and interleaved 1F1B: the groups of a step -> a list of actions for every pipeline rank.
+Pure Python.
 
-Stage s lives on rank s % ranks: each rank has one stage for 1F1B, several (virtual stages) for interleaved 1F1B. All stages run
-the groups in one order, forward ascending within a group and backward descending, and recompute from the stage input they
-saved, so that neighbours exchange each chunk's output and its gradient once.
+Stage s lives on rank s % ranks: each rank has one stage for 1F1B, several (virtual stages) for interleaved
+1F1B. All stages run the groups in one order, forward ascending within a group and backward descending, and
+recompute from the stage input they saved, so that neighbours exchange each chunk's output and its gradient
+once.
 
-Memory: stage s holds the activations of at most `live_limit` = k + stages - 1 - s chunks. A rank with several stages holds at
-most the sum over them, counted in chunks of one stage (1 / virtual of the rank's layers): for k = 1 about what Megatron's
-interleaved schedule holds.
+Memory: stage s holds the activations of at most `live_limit` = k + stages - 1 - s chunks. A rank with several
+stages holds at most the sum over them, counted in chunks of one stage (1 / virtual of the rank's layers): for
+k = 1 about what Megatron's interleaved schedule holds.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class Timed(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Time of each chunk's forward and backward, `[stage][group][chunk]`, above 0, in any unit. A recompute is a forward."""
+    """Time of each chunk's forward and backward, `[stage][group][chunk]`, above 0, in any unit. A recompute
+    is a forward."""
 
     forward: Sequence[Sequence[Sequence[float]]]
     backward: Sequence[Sequence[Sequence[float]]]
@@ -53,7 +56,8 @@ def live_limit(k: int, stages: int, stage: int) -> int:
 
 
 def paper_schedule(costs: Costs, k: int, ranks: int) -> Schedule:
-    """The paper's rule (ChunkFlow, section 4.3): groups in the order given, stage s always stages - 1 - s forwards ahead.
+    """The paper's rule (ChunkFlow, section 4.3): groups in the order given, stage s always stages - 1 - s
+    forwards ahead.
 
     Where every group is one chunk, this is ordinary 1F1B.
     """
@@ -79,8 +83,9 @@ def paper_schedule(costs: Costs, k: int, ranks: int) -> Schedule:
 def forward_schedule(counts: Sequence[int], stages: int, ranks: int) -> tuple[Schedule, Costs]:
     """Validation of groups with so many chunks each, and the costs it is made for: each chunk costs the same.
 
-    So all ranks move in step, one chunk a slot: a stage never gets more than a few inputs ahead, however unequal stages and chunks
-    are. (By their true costs, cheap stages would run ahead and fill the next rank's memory with hidden states.)
+    So all ranks move in step, one chunk a slot: a stage never gets more than a few inputs ahead, however
+    unequal stages and chunks are. (By their true costs, cheap stages would run ahead and fill the next rank's
+    memory with hidden states.)
     """
     costs = equal_stages([[1.0] * count for count in counts], stages)
     chunks = [(group, chunk) for group, count in enumerate(counts) for chunk in range(count)]
@@ -92,7 +97,8 @@ def forward_schedule(counts: Sequence[int], stages: int, ranks: int) -> tuple[Sc
 def state_aware_schedule(costs: Costs, k: int, ranks: int) -> Schedule:
     """The best of a few plans made by `list_schedule`: four orders of the groups, two ways to break ties.
 
-    Longest first is the best single order; none of the others is good throughout, but each wins where it fails.
+    Longest first is the best single order; none of the others is good throughout, but each wins where it
+    fails.
     """
     sizes = [sum(map(sum, group)) for group in zip(*costs.forward)]
     longest = sorted(range(len(sizes)), key=lambda group: (-sizes[group], group))
@@ -112,14 +118,16 @@ def state_aware_schedule(costs: Costs, k: int, ranks: int) -> Schedule:
     return schedule
 
 
-def list_schedule(order: Sequence[int], costs: Costs, k: int, ranks: int, alternate: bool) -> tuple[float, Schedule]:
+def list_schedule(
+    order: Sequence[int], costs: Costs, k: int, ranks: int, alternate: bool
+) -> tuple[float, Schedule]:
     """Event-driven list scheduling of the groups in this order: (makespan, schedule).
 
-    A rank that has nothing to do takes what is ready, on its deepest stage: if both a forward and a backward are, the other
-    than last time (`alternate`) or the forward. A forward runs ahead of the next backward's group only within the live
-    limit, and leaves a slot for that backward's recompute, which excludes deadlock. FORWARD_STATE keeps no activations, so
-    that limit does not concern it; only the stage inputs it saves are bounded. A rank that would wait recomputes for the
-    backwards to come, as far as slots are free.
+    A rank that has nothing to do takes what is ready, on its deepest stage: if both a forward and a backward
+    are, the other than last time (`alternate`) or the forward. A forward runs ahead of the next backward's
+    group only within the live limit, and leaves a slot for that backward's recompute, which excludes
+    deadlock. FORWARD_STATE keeps no activations, so that limit does not concern it; only the stage inputs it
+    saves are bounded. A rank that would wait recomputes for the backwards to come, as far as slots are free.
     """
     stages = len(costs.forward)
     counts = [len(group) for group in costs.forward[0]]
@@ -133,7 +141,9 @@ def list_schedule(order: Sequence[int], costs: Costs, k: int, ranks: int, altern
         forward_of += range(end - 1, len(needed) - 1, -1)
         needed += [end] * counts[group]
     total, last_stage = len(chunks), stages - 1
-    discarded = [index for index, forward in enumerate(forward_of) if not kept[forward]]  # backwards that need a recompute
+    discarded = [
+        index for index, forward in enumerate(forward_of) if not kept[forward]
+    ]  # backwards that need a recompute
     discarded.append(total)
     forward_cost = [[cost[group][chunk] for group, chunk in chunks] for cost in costs.forward]
     backward_cost = [[cost[group][chunk] for group, chunk in chunks] for cost in costs.backward]
@@ -160,9 +170,9 @@ def list_schedule(order: Sequence[int], costs: Costs, k: int, ranks: int, altern
             to_recompute = discarded[recomputed[stage]]
             missing = to_recompute == done  # the next backward's activations
             if ahead < total and (stage == 0 or _ended(forwarded[stage - 1], ahead, now)):
-                if ahead < needed[done]:
-                    forward = stage
-                elif live[stage] + 1 + missing <= limits[stage] if kept[ahead] else saved[stage] < most_saved:
+                if ahead < needed[done] or (
+                    live[stage] + 1 + missing <= limits[stage] if kept[ahead] else saved[stage] < most_saved
+                ):
                     forward = stage
             room = live[stage] < limits[stage]
             gradient = stage == last_stage or _ended(backwarded[stage + 1], done, now)
@@ -215,8 +225,9 @@ def _ended(ends: list[float], index: int, now: float) -> bool:
 def play(lists: Sequence[Sequence[Sequence[StageAction]]], costs: Costs) -> list[list[Timed]]:
     """When each action runs, if every rank runs its lists in their order and each action waits for its input.
 
-    `lists[rank]` is one list, or one for each stage of the rank. Those are merged: of the actions that are ready the rank takes
-    a forward after a backward and the reverse, and that of the deepest stage. Raises ValueError on a deadlock.
+    `lists[rank]` is one list, or one for each stage of the rank. Those are merged: of the actions that are
+    ready the rank takes a forward after a backward and the reverse, and that of the deepest stage. Raises
+    ValueError on a deadlock.
     """
     stages, ranks = len(costs.forward), len(lists)
     ended: dict[tuple[bool, int, int, int], float] = {}  # (backward, stage, group, chunk) -> time
@@ -273,9 +284,10 @@ def describe(action: StageAction) -> str:
 def lower_bound(costs: Costs, k: int, ranks: int) -> float:
     """A makespan that no schedule can beat which discards all but the last k chunks of a group.
 
-    The largest of: the work of a rank, with the way of a smallest chunk to it and back; the way of each group through all
-    stages and back; and, on the last stage, the preemptive one-machine bound (Jackson 1955), each chunk being a job that is
-    released when its group's forwards have come so far, and has its group's earlier backwards still before it.
+    The largest of: the work of a rank, with the way of a smallest chunk to it and back; the way of each group
+    through all stages and back; and, on the last stage, the preemptive one-machine bound (Jackson 1955), each
+    chunk being a job that is released when its group's forwards have come so far, and has its group's earlier
+    backwards still before it.
     """
     stages = len(costs.forward)
     bound, jobs = 0.0, []
@@ -285,7 +297,9 @@ def lower_bound(costs: Costs, k: int, ranks: int) -> float:
         backward = [costs.backward[stage][group] for stage in range(stages)]
         discarded = max(0, len(forward[0]) - k)
         for stage in range(stages):
-            work[stage % ranks] += sum(forward[stage]) + sum(forward[stage][:discarded]) + sum(backward[stage])
+            work[stage % ranks] += (
+                sum(forward[stage]) + sum(forward[stage][:discarded]) + sum(backward[stage])
+            )
         there, back = _ways(forward), _ways(backward)
         bound = max(bound, there[-1] + back[-1])
         for chunk, (own_forward, own_backward) in enumerate(zip(forward[-1], backward[-1])):
@@ -296,12 +310,15 @@ def lower_bound(costs: Costs, k: int, ranks: int) -> float:
     for rank in range(ranks):
         bound = max(bound, min(to_rank) + work[rank] + min(back_from_rank))
         to_rank = [way + costs.forward[rank][group][chunk] for way, (group, chunk) in zip(to_rank, chunks)]
-        back_from_rank = [way + costs.backward[rank][group][chunk] for way, (group, chunk) in zip(back_from_rank, chunks)]
+        back_from_rank = [
+            way + costs.backward[rank][group][chunk] for way, (group, chunk) in zip(back_from_rank, chunks)
+        ]
     return max(bound, _one_machine(jobs))
 
 
 def _ways(cost: Sequence[Sequence[float]]) -> list[float]:
-    """When each chunk leaves the last stage if its group has the stages to itself: the longest way, `cost[stage][chunk]`."""
+    """When each chunk leaves the last stage if its group has the stages to itself: the longest way,
+    `cost[stage][chunk]`."""
     ends = [0.0] * len(cost[0])
     for own in cost:
         before = 0.0
@@ -311,7 +328,8 @@ def _ways(cost: Sequence[Sequence[float]]) -> list[float]:
 
 
 def _one_machine(jobs: list[tuple[float, float, float]]) -> float:
-    """The least time in which one machine does all jobs (release, work, time needed after it), if it may interrupt them.
+    """The least time in which one machine does all jobs (release, work, time needed after it), if it may
+    interrupt them.
 
     It always works on the released job that needs most time afterwards.
     """

@@ -1,10 +1,11 @@
-"""Messages between pipeline ranks: a schedule -> each rank's program of actions, sends and receives; and its checks. Pure Python."""
+"""Messages between pipeline ranks: a schedule -> each rank's program of actions, sends and receives; and its
+checks. Pure Python."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 from chunkflow.planning.pipeline_schedule import Costs, Schedule, StageAction, live_limit, play
 from chunkflow.planning.pipeline_schedule import describe as describe_action
@@ -12,9 +13,11 @@ from chunkflow.planning.schedule import Kind
 
 
 class Transfer(NamedTuple):
-    """One end of a message between two ranks: what `stage` made of a chunk, for the next stage or the one before.
+    """One end of a message between two ranks: what `stage` made of a chunk, for the next stage or the one
+    before.
 
-    `made_by` is FORWARD (the stage's output; of a FORWARD_STATE or EVALUATE too) or BACKWARD (the gradient of the stage's input).
+    `made_by` is FORWARD (the stage's output; of a FORWARD_STATE or EVALUATE too) or BACKWARD (the gradient of
+    the stage's input).
     """
 
     send: bool  # or receive
@@ -25,15 +28,17 @@ class Transfer(NamedTuple):
     peer: int  # the rank at the other end
 
 
-Program = list[list[Union[StageAction, Transfer]]]  # rank -> its actions, and when it sends and receives
+Program = list[list[StageAction | Transfer]]  # rank -> its actions, and when it sends and receives
 
 
 def add_transfers(schedule: Schedule, costs: Costs) -> Program:
-    """The schedule with every message between ranks, as a rank runs it: receives are posted, an action waits for its own.
+    """The schedule with every message between ranks, as a rank runs it: receives are posted, an action waits
+    for its own.
 
-    Messages are matched by their order between two ranks. So a send, right behind its action, and the receive on the other
-    rank are appended at the same moment, in the order in which actions end with these costs: both ranks see the same order,
-    and since no entry needs a later one, nothing blocks for ever, even if every send waited for its receive.
+    Messages are matched by their order between two ranks. So a send, right behind its action, and the receive
+    on the other rank are appended at the same moment, in the order in which actions end with these costs:
+    both ranks see the same order, and since no entry needs a later one, nothing blocks for ever, even if
+    every send waited for its receive.
     """
     stages, ranks = len(costs.forward), len(schedule)
     events: list[tuple[float, bool, int, StageAction]] = []  # (time, starts rather than ends, rank, action)
@@ -58,8 +63,9 @@ def add_transfers(schedule: Schedule, costs: Costs) -> Program:
 def torch_csv(program: Program) -> str:
     """The actions in the form that torch.distributed.pipelining reads ("compute_only"), a line a rank.
 
-    Its micro-batches are numbered in the order of their forwards, which all stages share. Both kinds of forward are F, and a recompute
-    is part of B, as torch has no words for them: run by torch, every chunk keeps its activations.
+    Its micro-batches are numbered in the order of their forwards, which all stages share. Both kinds of
+    forward are F, and a recompute is part of B, as torch has no words for them: run by torch, every chunk
+    keeps its activations.
     """
     first = program[0][0].stage
     forwards = [entry for entry in program[0] if isinstance(entry, StageAction) and entry.stage == first]
@@ -67,8 +73,12 @@ def torch_csv(program: Program) -> str:
     number = {chunk: place for place, chunk in enumerate(forwards)}
     lines = []
     for entries in program:
-        actions = [entry for entry in entries if isinstance(entry, StageAction) and entry.kind is not Kind.RECOMPUTE]
-        cells = [f"{a.stage}{'B' if a.kind is Kind.BACKWARD else 'F'}{number[a.group, a.chunk]}" for a in actions]
+        actions = [
+            entry for entry in entries if isinstance(entry, StageAction) and entry.kind is not Kind.RECOMPUTE
+        ]
+        cells = [
+            f"{a.stage}{'B' if a.kind is Kind.BACKWARD else 'F'}{number[a.group, a.chunk]}" for a in actions
+        ]
         lines.append(",".join(cells))
     return "\n".join(lines) + "\n"
 
@@ -93,10 +103,11 @@ def describe(entry: StageAction | Transfer) -> str:
 def check_schedule(program: Program, chunks_per_group: Sequence[int], k: int, stages: int) -> None:
     """Raises ValueError, with the action named, unless the program is right and finishes.
 
-    On every stage each chunk runs FORWARD, BACKWARD or FORWARD_STATE, RECOMPUTE, BACKWARD, once, or in validation EVALUATE alone;
-    within a group forwards ascend and backwards descend; no more chunks are live than `live_limit`; each action has its input,
-    and what it makes is sent once. Both ends of every pair of ranks see the same transfers in the same order, and the program
-    finishes even where each send and receive blocks until the other end is there.
+    On every stage each chunk runs FORWARD, BACKWARD or FORWARD_STATE, RECOMPUTE, BACKWARD, once, or in
+    validation EVALUATE alone; within a group forwards ascend and backwards descend; no more chunks are live
+    than `live_limit`; each action has its input, and what it makes is sent once. Both ends of every pair of
+    ranks see the same transfers in the same order, and the program finishes even where each send and receive
+    blocks until the other end is there.
     """
     for rank, entries in enumerate(program):
         _check_rank(rank, entries, chunks_per_group, k, stages, len(program))
@@ -108,7 +119,9 @@ def check_schedule(program: Program, chunks_per_group: Sequence[int], k: int, st
                     lonely = own or other
                     raise ValueError(f"ranks {peer} and {rank}: the {describe(lonely)} has no other end")
                 if own[1:5] != other[1:5] or own.send == other.send:
-                    raise ValueError(f"the {describe(own)} on rank {rank} meets the {describe(other)} on rank {peer}")
+                    raise ValueError(
+                        f"the {describe(own)} on rank {rank} meets the {describe(other)} on rank {peer}"
+                    )
     position = [0] * len(program)
     moving = list(range(len(program)))
     while moving:
@@ -120,13 +133,17 @@ def check_schedule(program: Program, chunks_per_group: Sequence[int], k: int, st
             continue
         peer = entries[position[rank]].peer
         facing = program[peer][position[peer]] if position[peer] < len(program[peer]) else None
-        if isinstance(facing, Transfer) and facing.peer == rank:  # the same message, since the order of the pair is the same
+        if (
+            isinstance(facing, Transfer) and facing.peer == rank
+        ):  # the same message, since the order of the pair is the same
             position[rank] += 1
             position[peer] += 1
             moving += (rank, peer)
     for rank, entries in enumerate(program):
         if position[rank] < len(entries):
-            raise ValueError(f"deadlock: rank {rank} waits for ever in the {describe(entries[position[rank]])}")
+            raise ValueError(
+                f"deadlock: rank {rank} waits for ever in the {describe(entries[position[rank]])}"
+            )
 
 
 def _transfers(entries: list[StageAction | Transfer], peer: int) -> list[Transfer]:
@@ -134,10 +151,17 @@ def _transfers(entries: list[StageAction | Transfer], peer: int) -> list[Transfe
 
 
 def _check_rank(
-    rank: int, entries: list[StageAction | Transfer], chunks_per_group: Sequence[int], k: int, stages: int, ranks: int
+    rank: int,
+    entries: list[StageAction | Transfer],
+    chunks_per_group: Sequence[int],
+    k: int,
+    stages: int,
+    ranks: int,
 ) -> None:
     """What can be told from one rank's entries alone."""
-    here: set[tuple[bool, int, int, int]] = set()  # made or received: (gradient, group, chunk, the stage that made it)
+    here: set[tuple[bool, int, int, int]] = (
+        set()
+    )  # made or received: (gradient, group, chunk, the stage that made it)
     unsent: dict[tuple[bool, int, int, int], int] = {}  # made, and wanted by this other rank
     latest: dict[tuple[int, int, int], Kind] = {}  # (stage, group, chunk) -> its last action
     forwards: dict[tuple[int, int], int] = {}  # (stage, group) -> how many so far
@@ -154,12 +178,17 @@ def _check_rank(
         if isinstance(entry, Transfer):
             message = (entry.made_by is Kind.BACKWARD, group, chunk, stage)
             if entry.send:
-                require(unsent.pop(message, None) == entry.peer, f"finds nothing to send to rank {entry.peer}")
+                require(
+                    unsent.pop(message, None) == entry.peer, f"finds nothing to send to rank {entry.peer}"
+                )
             else:
                 here.add(message)
             continue
         require(stage % ranks == rank and 0 <= stage < stages, "is of no stage of this rank")
-        require(0 <= group < len(chunks_per_group) and 0 <= chunk < chunks_per_group[group], "is of no chunk of this step")
+        require(
+            0 <= group < len(chunks_per_group) and 0 <= chunk < chunks_per_group[group],
+            "is of no chunk of this step",
+        )
         before, place = latest.get((stage, group, chunk)), (stage, group)
         latest[stage, group, chunk] = entry.kind
         if entry.kind is Kind.RECOMPUTE:

@@ -1,4 +1,5 @@
-"""Lengths of a global batch -> everything that one optimizer step does, on every rank. Pure Python, no torch."""
+"""Lengths of a global batch -> everything that one optimizer step does, on every rank. Pure Python, no
+torch."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ class PipelineSettings(NamedTuple):
 class PlanSettings(NamedTuple):
     """What the plan of a step depends on, besides the lengths.
 
-    `lockstep`: all ranks run one common template of forward and backward slots (ZeRO-3, whose collectives must agree).
-    `forward_only`: validation, where nothing is recomputed and `k` means nothing.
+    `lockstep`: all ranks run one common template of forward and backward slots (ZeRO-3, whose collectives
+    must agree). `forward_only`: validation, where nothing is recomputed and `k` means nothing.
     """
 
     cost: Cost
@@ -41,18 +42,23 @@ class PlanSettings(NamedTuple):
 
 
 class PipelinePlan(NamedTuple):
-    """What the ranks of one replica's pipeline do in a step. A unit of cost is a token on a mean stage, attention aside."""
+    """What the ranks of one replica's pipeline do in a step. A unit of cost is a token on a mean stage,
+    attention aside."""
 
     program: Program  # pipeline rank -> its actions, sends and receives
     simulation: Simulation | None  # None: forward only
 
 
 class Plan(NamedTuple):
-    """One optimizer step: each rank's groups and actions, and what they amount to. With a pipeline, ranks are its replicas, and
-    `pipeline` has the actions."""
+    """One optimizer step: each rank's groups and actions, and what they amount to. With a pipeline, ranks are
+    its replicas, and `pipeline` has the actions."""
 
-    groups: list[list[Group]]  # rank -> its groups, in the order they run; segments name sequences of the whole batch
-    actions: list[list[Action]]  # rank -> its actions; `Action.group` counts that rank's groups, DUMMY is none of them
+    groups: list[
+        list[Group]
+    ]  # rank -> its groups, in the order they run; segments name sequences of the whole batch
+    actions: list[
+        list[Action]
+    ]  # rank -> its actions; `Action.group` counts that rank's groups, DUMMY is none of them
     tokens: int
     chunks: int
     recomputed_chunks: int
@@ -78,14 +84,20 @@ def plan_step(lengths: list[int], settings: PlanSettings) -> Plan:
     else:
         groups = [whole_sequences(lengths, own) for own in members]
     counts = [[len(group.chunks) for group in own] for own in groups]
-    actions = forward_only(counts, lockstep=False) if settings.forward_only else [linear_schedule(own, k) for own in counts]
+    actions = (
+        forward_only(counts, lockstep=False)
+        if settings.forward_only
+        else [linear_schedule(own, k) for own in counts]
+    )
     busiest, pipeline = max(map(len, actions)), None
     if settings.pipeline:
         actions, pipeline = [], _plan_pipeline(groups[settings.pipeline.replica], settings)
     elif settings.lockstep:
         actions = forward_only(counts, lockstep=True) if settings.forward_only else lockstep(counts, k)
     else:  # a rank without work still takes part in the reduction of gradients
-        actions = [own or [Action(Kind.FORWARD, DUMMY, 0), Action(Kind.BACKWARD, DUMMY, 0)] for own in actions]
+        actions = [
+            own or [Action(Kind.FORWARD, DUMMY, 0), Action(Kind.BACKWARD, DUMMY, 0)] for own in actions
+        ]
     chunks = sum(len(group.chunks) for own in groups for group in own)
     tokens = sum(lengths)
     loads = [sum(costs[index] for index in sequences) for sequences in members]
@@ -103,13 +115,17 @@ def plan_step(lengths: list[int], settings: PlanSettings) -> Plan:
 
 
 def _plan_pipeline(groups: list[Group], settings: PlanSettings) -> PipelinePlan:
-    """Schedules a replica's groups, and checks the result; without any, the one token that keeps its collectives in step."""
+    """Schedules a replica's groups, and checks the result; without any, the one token that keeps its
+    collectives in step."""
     stages, ranks, _ = settings.pipeline
     k = settings.k if settings.enable else 1
     amounts = [[_tokens_and_pairs(chunk) for chunk in group.chunks] for group in groups] or [[(1, 1)]]
     unit = sum(cost.per_token for cost in stages) / len(stages)
     forward = [
-        [[(tokens * cost.per_token + pairs * cost.per_pair) / unit for tokens, pairs in group] for group in amounts]
+        [
+            [(tokens * cost.per_token + pairs * cost.per_pair) / unit for tokens, pairs in group]
+            for group in amounts
+        ]
         for cost in stages
     ]
     if settings.forward_only:
@@ -135,6 +151,12 @@ def live_chunks(actions: list[Action]) -> int:
     for action in actions:
         if action.group < 0:
             continue
-        live += {Kind.FORWARD: 1, Kind.RECOMPUTE: 1, Kind.BACKWARD: -1, Kind.FORWARD_STATE: 0, Kind.EVALUATE: 0}[action.kind]
+        live += {
+            Kind.FORWARD: 1,
+            Kind.RECOMPUTE: 1,
+            Kind.BACKWARD: -1,
+            Kind.FORWARD_STATE: 0,
+            Kind.EVALUATE: 0,
+        }[action.kind]
         peak = max(peak, live)
     return peak

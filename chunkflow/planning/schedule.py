@@ -1,8 +1,10 @@
-"""The state-aware schedule (ChunkFlow, section 4.2, corrected): a plan's groups -> a list of actions. Pure Python, no torch.
+"""The state-aware schedule (ChunkFlow, section 4.2, corrected): a plan's groups -> a list of actions. Pure
+Python, no torch.
 
-Within a group of N chunks, at most k keep their activations. The first N - k run forward for their K/V only; the others keep
-their graph. Backward goes from the last chunk to the first, since a chunk's K/V gradient is complete only when every later
-chunk has sent its share; a chunk without activations is recomputed just before its backward.
+Within a group of N chunks, at most k keep their activations. The first N - k run forward for their K/V only;
+the others keep their graph. Backward goes from the last chunk to the first, since a chunk's K/V gradient is
+complete only when every later chunk has sent its share; a chunk without activations is recomputed just before
+its backward.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ class Kind(str, Enum):
     FORWARD_STATE = "S"  # keeps the chunk's K/V only
     RECOMPUTE = "R"  # a second forward, with activations
     BACKWARD = "B"
-    EVALUATE = "E"  # a forward for the loss alone (validation): keeps the chunk's K/V, and its group's last one drops them
+    # a forward for the loss alone (validation): keeps the chunk's K/V, and its group's last one drops them
+    EVALUATE = "E"
 
 
 class Action(NamedTuple):
@@ -44,13 +47,15 @@ DUMMY = -1  # `Action.group` of a 1-token chunk without loss, which only keeps a
 
 
 def lockstep(chunks_per_group: Sequence[Sequence[int]], k: int) -> list[list[Action]]:
-    """Every rank's actions (from the chunk counts of its groups), so that all ranks run one template of forward and backward slots.
+    """Every rank's actions (from the chunk counts of its groups), so that all ranks run one template of
+    forward and backward slots.
 
-    With parameters resharded between chunks (ZeRO-3), the n-th slot of each rank must be of the same kind, or gathers of
-    different layers meet. A slot is a backward if every rank has one to run, else a forward; who has nothing to run in it runs a
-    dummy. All K/V-only forwards come first, since ranks then alternate in step: for k = 1 the template has exactly
-    2 x (most backwards of a rank) + (most recomputed chunks of a rank) slots, and none is shorter. The price is that the K/V of
-    all of a rank's long groups are held from the start. At most k chunks of a rank are alive, dummies aside.
+    With parameters resharded between chunks (ZeRO-3), the n-th slot of each rank must be of the same kind, or
+    gathers of different layers meet. A slot is a backward if every rank has one to run, else a forward; who
+    has nothing to run in it runs a dummy. All K/V-only forwards come first, since ranks then alternate in
+    step: for k = 1 the template has exactly 2 x (most backwards of a rank) + (most recomputed chunks of a
+    rank) slots, and none is shorter. The price is that the K/V of all of a rank's long groups are held from
+    the start. At most k chunks of a rank are alive, dummies aside.
     """
     ranks = [_LockstepRank(counts, k) for counts in chunks_per_group]
     while not all(rank.finished for rank in ranks):
@@ -71,7 +76,9 @@ class _LockstepRank:
         self.forwards += [Action(Kind.FORWARD, g, c) for g, n in groups for c in range(max(0, n - k), n)]
         self.forwards.reverse()  # the next one is popped from the end, as of the backwards
         self.backwards = [Action(Kind.BACKWARD, g, c) for g, n in reversed(groups) for c in range(n)]
-        self.discarded = {(action.group, action.chunk) for action in self.forwards if action.kind is Kind.FORWARD_STATE}
+        self.discarded = {
+            (action.group, action.chunk) for action in self.forwards if action.kind is Kind.FORWARD_STATE
+        }
         self.live: set[tuple[int, int]] = set()
         self.dummies = 0  # dummy forwards whose backward has not run
 
@@ -110,11 +117,16 @@ class _LockstepRank:
 
 
 def forward_only(chunks_per_group: Sequence[Sequence[int]], lockstep: bool) -> list[list[Action]]:
-    """Every rank's actions for validation (from the chunk counts of its groups): each chunk once, group after group.
+    """Every rank's actions for validation (from the chunk counts of its groups): each chunk once, group after
+    group.
 
-    Only the K/V of one group are there at a time, and no activations. With `lockstep` (ZeRO-3: every forward gathers parameters)
-    dummies make all ranks run as many; without, one makes a rank without chunks take part in the one gathering.
+    Only the K/V of one group are there at a time, and no activations. With `lockstep` (ZeRO-3: every forward
+    gathers parameters) dummies make all ranks run as many; without, one makes a rank without chunks take part
+    in the one gathering.
     """
-    actions = [[Action(Kind.EVALUATE, g, c) for g, n in enumerate(counts) for c in range(n)] for counts in chunks_per_group]
+    actions = [
+        [Action(Kind.EVALUATE, g, c) for g, n in enumerate(counts) for c in range(n)]
+        for counts in chunks_per_group
+    ]
     slots = max(map(len, actions)) if lockstep else 1
     return [own + [Action(Kind.EVALUATE, DUMMY, 0)] * (slots - len(own)) for own in actions]

@@ -1,9 +1,11 @@
-"""What a pipeline schedule will do: its timeline, bubble and memory as numbers, a trace, a picture. Pure Python, no torch.
+"""What a pipeline schedule will do: its timeline, bubble and memory as numbers, a trace, a picture. Pure
+Python, no torch.
 
     python -m chunkflow.planning.simulate --stages 4 --lengths 1,1,2,4 --chunk-size 2 --k 2 --json
 
-prints them for unit costs: on one rank, the forward of a chunk takes as long as it has tokens, a recompute the same, a
-backward twice that; transfers are free. `--virtual V` cuts each rank's layers into V stages, which take 1 / V of that each.
+prints them for unit costs: on one rank, the forward of a chunk takes as long as it has tokens, a recompute
+the same, a backward twice that; transfers are free. `--virtual V` cuts each rank's layers into V stages,
+which take 1 / V of that each.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 
 
 class Simulation(NamedTuple):
-    """One step of a schedule, times in the unit of the costs. A rank with several stages counts chunks and tokens on each."""
+    """One step of a schedule, times in the unit of the costs. A rank with several stages counts chunks and
+    tokens on each."""
 
     timeline: list[list[Timed]]  # rank -> its actions in order
     makespan: float
@@ -45,7 +48,8 @@ class Simulation(NamedTuple):
 def simulate(schedule: Schedule, costs: Costs, group_tokens: Sequence[int]) -> Simulation:
     """Runs each rank's actions in order, each as soon as its input is there. Raises ValueError on a deadlock.
 
-    A group of several chunks holds the K/V of all its `group_tokens` from its first forward to its last backward.
+    A group of several chunks holds the K/V of all its `group_tokens` from its first forward to its last
+    backward.
     """
     timeline = play([[actions] for actions in schedule], costs)
     makespan, bubbles, idle = shares(timeline)
@@ -63,7 +67,9 @@ def shares(timeline: Sequence[Sequence[Timed]]) -> tuple[float, list[float], lis
     """Makespan, and each rank's bubble and idle share of it, of a timeline that was planned or measured."""
     makespan = max(own[-1].end for own in timeline)
     work = [sum(end - start for _, start, end in own) for own in timeline]
-    again = [sum(end - start for action, start, end in own if action.kind is Kind.RECOMPUTE) for own in timeline]
+    again = [
+        sum(end - start for action, start, end in own if action.kind is Kind.RECOMPUTE) for own in timeline
+    ]
     return makespan, [1 - (w - r) / makespan for w, r in zip(work, again)], [1 - w / makespan for w in work]
 
 
@@ -89,7 +95,8 @@ def _peak_kv_tokens(actions: Sequence, costs: Costs, group_tokens: Sequence[int]
 
 
 def chrome_trace(timelines: dict[str, Sequence[Sequence[Timed]]]) -> dict:
-    """Timelines by name, as an object for `json.dump`: open it in ui.perfetto.dev or chrome://tracing. A unit of time is 1 us."""
+    """Timelines by name, as an object for `json.dump`: open it in ui.perfetto.dev or chrome://tracing. A unit
+    of time is 1 us."""
     events: list[dict] = []
     for process, (name, timeline) in enumerate(timelines.items()):
         events.append({"name": "process_name", "ph": "M", "pid": process, "args": {"name": name}})
@@ -99,34 +106,56 @@ def chrome_trace(timelines: dict[str, Sequence[Sequence[Timed]]]) -> dict:
             for (kind, group, chunk, stage), start, end in own:
                 what = {"name": f"{kind.value} {group}.{chunk}", "cat": kind.name, "ph": "X", **place}
                 events.append(
-                    {**what, "ts": start, "dur": end - start, "args": {"group": group, "chunk": chunk, "stage": stage}}
+                    {
+                        **what,
+                        "ts": start,
+                        "dur": end - start,
+                        "args": {"group": group, "chunk": chunk, "stage": stage},
+                    }
                 )
     return {"traceEvents": events}
 
 
-COLOURS = {Kind.FORWARD: "#5b8fd1", Kind.FORWARD_STATE: "#b9d3f0", Kind.RECOMPUTE: "#f0b357", Kind.BACKWARD: "#7dbb75"}
+COLOURS = {
+    Kind.FORWARD: "#5b8fd1",
+    Kind.FORWARD_STATE: "#b9d3f0",
+    Kind.RECOMPUTE: "#f0b357",
+    Kind.BACKWARD: "#7dbb75",
+}
 
 
 def picture(timelines: dict[str, Sequence[Sequence[Timed]]]) -> Figure:
-    """Timelines by name as a figure, one line a rank; while actions are few, each says `group.chunk`. Needs matplotlib."""
+    """Timelines by name as a figure, one line a rank; while actions are few, each says `group.chunk`. Needs
+    matplotlib."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     ranks = max(map(len, timelines.values()))
     figure = Figure(figsize=(16, 0.5 + (1 + 0.5 * ranks) * len(timelines)), layout="constrained")
-    for (name, timeline), axes in zip(timelines.items(), figure.subplots(len(timelines), squeeze=False)[:, 0]):
+    for (name, timeline), axes in zip(
+        timelines.items(), figure.subplots(len(timelines), squeeze=False)[:, 0]
+    ):
         for rank, own in enumerate(timeline):
             boxes = [(start, end - start) for _, start, end in own]
             colours = [COLOURS[action.kind] for action, _, _ in own]
             axes.broken_barh(boxes, (rank - 0.45, 0.9), facecolors=colours, edgecolor="white", linewidth=0.3)
             if len(own) <= 60:
                 for action, start, end in own:
-                    axes.text((start + end) / 2, rank, f"{action.group}.{action.chunk}", ha="center", va="center", fontsize=7)
+                    axes.text(
+                        (start + end) / 2,
+                        rank,
+                        f"{action.group}.{action.chunk}",
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                    )
         makespan, bubbles, idle = shares(timeline)
         axes.set(xlim=(0, makespan), yticks=range(ranks), ylabel="rank")
         axes.invert_yaxis()
         bubble, idle = sum(bubbles) / len(bubbles), sum(idle) / len(idle)
-        axes.set_title(f"{name}: makespan {makespan:,.6g}, bubble {bubble:.1%}, idle {idle:.1%}", loc="left", fontsize=10)
+        axes.set_title(
+            f"{name}: makespan {makespan:,.6g}, bubble {bubble:.1%}, idle {idle:.1%}", loc="left", fontsize=10
+        )
     axes.set_xlabel("time")
     patches = [Patch(color=colour, label=kind.name) for kind, colour in COLOURS.items()]
     figure.legend(handles=patches, loc="outside upper right", ncols=len(COLOURS))
@@ -169,17 +198,29 @@ def _plain(number: float) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = _Parser("python -m chunkflow.planning.simulate", description="Simulates a pipeline schedule.", allow_abbrev=False)
+    parser = _Parser(
+        "python -m chunkflow.planning.simulate",
+        description="Simulates a pipeline schedule.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--stages", type=_count, required=True, help="pipeline ranks")
     parser.add_argument("--virtual", type=_count, default=1, help="stages a rank (1); more: interleaved")
-    parser.add_argument("--lengths", type=_lengths, required=True, help="tokens of each sequence, comma separated")
+    parser.add_argument(
+        "--lengths", type=_lengths, required=True, help="tokens of each sequence, comma separated"
+    )
     parser.add_argument("--chunk-size", type=_count, default=2048, help="tokens (2048)")
-    parser.add_argument("--k", type=_count, default=1, help="chunks of a group that keep their activations (1)")
+    parser.add_argument(
+        "--k", type=_count, default=1, help="chunks of a group that keep their activations (1)"
+    )
     parser.add_argument("--schedule", choices=["1f1b", "paper", "state-aware"], default="state-aware")
-    parser.add_argument("--no-fill-tails", action="store_true", help="pack nothing behind a long sequence's tail")
+    parser.add_argument(
+        "--no-fill-tails", action="store_true", help="pack nothing behind a long sequence's tail"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--trace", metavar="FILE", help="write a Chrome / Perfetto trace (JSON)")
-    parser.add_argument("--picture", metavar="FILE", help="write a picture, in the format that its name ends in")
+    parser.add_argument(
+        "--picture", metavar="FILE", help="write a picture, in the format that its name ends in"
+    )
     options = parser.parse_args(arguments)
 
     if options.schedule == "1f1b":
@@ -208,16 +249,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.picture:
             figure = picture({options.schedule: simulation.timeline})
             if options.picture.rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():
-                parser.error(f"--picture {options.picture} does not end in a format of pictures: take .png, .svg or .pdf")
+                parser.error(
+                    f"--picture {options.picture} does not end in a format of pictures: take .png, .svg or"
+                    " .pdf"
+                )
             figure.savefig(options.picture, dpi=150)
     except OSError as error:
-        parser.error(f"{error.filename} cannot be written ({error.strerror}): name a file in a folder that you may write to")
+        parser.error(
+            f"{error.filename} cannot be written ({error.strerror}): name a file in a folder that you may"
+            " write to"
+        )
     except ImportError:
         parser.error("--picture needs matplotlib, which is not installed: pip install 'chunkflow[pictures]'")
     if options.json:
         print(json.dumps(result))
         return
-    print(f"{result['chunks']} chunks on {options.stages} ranks, {options.virtual} stage(s) each, {options.schedule}")
+    print(
+        f"{result['chunks']} chunks on {options.stages} ranks, {options.virtual} stage(s) each,"
+        f" {options.schedule}"
+    )
     print(f"makespan {result['makespan']:g} (lower bound {result['bound']:g})")
     print(f"bubble {simulation.bubble:.2%}, idle {simulation.idle:.2%}")
     print(f"peak kept chunks per rank: {', '.join(map(str, simulation.peak_kept_chunks))}")

@@ -1,11 +1,13 @@
-"""Checkpoints: all of a run's state on the disk, whole or not at all, and back into any number of ranks and stages.
+"""Checkpoints: all of a run's state on the disk, whole or not at all, and back into any number of ranks and
+stages.
 
-`{dump_folder}/{checkpoint.folder}/step-N/` has torch.distributed.checkpoint's files (each rank's shards, `.metadata`) and
-`manifest.json`: what the run is, where it stands, and the size and checksum of every other file. A folder is written as
-`step-N.saving`, synced, and renamed when it is complete; older ones go only then. `step-N` is found by its number: clocks play no part.
+`{dump_folder}/{checkpoint.folder}/step-N/` has torch.distributed.checkpoint's files (each rank's shards,
+`.metadata`) and `manifest.json`: what the run is, where it stands, and the size and checksum of every other
+file. A folder is written as `step-N.saving`, synced, and renamed when it is complete; older ones go only
+then. `step-N` is found by its number: clocks play no part.
 
-Tensors are named by parameter, the same on every layout: `model.NAME`, `optimizer.NAME.KEY`, and `random.DEVICE.RANK`, the state of
-each rank's random generator.
+Tensors are named by parameter, the same on every layout: `model.NAME`, `optimizer.NAME.KEY`, and
+`random.DEVICE.RANK`, the state of each rank's random generator.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ GROUP_TIMEOUT = timedelta(hours=1)  # ranks wait for the slowest to write its fi
 _COMPLETE = re.compile(r"step-(\d+)")
 
 
-# ------------------------------------------------------------------------------------------------------------- folders
+# ---------------------------------------------------------------------------------------------------- folders
 
 
 def checkpoint_folder(config: Config) -> Path:
@@ -67,7 +69,8 @@ def complete_checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def resume_folder(config: Config) -> Path | None:
-    """The checkpoint that a run goes on from; None: it starts at step 1. ValueError where checkpoint.load_step is not there."""
+    """The checkpoint that a run goes on from; None: it starts at step 1. ValueError where
+    checkpoint.load_step is not there."""
     if not config.checkpoint.enable:
         return None
     found, wanted = complete_checkpoints(checkpoint_folder(config)), config.checkpoint.load_step
@@ -76,8 +79,8 @@ def resume_folder(config: Config) -> Path | None:
     if wanted not in found:
         there = f"there are steps {', '.join(map(str, found))}" if found else "there is none"
         raise ValueError(
-            f"checkpoint.load_step = {wanted}: {checkpoint_folder(config)} has no complete checkpoint of that step ({there}): choose"
-            " another, or -1 for the newest"
+            f"checkpoint.load_step = {wanted}: {checkpoint_folder(config)} has no complete checkpoint of that"
+            f" step ({there}): choose another, or -1 for the newest"
         )
     return found[wanted]
 
@@ -88,16 +91,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         format = manifest["format"]
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): name a checkpoint folder, such as checkpoint/step-100") from None
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): name a checkpoint folder, such as checkpoint/step-100"
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: remove {folder} to go on from an earlier checkpoint") from None
     if format != FORMAT:
-        raise ValueError(f"{path} has format {format}, but this version reads {FORMAT}: use the version that wrote it")
+        raise ValueError(
+            f"{path} has format {format}, but this version reads {FORMAT}: use the version that wrote it"
+        )
     return manifest
 
 
 def finished(config: Config) -> bool:
-    """Whether nothing is left to do: the last step is saved, and with checkpoint.last_save_in_hf its Hugging Face folder too."""
+    """Whether nothing is left to do: the last step is saved, and with checkpoint.last_save_in_hf its Hugging
+    Face folder too."""
     folder = resume_folder(config)
     if folder is None or read_manifest(folder)["progress"]["step"] < config.training.steps:
         return False
@@ -110,21 +118,28 @@ def hf_folder(config: Config) -> Path:
 
 
 def claim_folder(config: Config) -> Any:
-    """Keeps other runs out of job.dump_folder for as long as the returned object lives. ValueError if one is in it."""
+    """Keeps other runs out of job.dump_folder for as long as the returned object lives. ValueError if one is
+    in it."""
     lock = open(Path(config.job.dump_folder) / ".lock", "w")
-    for attempt in range(20):  # a run that was killed may need a moment to be gone
+    for _attempt in range(20):  # a run that was killed may need a moment to be gone
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
         except BlockingIOError:
             time.sleep(0.5)
         except OSError as error:
-            logger.warning(f"{lock.name} cannot be locked ({error.strerror}): take care that only one run writes to this folder")
+            logger.warning(
+                f"{lock.name} cannot be locked ({error.strerror}): take care that only one run writes to this"
+                " folder"
+            )
             return lock
-    raise ValueError(f"another run is writing to job.dump_folder = {config.job.dump_folder!r}: end it, or name another folder")
+    raise ValueError(
+        f"another run is writing to job.dump_folder = {config.job.dump_folder!r}: end it, or name another"
+        " folder"
+    )
 
 
-# ------------------------------------------------------------------------------------------------- what a checkpoint is of
+# ------------------------------------------------------------------------------------ what a checkpoint is of
 
 
 def model_identity(config: Config, args: Any) -> dict[str, Any]:
@@ -136,7 +151,11 @@ def model_identity(config: Config, args: Any) -> dict[str, Any]:
 
 def model_of(manifest: dict[str, Any]) -> tuple[str, Any]:
     """The family's name and the sizes of the model that a checkpoint is of."""
-    sizes = {name.removeprefix("model "): value for name, value in manifest["model"].items() if name.startswith("model ")}
+    sizes = {
+        name.removeprefix("model "): value
+        for name, value in manifest["model"].items()
+        if name.startswith("model ")
+    }
     name = manifest["model"]["model.name"]
     return name, families[name].ModelArgs(**sizes)
 
@@ -153,9 +172,13 @@ def _excluded(config: Config, manifest: dict[str, Any]) -> set[str]:
 
 
 def check(config: Config, args: Any) -> None:
-    """What the config and the manifests can tell about checkpoints that a run will read. Raises ValueError."""
+    """What the config and the manifests can tell about checkpoints that a run will read. Raises
+    ValueError."""
     if config.checkpoint.async_mode == "async_with_pinned_mem" and not torch.cuda.is_available():
-        raise ConfigError('checkpoint.async_mode = "async_with_pinned_mem" needs a GPU, whose memory it copies faster: set "async"')
+        raise ConfigError(
+            'checkpoint.async_mode = "async_with_pinned_mem" needs a GPU, whose memory it copies faster: set'
+            ' "async"'
+        )
     place = checkpoint_folder(config)
     if config.checkpoint.enable and place.exists() and not place.is_dir():
         raise ConfigError(f"checkpoint.folder: {place} is not a folder: remove it, or name another")
@@ -164,7 +187,8 @@ def check(config: Config, args: Any) -> None:
         initial = folder = Path(config.checkpoint.initial_load_path).expanduser()
         if (folder / "config.json").exists() and not (folder / "manifest.json").exists():
             raise ConfigError(
-                f"checkpoint.initial_load_path = {str(folder)!r} is a Hugging Face folder: set checkpoint.initial_load_in_hf, too"
+                f"checkpoint.initial_load_path = {str(folder)!r} is a Hugging Face folder: set"
+                " checkpoint.initial_load_in_hf, too"
             )
     if folder is None:
         return
@@ -173,21 +197,34 @@ def check(config: Config, args: Any) -> None:
     free = {"optimizer.name"} if "optimizer" in _excluded(config, manifest) else set()
     remedy = "set it back, or choose another job.dump_folder to start anew"
     if initial:  # weights alone, whose context may be extended
-        free = {"optimizer.name", "model.converters", "model rope_theta", "model rope_scaling", "model max_positions"}
+        free = {
+            "optimizer.name",
+            "model.converters",
+            "model rope_theta",
+            "model rope_scaling",
+            "model max_positions",
+        }
         remedy = "name a checkpoint of this model"
     for name, value in manifest["model"].items():
         if name not in free and ours.get(name) != value:
-            raise ValueError(f"{folder} is of another model: {name} was {value!r} there and is {ours.get(name)!r} here: {remedy}")
+            raise ValueError(
+                f"{folder} is of another model: {name} was {value!r} there and is {ours.get(name)!r} here:"
+                f" {remedy}"
+            )
     if not initial and not manifest["complete"] and manifest["progress"]["step"] < config.training.steps:
         raise ValueError(
-            f"{folder} has the model only (checkpoint.last_save_model_only), so training cannot go on to training.steps ="
-            f" {config.training.steps}: start in another job.dump_folder with checkpoint.initial_load_path = {str(folder)!r}"
+            f"{folder} has the model only (checkpoint.last_save_model_only), so training cannot go on to"
+            f" training.steps = {config.training.steps}: start in another job.dump_folder with"
+            f" checkpoint.initial_load_path = {str(folder)!r}"
         )
 
 
 def initial_weights(model: nn.Module, family: ModuleType, config: Config, seed: int) -> None:
-    """Fills a model, or a stage of it, unless a checkpoint is about to: from a Hugging Face folder, or at random."""
-    if resume_folder(config) or (config.checkpoint.initial_load_path and not config.checkpoint.initial_load_in_hf):
+    """Fills a model, or a stage of it, unless a checkpoint is about to: from a Hugging Face folder, or at
+    random."""
+    if resume_folder(config) or (
+        config.checkpoint.initial_load_path and not config.checkpoint.initial_load_in_hf
+    ):
         return
     if folder := hf.weights_folder(config):
         hf.load_weights(model, family, folder)
@@ -199,16 +236,18 @@ def _check_data(manifest: dict[str, Any], identity: dict[str, Any], folder: Path
     for name, value in manifest["data"].items():
         if identity.get(name) != value:
             raise ValueError(
-                f"{folder} was trained on other data: {name} was {value!r} there and is {identity.get(name)!r} here: restore it, or"
+                f"{folder} was trained on other data: {name} was {value!r} there and is"
+                f" {identity.get(name)!r} here: restore it, or"
                 ' set checkpoint.exclude_from_loading = ["dataloader"] to begin this data from its start'
             )
 
 
-# -------------------------------------------------------------------------------------------------------------- tensors
+# ---------------------------------------------------------------------------------------------------- tensors
 
 
 def named_parameters(models: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
-    """Parameters of a model or of stages, by the whole model's names. A last stage's copy of tied embeddings goes by theirs."""
+    """Parameters of a model or of stages, by the whole model's names. A last stage's copy of tied embeddings
+    goes by theirs."""
     named = {}
     for model in models:
         for name, parameter in model.named_parameters():
@@ -226,7 +265,8 @@ def _random_states(rank: int) -> dict[str, torch.Tensor]:
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Says what the disk said: torch's zip writer, closing a file that a write has failed for, raises something of its own."""
+    """Says what the disk said: torch's zip writer, closing a file that a write has failed for, raises
+    something of its own."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:
@@ -238,14 +278,41 @@ class _Writer(dcp.FileSystemWriter):
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads `.metadata` without admitting what could run code: torch pickles it, and only these names are in a good one."""
+    """Reads `.metadata` without admitting what could run code: torch pickles it, and only these names are in
+    a good one."""
 
     class _Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            modules = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "torch.serialization")
+            modules = (
+                "torch.distributed.checkpoint.metadata",
+                "torch.distributed.checkpoint.filesystem",
+                "torch.serialization",
+            )
             plain = ("torch", "builtins", "collections", "pathlib", "pathlib._local")
-            names = ("Size", "device", "dtype", "float32", "float64", "bfloat16", "float16", "uint8", "int8", "int32", "int64", "bool")
-            names += ("float8_e4m3fn", "set", "OrderedDict", "PosixPath", "PurePosixPath", "_get_layout", "layout", "memory_format")
+            names = (
+                "Size",
+                "device",
+                "dtype",
+                "float32",
+                "float64",
+                "bfloat16",
+                "float16",
+                "uint8",
+                "int8",
+                "int32",
+                "int64",
+                "bool",
+            )
+            names += (
+                "float8_e4m3fn",
+                "set",
+                "OrderedDict",
+                "PosixPath",
+                "PurePosixPath",
+                "_get_layout",
+                "layout",
+                "memory_format",
+            )
             if module in modules or (module in plain and name in names):
                 return super().find_class(module, name)
             raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
@@ -263,19 +330,26 @@ def _tensors_in(folder: Path) -> dict[str, Any]:
     try:
         return _Reader(folder).read_metadata().state_dict_metadata
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-        raise ValueError(f"{folder / '.metadata'} cannot be read ({error}): remove {folder} to go on from an earlier one") from None
+        raise ValueError(
+            f"{folder / '.metadata'} cannot be read ({error}): remove {folder} to go on from an earlier one"
+        ) from None
 
 
-def _read(folder: Path, there: dict[str, Any], tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    """Fills the tensors in place. ValueError with the name of one that is not `there`, or in another shape or type."""
+def _read(
+    folder: Path, there: dict[str, Any], tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None
+) -> None:
+    """Fills the tensors in place. ValueError with the name of one that is not `there`, or in another shape or
+    type."""
     for name, tensor in tensors.items():
         if name not in there:
-            raise ValueError(f"{folder} has no {name}: it is of another model or optimizer, or of another version")
+            raise ValueError(
+                f"{folder} has no {name}: it is of another model or optimizer, or of another version"
+            )
         has = there[name]
         if has.size != tensor.shape or has.properties.dtype != tensor.dtype:
             raise ValueError(
-                f"{folder}: {name} is {has.properties.dtype} of shape {tuple(has.size)}, but the model has {tensor.dtype} of"
-                f" {tuple(tensor.shape)}: it is of another model"
+                f"{folder}: {name} is {has.properties.dtype} of shape {tuple(has.size)}, but the model has"
+                f" {tensor.dtype} of {tuple(tensor.shape)}: it is of another model"
             )
     try:
         with warnings.catch_warnings():  # that there is no process group is meant
@@ -284,14 +358,17 @@ def _read(folder: Path, there: dict[str, Any], tensors: dict[str, torch.Tensor],
     except CheckpointException as error:
         if "block boundary" in str(error):
             raise ValueError(
-                f"{folder}: this number of ranks would cut AdamW8bit's blocks of 256 elements: resume on as many ranks as before, or half"
-                " or twice as many"
+                f"{folder}: this number of ranks would cut AdamW8bit's blocks of 256 elements: resume on as"
+                " many ranks as before, or half or twice as many"
             ) from None
-        raise ValueError(f"{folder} cannot be read ({_first_failure(error)}): remove it to go on from an earlier one") from None
+        raise ValueError(
+            f"{folder} cannot be read ({_first_failure(error)}): remove it to go on from an earlier one"
+        ) from None
 
 
 def load_model_weights(model: nn.Module, folder: str | Path) -> None:
-    """Fills one model, on one process, from a checkpoint folder. ValueError where that is damaged or of another model."""
+    """Fills one model, on one process, from a checkpoint folder. ValueError where that is damaged or of
+    another model."""
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
     _raise_first(_damaged(folder, name, figures) for name, figures in manifest["files"].items())
@@ -300,7 +377,7 @@ def load_model_weights(model: nn.Module, folder: str | Path) -> None:
         _read(folder, _tensors_in(folder), tensors, None)
 
 
-# ----------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def _checksum(path: Path) -> dict[str, int]:
@@ -320,8 +397,14 @@ def _damaged(folder: Path, name: str, figures: dict[str, int]) -> str:
     except OSError as error:
         return f"{folder / name} cannot be read ({error.strerror}): {remedy}"
     if now["bytes"] != figures["bytes"]:
-        return f"{folder / name} has {now['bytes']:,} bytes, but was written with {figures['bytes']:,}: {remedy}"
-    return "" if now == figures else f"{folder / name} is damaged, its checksum is another than when it was written: {remedy}"
+        return (
+            f"{folder / name} has {now['bytes']:,} bytes, but was written with {figures['bytes']:,}: {remedy}"
+        )
+    return (
+        ""
+        if now == figures
+        else f"{folder / name} is damaged, its checksum is another than when it was written: {remedy}"
+    )
 
 
 def _raise_first(sentences: Iterable[str]) -> None:
@@ -333,7 +416,11 @@ def _raise_first(sentences: Iterable[str]) -> None:
 def _first_failure(error: BaseException) -> str:
     """What an exception of torch.distributed.checkpoint is about, in words."""
     while isinstance(error, CheckpointException) or error.__cause__:
-        error = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error.__cause__
+        error = (
+            next(iter(error.failures.values()))[0]
+            if isinstance(error, CheckpointException)
+            else error.__cause__
+        )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return f"{type(error).__name__}: {error}".split("\n")[0]
@@ -343,7 +430,7 @@ class SaveFailed(Exception):
     """A save that left nothing behind. What is in memory is as it was."""
 
 
-# ------------------------------------------------------------------------------------------------------------- the run's
+# -------------------------------------------------------------------------------------------------- the run's
 
 
 class Checkpoints:
@@ -357,17 +444,22 @@ class Checkpoints:
         self.parameters = named_parameters(self.models)
         self.identity = model_identity(config, self.models[0].args)
         self.rank = dist.get_rank()
-        self.group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)  # saves go on beside the training's collectives
-        self.stager = BlockingAsyncStager(cache_staged_state_dict=self.settings.async_mode == "async_with_pinned_mem")
+        self.group = dist.new_group(
+            backend="gloo", timeout=GROUP_TIMEOUT
+        )  # saves go on beside the training's collectives
+        self.stager = BlockingAsyncStager(
+            cache_staged_state_dict=self.settings.async_mode == "async_with_pinned_mem"
+        )
         self.failures = 0  # saves that failed since the last good one
         self._thread: threading.Thread | None = None
         self._thread_error: Exception | None = None
 
     def load(self) -> Progress:
-        """Fills model, optimizer, loader and random generators from the newest checkpoint, or that of checkpoint.load_step.
+        """Fills model, optimizer, loader and random generators from the newest checkpoint, or that of
+        checkpoint.load_step.
 
-        Returns how far it had come. Where there is none, a run begins, with the weights of checkpoint.initial_load_path if it has one.
-        Raises ValueError for what is damaged or does not fit.
+        Returns how far it had come. Where there is none, a run begins, with the weights of
+        checkpoint.initial_load_path if it has one. Raises ValueError for what is damaged or does not fit.
         """
         folder = self._on_rank_0(lambda: self._clean(resume_folder(self.config)))
         if folder is None:
@@ -407,10 +499,12 @@ class Checkpoints:
         return self._thread is not None and self._thread_error is not None
 
     def after_step(self, progress: Progress, stopping: bool, failed_in_background: bool) -> float:
-        """Saves the run if its step is due: by checkpoint.interval, as the last one before it ends or stops, or since a save failed.
+        """Saves the run if its step is due: by checkpoint.interval, as the last one before it ends or stops,
+        or since a save failed.
 
-        Returns the seconds that training waited. A save that fails is reported, and tried again after the next step, or at once where
-        none comes. After ATTEMPTS in a row ValueError says that the run stops. `failed_in_background`: on any rank.
+        Returns the seconds that training waited. A save that fails is reported, and tried again after the
+        next step, or at once where none comes. After ATTEMPTS in a row ValueError says that the run stops.
+        `failed_in_background`: on any rank.
         """
         if not self.settings.enable:
             return 0.0
@@ -433,9 +527,13 @@ class Checkpoints:
             self.failures += 1
             if self.failures == ATTEMPTS:
                 raise ValueError(
-                    f"{error}; {ATTEMPTS} attempts in a row failed: make room or restore the folder, and start again"
+                    f"{error}; {ATTEMPTS} attempts in a row failed: make room or restore the folder, and"
+                    " start again"
                 ) from None
-            logger.warning(f"{error}; training goes on, and it is tried again (attempt {self.failures + 1} of {ATTEMPTS})")
+            logger.warning(
+                f"{error}; training goes on, and it is tried again (attempt {self.failures + 1} of"
+                f" {ATTEMPTS})"
+            )
             return False
 
     def _finish_previous(self) -> None:
@@ -452,7 +550,10 @@ class Checkpoints:
         logger.info("Saving the checkpoint (or staging if async is enabled).")
         begin, step = time.perf_counter(), progress.step
         if changed := self.loader.dataset.changed_file():
-            logger.warning(f"{changed} changed since this run read it: it goes on with what it read, but cannot be continued with the new file")
+            logger.warning(
+                f"{changed} changed since this run read it: it goes on with what it read, but cannot be"
+                " continued with the new file"
+            )
         complete = not (self.settings.last_save_model_only and step == self.config.training.steps)
         tensors = {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}
         if complete:
@@ -476,27 +577,38 @@ class Checkpoints:
             self.failures = 0
         else:
             staged = self.stager.stage(tensors)
-            self._thread = threading.Thread(target=self._write_beside, args=(step, staged, manifest), name="checkpoint")
+            self._thread = threading.Thread(
+                target=self._write_beside, args=(step, staged, manifest), name="checkpoint"
+            )
             self._thread.start()
             if wait:
                 self._finish_previous()
         seconds = time.perf_counter() - begin
-        logger.info(f"Finished saving the checkpoint (or staging if async is enabled) in {seconds:.2f} seconds.")
+        logger.info(
+            f"Finished saving the checkpoint (or staging if async is enabled) in {seconds:.2f} seconds."
+        )
 
     def _write_beside(self, step: int, tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> None:
         try:
             self._write(step, tensors, manifest)
         except BaseException as error:
-            self._thread_error = error if isinstance(error, SaveFailed) else SaveFailed(f"step {step} could not be saved ({error!r})")
+            self._thread_error = (
+                error
+                if isinstance(error, SaveFailed)
+                else SaveFailed(f"step {step} could not be saved ({error!r})")
+            )
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> None:
-        """The checkpoint of `step`, whole and on the disk; else SaveFailed, on every rank, and nothing of it is left."""
+        """The checkpoint of `step`, whole and on the disk; else SaveFailed, on every rank, and nothing of it
+        is left."""
         target = self.folder / f"step-{step}"
         temporary = self.folder / f"step-{step}.saving"
         try:
             self._on_rank_0(lambda: self._make_empty(temporary))
             dcp.save(tensors, storage_writer=_Writer(temporary), process_group=self.group)
-            own = sorted(temporary.glob(f"__{self.rank}_*")) + ([temporary / ".metadata"] if self.rank == 0 else [])
+            own = sorted(temporary.glob(f"__{self.rank}_*")) + (
+                [temporary / ".metadata"] if self.rank == 0 else []
+            )
             files = self._gathered(_outcome(lambda: {path.name: _checksum(path) for path in own}))
             self._on_rank_0(lambda: self._complete(temporary, target, manifest, files))
         except (CheckpointException, OSError, RuntimeError) as error:
@@ -526,8 +638,9 @@ class Checkpoints:
                 _remove(old)
 
     def _clean(self, resumed: Path | None) -> Path | None:
-        """Before training goes on from `resumed`: what kills left half done goes; later steps (where checkpoint.load_step named an
-        earlier one) would else be taken for the newest, and get another name."""
+        """Before training goes on from `resumed`: what kills left half done goes; later steps (where
+        checkpoint.load_step named an earlier one) would else be taken for the newest, and get another
+        name."""
         if not self.settings.enable:
             return resumed
         for pattern in ("step-*.saving", "step-*.removing"):
@@ -570,7 +683,8 @@ def _outcome(function) -> Any:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder so that a kill in the middle leaves nothing that looks complete. One that cannot be removed stays."""
+    """Removes a folder so that a kill in the middle leaves nothing that looks complete. One that cannot be
+    removed stays."""
     gone = path.with_name(path.name + ".removing")
     try:
         shutil.rmtree(gone, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""A run's settings: a TOML file and the command line become one checked Config, or one sentence that says what is wrong.
+"""A run's settings: a TOML file and the command line become one checked Config, or one sentence that says
+what is wrong.
 
 What can be set stands in config_options.py; types, --help, suggestions and saving are read off its fields.
 """
@@ -68,7 +69,8 @@ SECTIONS = {name[:place] for name in KEYS for place, letter in enumerate(name) i
 def load_config(argv: list[str]) -> Config:
     """The config of a command line: its overrides, over the file of --job.config_file, over the defaults.
 
-    Raises ConfigError for anything that the file and the command line alone can tell. --help prints all keys and exits.
+    Raises ConfigError for anything that the file and the command line alone can tell. --help prints all keys
+    and exits.
     """
     overrides = _parse_command_line(argv)
     path = overrides.get("job.config_file", "")
@@ -79,7 +81,9 @@ def load_config(argv: list[str]) -> Config:
         setattr(_section(config, section), name, value)
     _check_combinations(config, values)
     if config.model.hf_assets_path:
-        from chunkflow.training.hf import model_of  # here, since it imports torch: a mistyped key is answered at once
+        from chunkflow.training.hf import (
+            model_of,
+        )  # here, since it imports torch: a mistyped key is answered at once
 
         try:
             config.model.name, _ = model_of(config.model.hf_assets_path)
@@ -95,7 +99,7 @@ def _section(config: Any, path: str) -> Any:
     return config
 
 
-# ------------------------------------------------------------------------------------------------------- the two sources
+# -------------------------------------------------------------------------------------------- the two sources
 
 
 def _parse_command_line(argv: list[str]) -> dict[str, Any]:
@@ -107,13 +111,17 @@ def _parse_command_line(argv: list[str]) -> dict[str, Any]:
             print(help_text())
             raise SystemExit(0)
         if not argument.startswith("--"):
-            raise ConfigError(f"{argument!r} is not an option: write --section.key value, and lists with commas")
+            raise ConfigError(
+                f"{argument!r} is not an option: write --section.key value, and lists with commas"
+            )
         name, equals, text = argument[2:].partition("=")
         section, _, last = name.rpartition(".")
         positive = f"{section}.{last.removeprefix('no_')}"
         if name not in KEYS and positive in KEYS and KEYS[positive].type is bool:
             if equals:
-                raise ConfigError(f"--{name} takes no value, but got {text!r}: write --{name} or --{positive}={text}")
+                raise ConfigError(
+                    f"--{name} takes no value, but got {text!r}: write --{name} or --{positive}={text}"
+                )
             values[positive] = False
             continue
         key = _known(name, "--")
@@ -150,7 +158,9 @@ def _read_toml(path: str) -> dict[str, Any]:
         text = Path(path).read_bytes().decode("utf-8")
         tables = tomllib.loads(text)
     except OSError as error:
-        raise ConfigError(f"job.config_file = {_show(path)} cannot be read ({error.strerror}): name a TOML file") from None
+        raise ConfigError(
+            f"job.config_file = {_show(path)} cannot be read ({error.strerror}): name a TOML file"
+        ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
@@ -169,7 +179,10 @@ def _read_toml(path: str) -> dict[str, Any]:
                 continue
             _known(name, "", where, inside=value if isinstance(value, dict) else ())
             if name == "job.config_file":
-                raise ConfigError(f"{where}job.config_file belongs on the command line, where it selects this file: remove it here")
+                raise ConfigError(
+                    f"{where}job.config_file belongs on the command line, where it selects this file: remove"
+                    " it here"
+                )
             values[name] = _checked(name, value, where)
 
     read(tables, "")
@@ -189,18 +202,20 @@ def _line_of(name: str, text: str) -> int | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------------------- one key
+# ---------------------------------------------------------------------------------------------------- one key
 
 
 def answer(name: str) -> str | None:
-    """What to say to a key that users know from elsewhere or that comes later; its section may answer for it."""
+    """What to say to a key that users know from elsewhere or that comes later; its section may answer for
+    it."""
     parts = name.split(".")
     paths = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
     return next((answers[path] for answers in (LATER, ANSWERS) for path in paths if path in answers), None)
 
 
 def _known(name: str, dashes: str, where: str = "", inside: Any = ()) -> Key:
-    """The key of that name, or the sentence that helps most. `inside`: the names in it, if it is a TOML table."""
+    """The key of that name, or the sentence that helps most. `inside`: the names in it, if it is a TOML
+    table."""
     if name in KEYS:
         return KEYS[name]
     for key in [*(f"{name}.{inner}" for inner in inside), name]:
@@ -208,7 +223,9 @@ def _known(name: str, dashes: str, where: str = "", inside: Any = ()) -> Key:
             raise ConfigError(f"{where}{dashes}{key} {sentence}")
     if name in SECTIONS:
         example = next(key for key in KEYS if key.startswith(name + "."))
-        raise ConfigError(f"{where}{dashes}{name} is a section: set one of its keys, such as {dashes}{example}")
+        raise ConfigError(
+            f"{where}{dashes}{name} is a section: set one of its keys, such as {dashes}{example}"
+        )
     same = [key for key in KEYS if key.rpartition(".")[2] == name.rpartition(".")[2]]
     close = same[:1] or difflib.get_close_matches(name, SECTIONS if inside else KEYS, n=1)
     remedy = f"did you mean {dashes}{close[0]}?" if close else "see --help for all keys"
@@ -269,22 +286,26 @@ def _show(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-# --------------------------------------------------------------------------- several keys, the processes, the file system
+# --------------------------------------------------------------- several keys, the processes, the file system
 
 
 def _check_combinations(config: Config, given: dict[str, Any]) -> None:
-    """Rules between keys. fp64 training computes and reduces in fp64 throughout: the resolved config says so."""
+    """Rules between keys. fp64 training computes and reduces in fp64 throughout: the resolved config says
+    so."""
     training, validation = config.training, config.validation
     if training.dtype == "float64":
         if given.get("training.mixed_precision_param") == "bfloat16":
             raise ConfigError(
-                'training.mixed_precision_param = "bfloat16" contradicts training.dtype = "float64", which computes in float64:'
+                'training.mixed_precision_param = "bfloat16" contradicts training.dtype = "float64", which'
+                " computes in float64:"
                 " remove one of the two"
             )
         training.mixed_precision_param = training.mixed_precision_reduce = "float64"
     for name in ("mixed_precision_param", "mixed_precision_reduce"):
         if training.dtype != "float64" and getattr(training, name) == "float64":
-            raise ConfigError(f'training.{name} = "float64" needs training.dtype = "float64": set that, or "float32" here')
+            raise ConfigError(
+                f'training.{name} = "float64" needs training.dtype = "float64": set that, or "float32" here'
+            )
     _check_dataset("training", training.dataset, training.dataset_path)
     if validation.enable:
         if validation.dataset is None:
@@ -300,28 +321,38 @@ def _check_combinations(config: Config, given: dict[str, Any]) -> None:
     checkpoint = config.checkpoint
     if checkpoint.initial_load_in_hf and not (checkpoint.initial_load_path or config.model.hf_assets_path):
         raise ConfigError(
-            "checkpoint.initial_load_in_hf = true has no folder: set checkpoint.initial_load_path or model.hf_assets_path to one"
+            "checkpoint.initial_load_in_hf = true has no folder: set checkpoint.initial_load_path or"
+            " model.hf_assets_path to one"
         )
     if checkpoint.load_step != -1 and not checkpoint.enable:
-        raise ConfigError(f"checkpoint.load_step = {checkpoint.load_step} is not read without checkpoint.enable: set that too")
+        raise ConfigError(
+            f"checkpoint.load_step = {checkpoint.load_step} is not read without checkpoint.enable: set that"
+            " too"
+        )
     selective = config.activation_checkpoint.selective_ac_option
     if not selective.isdecimal() or int(selective) < 1:
         raise ConfigError(
-            f"activation_checkpoint.selective_ac_option = {_show(selective)} is not a whole number of at least 1 in quotes: set"
+            f"activation_checkpoint.selective_ac_option = {_show(selective)} is not a whole number of at"
+            " least 1 in quotes: set"
             ' "2" to recompute every second layer'
         )
 
 
 def _check_dataset(section: str, dataset: str, path: str) -> None:
     if dataset == "jsonl" and not path:
-        raise ConfigError(f'{section}.dataset = "jsonl" has no data: set {section}.dataset_path to a file, a folder or a glob')
+        raise ConfigError(
+            f'{section}.dataset = "jsonl" has no data: set {section}.dataset_path to a file, a folder or a'
+            " glob"
+        )
     if dataset == "synthetic" and path not in ("", "lmsys", "llama3_sft"):
         raise ConfigError(
-            f'{section}.dataset_path = {_show(path)} is not known to {section}.dataset = "synthetic": set "lmsys" or "llama3_sft"'
+            f'{section}.dataset_path = {_show(path)} is not known to {section}.dataset = "synthetic": set'
+            ' "lmsys" or "llama3_sft"'
         )
     if dataset == "python_stdlib" and path:
         raise ConfigError(
-            f'{section}.dataset_path = {_show(path)} is not read by {section}.dataset = "python_stdlib": remove the path, or set'
+            f'{section}.dataset_path = {_show(path)} is not read by {section}.dataset = "python_stdlib":'
+            " remove the path, or set"
             f' {section}.dataset = "jsonl"'
         )
 
@@ -332,15 +363,18 @@ def check_processes(config: Config, processes: int) -> None:
     shards = parallel.data_parallel_shard_degree
     others = parallel.data_parallel_replicate_degree * parallel.pipeline_parallel_degree
     named = (
-        f"parallelism.data_parallel_replicate_degree = {parallel.data_parallel_replicate_degree} x pipeline_parallel_degree ="
-        f" {parallel.pipeline_parallel_degree}"
+        f"parallelism.data_parallel_replicate_degree = {parallel.data_parallel_replicate_degree} x"
+        f" pipeline_parallel_degree = {parallel.pipeline_parallel_degree}"
     )
     if shards == -1 and processes % others:
-        raise ConfigError(f"{named} does not divide {processes}, the number of processes: set NGPU to a multiple of {others}")
+        raise ConfigError(
+            f"{named} does not divide {processes}, the number of processes: set NGPU to a multiple of"
+            f" {others}"
+        )
     if shards != -1 and others * shards != processes:
         raise ConfigError(
-            f"{named} x data_parallel_shard_degree = {shards} is not {processes}, the number of processes: set"
-            f" data_parallel_shard_degree = -1, or NGPU = {others * shards}"
+            f"{named} x data_parallel_shard_degree = {shards} is not {processes}, the number of processes:"
+            f" set data_parallel_shard_degree = -1, or NGPU = {others * shards}"
         )
 
 
@@ -349,12 +383,17 @@ def check_paths(config: Config) -> None:
     tokenizer = config.model.tokenizer_path
     if tokenizer and not Path(tokenizer).exists():
         raise ConfigError(
-            f"model.tokenizer_path = {_show(tokenizer)} does not exist: name a tokenizer.json, a sentencepiece model, or a folder with one"
+            f"model.tokenizer_path = {_show(tokenizer)} does not exist: name a tokenizer.json, a"
+            " sentencepiece model, or a folder with one"
         )
-    sections = {"training": config.training} | ({"validation": config.validation} if config.validation.enable else {})
+    sections = {"training": config.training} | (
+        {"validation": config.validation} if config.validation.enable else {}
+    )
     for name, section in sections.items():
         if section.dataset == "jsonl":
-            from chunkflow.data.dataset import jsonl_files  # here, since it imports torch: a mistyped key is answered at once
+            from chunkflow.data.dataset import (
+                jsonl_files,
+            )  # here, since it imports torch: a mistyped key is answered at once
 
             jsonl_files(section.dataset_path, name)
     folder = Path(config.job.dump_folder).absolute()
@@ -364,11 +403,12 @@ def check_paths(config: Config) -> None:
         tempfile.TemporaryDirectory(dir=folder).cleanup()
     except OSError as error:
         raise ConfigError(
-            f"job.dump_folder = {_show(config.job.dump_folder)} cannot be written ({folder}: {error.strerror}): name another folder"
+            f"job.dump_folder = {_show(config.job.dump_folder)} cannot be written ({folder}:"
+            f" {error.strerror}): name another folder"
         ) from None
 
 
-# ----------------------------------------------------------------------------------------------------------- for recipes
+# ------------------------------------------------------------------------------------------------ for recipes
 
 
 def main_config(
@@ -376,8 +416,9 @@ def main_config(
 ) -> Config:
     """The first line of a recipe: the checked config, or `error: ...` on stderr and exit status 2.
 
-    `check` adds the recipe's own rules: it raises ValueError, one sentence. With --check on the command line the checks are all
-    that runs. `planned`: the recipe asks about NGPU x NNODES processes instead of being one of them.
+    `check` adds the recipe's own rules: it raises ValueError, one sentence. With --check on the command line
+    the checks are all that runs. `planned`: the recipe asks about NGPU x NNODES processes instead of being
+    one of them.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     only_check = "--check" in argv
@@ -404,16 +445,22 @@ def main_config(
 
 @contextmanager
 def user_errors():
-    """What is wrong with the data or the model ends the run with its sentence on rank 0, exit status 1, instead of a traceback.
+    """What is wrong with the data or the model ends the run with its sentence on rank 0, exit status 1,
+    instead of a traceback.
 
     Other ranks raise it: it may be theirs alone, and torchrun then reports it.
     """
     try:
         yield
-    except OSError as error:  # a disk that is full or gone: as much a sentence, with what the system says of which file
+    except (
+        OSError
+    ) as error:  # a disk that is full or gone: as much a sentence, with what the system says of which file
         if os.environ.get("RANK", "0") != "0":
             raise
-        print(f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror}", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror}",
+            file=sys.stderr,
+        )
         raise SystemExit(1) from None
     except ValueError as error:
         if os.environ.get("RANK", "0") != "0":
@@ -430,7 +477,9 @@ def _processes(planned: bool) -> int:
     for name in ("NGPU", "NNODES") if planned else ():
         text = os.environ.get(name) or "1"
         if not text.isdecimal() or int(text) < 1:
-            raise ConfigError(f"{name} = {text} in the environment is not a whole number of at least 1: set {name}=1")
+            raise ConfigError(
+                f"{name} = {text} in the environment is not a whole number of at least 1: set {name}=1"
+            )
         count *= int(text)
     return count
 
@@ -452,7 +501,10 @@ def to_toml(config: Config) -> str:
 
 def help_text() -> str:
     """Every key with its default, what it means and what it admits."""
-    lines = ["Options, over the values of --job.config_file FILE.toml, over the defaults shown. --check: stop after the checks."]
+    lines = [
+        "Options, over the values of --job.config_file FILE.toml, over the defaults shown. --check: stop"
+        " after the checks."
+    ]
     defaults, section = Config(), ""
     for name, key in KEYS.items():
         path, _, last = name.rpartition(".")
@@ -461,7 +513,9 @@ def help_text() -> str:
             section = path
         rule, choices = key.field.metadata["rule"], key.field.metadata["choices"]
         default = getattr(_section(defaults, path), last)
-        admitted = ", ".join(map(_show, choices)) or (f"a value {rule.words}" if rule else _KINDS[key.type][0])
+        admitted = ", ".join(map(_show, choices)) or (
+            f"a value {rule.words}" if rule else _KINDS[key.type][0]
+        )
         lines.append(f"  --{name} ({'unset' if default is None else _show(default)})")
         lines.append(f"        {key.field.metadata['doc']} [{admitted}]")
     return "\n".join(lines)

@@ -1,52 +1,72 @@
-"""What to say to keys and values that users know from torchtitan, from its older versions, or from the documentation's future.
+"""What to say to keys and values that users know from torchtitan, from its older versions, or from the
+documentation's future.
 
-Each entry ends a sentence that begins with the key (or with `key = value`). A section's name answers all of its keys.
+Each entry ends a sentence that begins with the key (or with `key = value`). A section's name answers all of
+its keys.
 """
 
 from __future__ import annotations
 
-# Keys and sections that are planned but not in this version. Looked up first: delete an entry when its key arrives.
+# Keys and sections that are planned but not in this version. Looked up first: delete an entry when its key
+# arrives.
 LATER: dict[str, str] = {
     "chunkflow.kv_offload": "is not available in this version: K/V state stays on the device, remove the key",
-    "chunkflow.keep_attention": "is not available in this version: a recomputed chunk repeats its attention, remove the key",
+    "chunkflow.keep_attention": "is not available in this version: a recomputed chunk repeats its attention,"
+    " remove the key",
     "lora": "is not available in this version: all parameters are trained, remove the section",
     "peft": "is not available in this version: all parameters are trained, remove the section",
 }
 
-_NO_TENSOR_PARALLEL = "is not there yet: long sequences are split into chunks instead; use data_parallel_shard_degree for large models"
-_NO_CONTEXT_PARALLEL = "is not there yet: a long sequence is split over chunks in time, set chunkflow.chunk_size and chunkflow.k"
+_NO_TENSOR_PARALLEL = (
+    "is not there yet: long sequences are split into chunks instead; use"
+    " data_parallel_shard_degree for large models"
+)
+_NO_CONTEXT_PARALLEL = (
+    "is not there yet: a long sequence is split over chunks in time, set chunkflow.chunk_size and chunkflow.k"
+)
 _NO_EXPERTS = "is not used: there are no mixture-of-experts models here, remove the key"
-_CHUNKS_ARE_MICROBATCHES = "is not used: chunks are the micro-batches, set training.global_batch_size and chunkflow.chunk_size"
+_CHUNKS_ARE_MICROBATCHES = (
+    "is not used: chunks are the micro-batches, set training.global_batch_size and chunkflow.chunk_size"
+)
 _OWN_SCHEDULE = "is not used: stages run the state-aware schedule, made anew for every step, remove the key"
 _EVEN_STAGES = "is not used: remove it, layers are spread evenly over the stages"
 _LOADER_THREAD = "is not used: one thread prepares the next step while this one runs, remove the section"
 
 # torchtitan's keys that have no place here.
 ANSWERS: dict[str, str] = {
-    "job.save_config_file": "is not used: the resolved config is always saved as config.toml in job.dump_folder",
-    "job.custom_config_module": "is not used: copy a recipe, edit it, and start it with TRAIN_FILE=my_recipe.py ./run_train.sh",
+    "job.save_config_file": "is not used: the resolved config is always saved as config.toml in"
+    " job.dump_folder",
+    "job.custom_config_module": "is not used: copy a recipe, edit it, and start it with"
+    " TRAIN_FILE=my_recipe.py ./run_train.sh",
     "job.print_args": "was renamed: set job.print_config",
     "job.use_for_integration_test": "is not used: remove the key",
     "profiling.profiler_active": "is not used: one step is traced every profiling.profile_freq steps",
     "profiling.profiler_warmup": "is not used: one step is traced every profiling.profile_freq steps",
-    "profiling.enable_memory_snapshot": "is not used: peak memory of every logged step is in metrics.jsonl, remove the key",
-    "profiling.save_memory_snapshot_folder": "is not used: peak memory of every logged step is in metrics.jsonl, remove the key",
-    "metrics.save_for_all_ranks": "is not used: rank 0 writes figures that are reduced over all ranks already",
+    "profiling.enable_memory_snapshot": "is not used: peak memory of every logged step is in metrics.jsonl,"
+    " remove the key",
+    "profiling.save_memory_snapshot_folder": "is not used: peak memory of every logged step is in"
+    " metrics.jsonl, remove the key",
+    "metrics.save_for_all_ranks": "is not used: rank 0 writes figures that are reduced over all ranks"
+    " already",
     "metrics.rank_0_only": "is not used: rank 0 writes figures that are reduced over all ranks already",
-    "metrics.enable_wandb": "is not used: set metrics.enable_tensorboard, or read metrics.jsonl in job.dump_folder",
+    "metrics.enable_wandb": "is not used: set metrics.enable_tensorboard, or read metrics.jsonl in"
+    " job.dump_folder",
     "metrics.enable_color_printing": "was turned round: set metrics.disable_color_printing",
     "model.print_after_conversion": "is not used: remove the key",
     "model.norm_type": "is not used: each model has its own normalisation, remove the key",
-    "model.use_flex_attn": "is not used: attention is exact within each sequence on every device, remove the key",
+    "model.use_flex_attn": "is not used: attention is exact within each sequence on every device, remove the"
+    " key",
     "model.attn_mask_type": "is not used: a packed sequence never attends to its neighbours, remove the key",
     "model.tokenizer_type": "is not used: model.tokenizer_path says enough",
-    "optimizer.early_step_in_backward": "is not used: gradients of all chunks are summed before the one optimizer step",
+    "optimizer.early_step_in_backward": "is not used: gradients of all chunks are summed before the one"
+    " optimizer step",
     "optimizer.fused": 'was replaced: set optimizer.implementation = "fused"',
     "lr_scheduler.total_steps": "is not used: the schedule ends at training.steps, set that",
     "lr_scheduler.lr_min": "was replaced: set lr_scheduler.min_lr_factor, a share of optimizer.lr",
     "training.local_batch_size": "is not used: set training.global_batch_size and chunkflow.chunk_size",
     "training.batch_size": "is not used: set training.global_batch_size and chunkflow.chunk_size",
-    "training.gradient_accumulation_steps": "is not used: set training.global_batch_size, chunks accumulate by themselves",
+    "training.gradient_accumulation_steps": "is not used: set training.global_batch_size, chunks accumulate"
+    " by themselves",
     "training.gc_debug": "is not used: remove the key",
     "training.dataloader": _LOADER_THREAD,
     "training.warmup_steps": "has moved: set lr_scheduler.warmup_steps",
@@ -54,7 +74,8 @@ ANSWERS: dict[str, str] = {
     "training.deterministic": "has moved: set debug.deterministic",
     "training.compile": "has moved: set compile.enable",
     "training.data_parallel_degree": "has moved: set parallelism.data_parallel_shard_degree",
-    "training.data_parallel_type": "is not used: set parallelism.data_parallel_shard_degree and data_parallel_replicate_degree",
+    "training.data_parallel_type": "is not used: set parallelism.data_parallel_shard_degree and"
+    " data_parallel_replicate_degree",
     "training.data_parallel_shard_degree": "has moved: set parallelism.data_parallel_shard_degree",
     "training.data_parallel_replicate_degree": "has moved: set parallelism.data_parallel_replicate_degree",
     "training.fsdp_reshard_after_forward": "has moved: set parallelism.fsdp_reshard_after_forward",
@@ -83,31 +104,42 @@ ANSWERS: dict[str, str] = {
     "checkpoint.enable_checkpoint": "was renamed: set checkpoint.enable",
     "checkpoint.interval_type": "is not used: checkpoint.interval counts steps",
     "checkpoint.model_weights_only": "was renamed: set checkpoint.last_save_model_only",
-    "checkpoint.enable_ft_dataloader_checkpoints": "is not used: the data's place is one number in every checkpoint",
-    "checkpoint.initial_load_model_only": "is not used: checkpoint.initial_load_path always loads the model's weights only",
-    "checkpoint.initial_load_in_hf_quantized": "is not used: quantised weights are not read, convert them first",
+    "checkpoint.enable_ft_dataloader_checkpoints": "is not used: the data's place is one number in every"
+    " checkpoint",
+    "checkpoint.initial_load_model_only": "is not used: checkpoint.initial_load_path always loads the model's"
+    " weights only",
+    "checkpoint.initial_load_in_hf_quantized": "is not used: quantised weights are not read, convert them"
+    " first",
     "checkpoint.enable_first_step_checkpoint": "is not used: set checkpoint.interval = 1 for a short trial",
-    "checkpoint.create_seed_checkpoint": "is not used: initial weights depend on debug.seed alone, whatever the layout",
+    "checkpoint.create_seed_checkpoint": "is not used: initial weights depend on debug.seed alone, whatever"
+    " the layout",
     "checkpoint.load_only": "is not used: set checkpoint.interval to more than training.steps",
     "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": _NO_EXPERTS,
     "activation_checkpoint.early_stop": "is not used: remove the key",
-    "activation_checkpoint.memory_budget": "is not used: chunkflow.chunk_size and chunkflow.k bound the activations",
-    "activation_checkpoint.visualize_memory_budget_pareto": "is not used: chunkflow.chunk_size and chunkflow.k bound the activations",
-    "activation_checkpoint.preserve_rng_state": "is not used: nothing in the models is random, remove the key",
+    "activation_checkpoint.memory_budget": "is not used: chunkflow.chunk_size and chunkflow.k bound the"
+    " activations",
+    "activation_checkpoint.visualize_memory_budget_pareto": "is not used: chunkflow.chunk_size and"
+    " chunkflow.k bound the activations",
+    "activation_checkpoint.preserve_rng_state": "is not used: nothing in the models is random, remove the"
+    " key",
     "activation_checkpoint.determinism_check": "is not used: nothing in the models is random, remove the key",
     "activation_checkpoint.debug": "is not used: remove the key",
-    "quantize.linear.float8.enable_fsdp_float8_all_gather": "is not used: layers are gathered in training.mixed_precision_param and cast"
-    " for each product, remove the key",
-    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": "is not used: it belongs to float8 all-gathers, which are not"
-    " there, remove the key",
+    "quantize.linear.float8.enable_fsdp_float8_all_gather": "is not used: layers are gathered in"
+    " training.mixed_precision_param and cast for each product, remove the key",
+    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": "is not used: it belongs to float8"
+    " all-gathers, which are not there, remove the key",
     "quantize.linear.float8.force_recompute_fp8_weight_in_bwd": "is not used: remove the key",
     "quantize.linear.mx": "is not used: MX formats are not supported, remove the section",
     "quantize.grouped_mm": _NO_EXPERTS,
     "float8": 'has moved: add "float8" to model.converters and use quantize.linear.float8',
-    "comm.trace_buf_size": "is not used: set TORCH_FR_BUFFER_SIZE in the environment for PyTorch's flight recorder",
-    "comm.save_traces_folder": "is not used: set TORCH_FR_DUMP_TEMP_FILE in the environment for PyTorch's flight recorder",
-    "comm.save_traces_file_prefix": "is not used: set TORCH_FR_DUMP_TEMP_FILE in the environment for PyTorch's flight recorder",
-    "memory_estimation": "is not used: NGPU=8 python recipes/plan.py --job.config_file X.toml predicts a rank's memory, by part",
+    "comm.trace_buf_size": "is not used: set TORCH_FR_BUFFER_SIZE in the environment for PyTorch's flight"
+    " recorder",
+    "comm.save_traces_folder": "is not used: set TORCH_FR_DUMP_TEMP_FILE in the environment for PyTorch's"
+    " flight recorder",
+    "comm.save_traces_file_prefix": "is not used: set TORCH_FR_DUMP_TEMP_FILE in the environment for"
+    " PyTorch's flight recorder",
+    "memory_estimation": "is not used: NGPU=8 python recipes/plan.py --job.config_file X.toml predicts a"
+    " rank's memory, by part",
     "fault_tolerance": "is not used: replicas that come and go are not supported, remove the section",
     "experimental.pipeline_parallel_degree": "has moved: set parallelism.pipeline_parallel_degree",
     "experimental.pipeline_parallel_split_points": _EVEN_STAGES,
@@ -115,8 +147,10 @@ ANSWERS: dict[str, str] = {
     "experimental.pipeline_parallel_microbatches": _CHUNKS_ARE_MICROBATCHES,
     "experimental.context_parallel_degree": _NO_CONTEXT_PARALLEL,
     "experimental.enable_async_tensor_parallel": _NO_TENSOR_PARALLEL,
-    "experimental": "is not used: copy a recipe, edit it, and start it with TRAIN_FILE=my_recipe.py ./run_train.sh",
-    "validation.local_batch_size": "is not used: validation packs sequences into chunks of chunkflow.chunk_size",
+    "experimental": "is not used: copy a recipe, edit it, and start it with TRAIN_FILE=my_recipe.py"
+    " ./run_train.sh",
+    "validation.local_batch_size": "is not used: validation packs sequences into chunks of"
+    " chunkflow.chunk_size",
     "validation.seq_len": "is not used: training.seq_len counts for validation too",
     "validation.dataloader": _LOADER_THREAD,
     "debug.deterministic_warn_only": "is not used: set debug.deterministic",
@@ -125,23 +159,32 @@ ANSWERS: dict[str, str] = {
 
 # Values, as `key=value`, or `key=*` for any value that is not admitted.
 VALUE_ANSWERS: dict[str, str] = {
-    "optimizer.name=AdamW4bit": 'is not there, since torchao 0.18 cannot shard its state: set optimizer.name = "AdamW8bit"',
-    "optimizer.name=AdamWFp8": 'is not there, since torchao 0.18 cannot shard its state: set optimizer.name = "AdamW8bit"',
+    "optimizer.name=AdamW4bit": "is not there, since torchao 0.18 cannot shard its state: set optimizer.name"
+    ' = "AdamW8bit"',
+    "optimizer.name=AdamWFp8": "is not there, since torchao 0.18 cannot shard its state: set optimizer.name ="
+    ' "AdamW8bit"',
     "model.converters=quantize.linear.float8": 'was renamed: set model.converters = ["float8"]',
     "model.converters=mx": 'is not there, MX formats are not supported: choose "float8" or "int8"',
-    "model.converters=quantize.linear.mx": 'is not there, MX formats are not supported: choose "float8" or "int8"',
+    "model.converters=quantize.linear.mx": 'is not there, MX formats are not supported: choose "float8" or'
+    ' "int8"',
     "optimizer.name=Adam": 'is not there: set optimizer.name = "AdamW" and optimizer.weight_decay = 0',
-    "activation_checkpoint.mode=memory_budget": "is not there: chunkflow.chunk_size and chunkflow.k bound the activations,"
+    "activation_checkpoint.mode=memory_budget": "is not there: chunkflow.chunk_size and chunkflow.k bound the"
+    " activations,"
     ' set "none", "selective" or "full"',
-    "compile.components=loss": "is not compiled, head and loss run in slices of tokens: set compile.components = [\"model\"]",
-    "checkpoint.exclude_from_loading=lr_scheduler": "is not saved: the rate follows the step, remove the entry",
-    "checkpoint.exclude_from_loading=train_state": "is always loaded: choose another job.dump_folder and checkpoint.initial_load_path"
-    " to start at step 1",
+    "compile.components=loss": "is not compiled, head and loss run in slices of tokens: set"
+    ' compile.components = ["model"]',
+    "checkpoint.exclude_from_loading=lr_scheduler": "is not saved: the rate follows the step, remove the"
+    " entry",
+    "checkpoint.exclude_from_loading=train_state": "is always loaded: choose another job.dump_folder and"
+    " checkpoint.initial_load_path to start at step 1",
     "comm.mode=local_tensor": 'is not there: set "fake_backend" to check a large layout in one process',
-    "training.dtype=bfloat16": 'is not admitted, since small updates would be lost: keep "float32" and compute in bfloat16 with'
+    "training.dtype=bfloat16": 'is not admitted, since small updates would be lost: keep "float32" and'
+    " compute in bfloat16 with"
     " training.mixed_precision_param",
-    "validation.dataset=*": 'is not one of "python_stdlib", "jsonl", "synthetic" (hub names are not read): write the data as JSONL,'
+    "validation.dataset=*": 'is not one of "python_stdlib", "jsonl", "synthetic" (hub names are not read):'
+    " write the data as JSONL,"
     ' set validation.dataset = "jsonl" and validation.dataset_path',
-    "training.dataset=*": 'is not one of "python_stdlib", "jsonl", "synthetic" (hub names, parquet and mixtures are not read yet):'
+    "training.dataset=*": 'is not one of "python_stdlib", "jsonl", "synthetic" (hub names, parquet and'
+    " mixtures are not read yet):"
     ' write the data as JSONL, set training.dataset = "jsonl" and training.dataset_path',
 }

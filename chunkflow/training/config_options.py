@@ -1,6 +1,8 @@
-"""All settings there are: one dataclass a section, one field a key, with its default, its line for --help and its rule.
+"""All settings there are: one dataclass a section, one field a key, with its default, its line for --help and
+its rule.
 
-`config.training.steps` is `[training] steps` in TOML and `--training.steps` on the command line. A section may hold sections.
+`config.training.steps` is `[training] steps` in TOML and `--training.steps` on the command line. A section
+may hold sections.
 """
 
 from __future__ import annotations
@@ -74,17 +76,25 @@ class Model:
     name: str = option("llama3", "model family, a file of models/", choices=("llama3", "qwen2", "qwen3"))
     flavor: str = option("debugmodel", "size within the family, one of its `flavors`")
     hf_assets_path: str = option(
-        "", "Hugging Face model folder: name, flavor and sizes are read from it, and its safetensors and tokenizer if it has them"
+        "",
+        "Hugging Face model folder: name, flavor and sizes are read from it, and its safetensors and"
+        " tokenizer if it has them",
     )
-    tokenizer_path: str = option("", "tokenizer; empty: that of hf_assets_path, without it the one shipped for Python sources")
+    tokenizer_path: str = option(
+        "", "tokenizer; empty: that of hf_assets_path, without it the one shipped for Python sources"
+    )
     rope_theta: float | None = option(None, "base of the rotary angles; unset: the model's", POSITIVE)
     rope_scaling: dict | None = option(None, "Hugging Face's keys; unset: the model's", entries=ROPE_SCALING)
-    converters: list[str] = option([], "what linear layers multiply in, the head excepted (torchao)", choices=("float8", "int8"))
+    converters: list[str] = option(
+        [], "what linear layers multiply in, the head excepted (torchao)", choices=("float8", "int8")
+    )
 
 
 @dataclass
 class Training:
-    dataset: str = option("python_stdlib", "where sequences come from", choices=("python_stdlib", "jsonl", "synthetic"))
+    dataset: str = option(
+        "python_stdlib", "where sequences come from", choices=("python_stdlib", "jsonl", "synthetic")
+    )
     dataset_path: str = option("", 'jsonl: file, folder or glob; synthetic: "lmsys" or "llama3_sft"')
     global_batch_size: int = option(16, "sequences per optimizer step over all ranks", AT_LEAST_1)
     seq_len: int = option(8192, "longest admissible sequence, tokens", AT_LEAST_1)
@@ -93,7 +103,9 @@ class Training:
     steps: int = option(100, "optimizer steps", AT_LEAST_1)
     max_norm: float = option(1.0, "gradients are scaled down to this global norm", POSITIVE)
     max_bad_steps: int = option(
-        3, "steps in a row whose loss or gradients are not finite, and so are not applied, before the run stops", AT_LEAST_1
+        3,
+        "steps in a row whose loss or gradients are not finite, and so are not applied, before the run stops",
+        AT_LEAST_1,
     )
     dtype: str = option("float32", "parameters and optimizer state", choices=("float32", "float64"))
     mixed_precision_param: str = option(
@@ -121,13 +133,17 @@ class ChunkFlow:
 
 @dataclass
 class Optimizer:
-    name: str = option("AdamW", "AdamW8bit (torchao) keeps 2 bytes a parameter, not 8", choices=("AdamW", "AdamW8bit"))
+    name: str = option(
+        "AdamW", "AdamW8bit (torchao) keeps 2 bytes a parameter, not 8", choices=("AdamW", "AdamW8bit")
+    )
     lr: float = option(8e-4, "learning rate after warm-up", NOT_NEGATIVE)
     beta1: float = option(0.9, "decay of the gradient's mean", BELOW_1)
     beta2: float = option(0.95, "decay of the gradient's mean square", BELOW_1)
     eps: float = option(1e-8, "added to the denominator", NOT_NEGATIVE)
     weight_decay: float = option(0.1, "of all parameters", NOT_NEGATIVE)
-    implementation: str = option("fused", "PyTorch's implementation of AdamW", choices=("fused", "foreach", "for-loop"))
+    implementation: str = option(
+        "fused", "PyTorch's implementation of AdamW", choices=("fused", "foreach", "for-loop")
+    )
 
 
 @dataclass
@@ -149,7 +165,9 @@ class Parallelism:
     )
     pipeline_parallel_degree: int = option(1, "ranks that share one replica's layers (pipeline)", AT_LEAST_1)
     pipeline_parallel_schedule: str = option(
-        "1F1B", "one stage a rank, or several; the state-aware form of each", choices=("1F1B", "Interleaved1F1B")
+        "1F1B",
+        "one stage a rank, or several; the state-aware form of each",
+        choices=("1F1B", "Interleaved1F1B"),
     )
     pipeline_parallel_layers_per_stage: int | None = option(
         None, "layers of a stage; unset: spread evenly by cost, interleaved over 2 stages a rank", AT_LEAST_1
@@ -158,14 +176,17 @@ class Parallelism:
 
 @dataclass
 class Checkpoint:
-    enable: bool = option(False, "save all of the run's state, and go on from the newest checkpoint that is there")
+    enable: bool = option(
+        False, "save all of the run's state, and go on from the newest checkpoint that is there"
+    )
     folder: str = option("checkpoint", "their folder in job.dump_folder")
     interval: int = option(500, "steps between checkpoints; the last step is always saved", AT_LEAST_1)
     keep_latest_k: int = option(10, "how many are kept; 0: all", NOT_NEGATIVE)
     load_step: int = option(-1, "step to go on from; -1: the newest", STEP)
     async_mode: str = option(
         "disabled",
-        "write in the background, from a copy in host memory; pinned: on CUDA a faster copy, whose memory stays",
+        "write in the background, from a copy in host memory; pinned: on CUDA a faster copy, whose memory"
+        " stays",
         choices=("disabled", "async", "async_with_pinned_mem"),
     )
     exclude_from_loading: list[str] = option(
@@ -173,18 +194,30 @@ class Checkpoint:
         "start anew what the checkpoint has of these, once: later checkpoints of the run are loaded whole",
         choices=("optimizer", "dataloader"),
     )
-    initial_load_path: str | None = option(None, "checkpoint/step-N or Hugging Face folder that initial weights come from")
-    initial_load_in_hf: bool = option(
-        False, "initial weights are a Hugging Face folder's: initial_load_path, else model.hf_assets_path, which then has to have some"
+    initial_load_path: str | None = option(
+        None, "checkpoint/step-N or Hugging Face folder that initial weights come from"
     )
-    last_save_in_hf: bool = option(False, "after the last step, write a Hugging Face folder: checkpoint/step-N-hf in job.dump_folder")
-    last_save_model_only: bool = option(False, "the last checkpoint has the model only: smaller, but training cannot go on from it")
-    export_dtype: str = option("float32", "what the Hugging Face folder is written in", choices=("float16", "bfloat16", "float32"))
+    initial_load_in_hf: bool = option(
+        False,
+        "initial weights are a Hugging Face folder's: initial_load_path, else model.hf_assets_path, which"
+        " then has to have some",
+    )
+    last_save_in_hf: bool = option(
+        False, "after the last step, write a Hugging Face folder: checkpoint/step-N-hf in job.dump_folder"
+    )
+    last_save_model_only: bool = option(
+        False, "the last checkpoint has the model only: smaller, but training cannot go on from it"
+    )
+    export_dtype: str = option(
+        "float32", "what the Hugging Face folder is written in", choices=("float16", "bfloat16", "float32")
+    )
 
 
 @dataclass
 class ActivationCheckpoint:
-    mode: str = option("none", "recomputation inside a chunk, besides k", choices=("none", "selective", "full"))
+    mode: str = option(
+        "none", "recomputation inside a chunk, besides k", choices=("none", "selective", "full")
+    )
     selective_ac_option: str = option("2", "selective: every how many-th layer is recomputed")
 
 
@@ -198,12 +231,18 @@ class Compile:
 @dataclass
 class Float8:
     recipe_name: str | None = option(
-        None, "how values are scaled; unset: tensorwise", choices=("tensorwise", "rowwise", "rowwise_with_gw_hp")
+        None,
+        "how values are scaled; unset: tensorwise",
+        choices=("tensorwise", "rowwise", "rowwise_with_gw_hp"),
     )
     filter_fqns: list[str] = option(
-        [], "parts of names of layers to leave out; auto_filter_small_kn: those too small to gain, by torchao's benchmarks"
+        [],
+        "parts of names of layers to leave out; auto_filter_small_kn: those too small to gain, by torchao's"
+        " benchmarks",
     )
-    emulate: bool = option(False, "float8 values, but products in float32: on a CPU or an older GPU, slower than without")
+    emulate: bool = option(
+        False, "float8 values, but products in float32: on a CPU or an older GPU, slower than without"
+    )
 
 
 @dataclass
@@ -235,18 +274,26 @@ class Profiling:
 class Comm:
     init_timeout_seconds: int = option(300, "time limit of collectives up to the first step", AT_LEAST_1)
     train_timeout_seconds: int = option(100, "time limit of collectives afterwards", AT_LEAST_1)
-    mode: str = option("default", "fake_backend: one process stands for rank 0 of NGPU", choices=("default", "fake_backend"))
+    mode: str = option(
+        "default", "fake_backend: one process stands for rank 0 of NGPU", choices=("default", "fake_backend")
+    )
 
 
 @dataclass
 class Validation:
-    enable: bool = option(False, "measure the loss of other data while training, forward only, in the same chunks")
+    enable: bool = option(
+        False, "measure the loss of other data while training, forward only, in the same chunks"
+    )
     dataset: str | None = option(
-        None, "where its sequences come from; unset: training.dataset", choices=("python_stdlib", "jsonl", "synthetic")
+        None,
+        "where its sequences come from; unset: training.dataset",
+        choices=("python_stdlib", "jsonl", "synthetic"),
     )
     dataset_path: str = option("", "as training.dataset_path; synthetic: other sequences than training's")
     freq: int = option(10, "steps between validations; the last step is always followed by one", AT_LEAST_1)
-    steps: int = option(-1, "global batches (training.global_batch_size), from the first row on; -1: all of the data", BATCHES)
+    steps: int = option(
+        -1, "global batches (training.global_batch_size), from the first row on; -1: all of the data", BATCHES
+    )
 
 
 @dataclass

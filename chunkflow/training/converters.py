@@ -1,7 +1,9 @@
-"""Linear layers that multiply in float8 or int8 (torchao): inputs, weights and gradients are cast for each product.
+"""Linear layers that multiply in float8 or int8 (torchao): inputs, weights and gradients are cast for each
+product.
 
-The layers' parameters keep their names, their dtype and their bytes. The head stays as it is: its product is the loss's own
-(chunkflow.execution.loss). torchao is imported here only when a converter is asked for: that takes seconds, and it warns.
+The layers' parameters keep their names, their dtype and their bytes. The head stays as it is: its product is
+the loss's own (chunkflow.execution.loss). torchao is imported here only when a converter is asked for: that
+takes seconds, and it warns.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-# torchtitan's word in filter_fqns: also leave out the layers that torchao's benchmarks found too small to gain.
+# torchtitan's word in filter_fqns: also leave out the layers that torchao's benchmarks found too small to
+# gain.
 SMALL_LAYERS = "auto_filter_small_kn"
 
 
@@ -26,10 +29,13 @@ def check_converters(config, family: ModuleType, args: Any) -> None:
     if not converters:
         return
     if len(converters) > 1:
-        raise ValueError(f'model.converters = "{",".join(converters)}" are two for the same layers: choose one')
+        raise ValueError(
+            f'model.converters = "{",".join(converters)}" are two for the same layers: choose one'
+        )
     if config.training.dtype == "float64":
         raise ValueError(
-            f'model.converters = "{converters[0]}" contradicts training.dtype = "float64", which computes in float64: remove one'
+            f'model.converters = "{converters[0]}" contradicts training.dtype = "float64", which computes in'
+            " float64: remove one"
         )
     float8 = config.quantize.linear.float8
     if converters == ["float8"]:
@@ -37,12 +43,14 @@ def check_converters(config, family: ModuleType, args: Any) -> None:
         if not float8.emulate and not (cuda and torch.cuda.get_device_capability() >= (8, 9)):
             device = f"{torch.cuda.get_device_name()} has none" if cuda else "this runs on the CPU"
             raise ValueError(
-                f'model.converters = "float8" needs a GPU with float8 products (compute capability 8.9), but {device}: set'
+                'model.converters = "float8" needs a GPU with float8 products (compute capability 8.9), but'
+                f" {device}: set"
                 ' quantize.linear.float8.emulate to try it without, or use "int8"'
             )
         if SMALL_LAYERS in float8.filter_fqns and float8.recipe_name == "rowwise_with_gw_hp":
             raise ValueError(
-                f'quantize.linear.float8.filter_fqns = "{SMALL_LAYERS}" has no figures for recipe_name = "rowwise_with_gw_hp": name'
+                f'quantize.linear.float8.filter_fqns = "{SMALL_LAYERS}" has no figures for recipe_name ='
+                ' "rowwise_with_gw_hp": name'
                 " the layers to leave out instead"
             )
     with torch.device("meta"):
@@ -52,18 +60,21 @@ def check_converters(config, family: ModuleType, args: Any) -> None:
         for word in float8.filter_fqns:
             if word != SMALL_LAYERS and not any(word in name for name in names):
                 raise ValueError(
-                    f'quantize.linear.float8.filter_fqns = "{word}" is part of no linear layer\'s name: use parts of names such as'
+                    f'quantize.linear.float8.filter_fqns = "{word}" is part of no linear layer\'s name: use'
+                    " parts of names such as"
                     f" {', '.join(name for name in names if name.startswith('layers.0.'))}"
                 )
     if not layers_to_convert(model, config):
         raise ValueError(
-            f'model.converters = "{converters[0]}" finds no layer in {config.model.name} {config.model.flavor}: remove it, or change'
+            f'model.converters = "{converters[0]}" finds no layer in {config.model.name}'
+            f" {config.model.flavor}: remove it, or change"
             " quantize.linear.float8.filter_fqns (sizes have to be multiples of 16, too)"
         )
 
 
 def layers_to_convert(model: nn.Module, config) -> set[str]:
-    """Names of the linear layers whose sizes are multiples of 16, save for the head and, with float8, those of filter_fqns."""
+    """Names of the linear layers whose sizes are multiples of 16, save for the head and, with float8, those
+    of filter_fqns."""
     float8 = config.quantize.linear.float8
     left_out = {"output"}
     if config.model.converters == ["float8"]:
@@ -84,7 +95,8 @@ def layers_to_convert(model: nn.Module, config) -> set[str]:
 
 
 def convert_model(model: nn.Module, config) -> None:
-    """Applies model.converters to a model, or to the stage of one; before it is compiled, sharded and filled."""
+    """Applies model.converters to a model, or to the stage of one; before it is compiled, sharded and
+    filled."""
     if not config.model.converters:
         return
     (converter,) = config.model.converters
@@ -96,7 +108,8 @@ def convert_model(model: nn.Module, config) -> None:
 
         settings = config.quantize.linear.float8
         recipe = Float8LinearConfig.from_recipe_name(settings.recipe_name or "tensorwise")
-        # A weight's gradient is a product over a chunk's tokens, of which float8 kernels want a multiple of 16: pad with zeros.
+        # A weight's gradient is a product over a chunk's tokens, of which float8 kernels want a multiple of
+        # 16: pad with zeros.
         recipe = dataclasses.replace(recipe, emulate=settings.emulate, pad_inner_dim=True)
         convert_to_float8_training(model, config=recipe, module_filter_fn=chosen)
         how = f", {settings.recipe_name or 'tensorwise'}{', emulated' if settings.emulate else ''}"
@@ -104,7 +117,10 @@ def convert_model(model: nn.Module, config) -> None:
         from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
         from torchao.quantization import quantize_
 
-        # Swapped modules instead of weights of a tensor subclass: parameters are then like any others for FSDP2 and checkpoints.
+        # Swapped modules instead of weights of a tensor subclass: parameters are then like any others for
+        # FSDP2 and checkpoints.
         quantize_(model, Int8MixedPrecisionTrainingConfig(module_swap=True), filter_fn=chosen)
         how = ""
-    logger.info(f"Converted {len(names)} of {linear_layers} linear layers to {converter} training{how}; weights stay")
+    logger.info(
+        f"Converted {len(names)} of {linear_layers} linear layers to {converter} training{how}; weights stay"
+    )

@@ -1,9 +1,11 @@
-"""Hugging Face folders in and out: sizes from config.json, weights from safetensors into shards and stages, and back.
+"""Hugging Face folders in and out: sizes from config.json, weights from safetensors into shards and stages,
+and back.
 
-Nothing in a folder is executed. The package safetensors (extra `hf`) is imported only where weights are read or written.
+Nothing in a folder is executed. The package safetensors (extra `hf`) is imported only where weights are read
+or written.
 
-A config.json means here what transformers takes it to mean, keys that it leaves out included. What the models cannot do is
-refused by the key's name, never ignored.
+A config.json means here what transformers takes it to mean, keys that it leaves out included. What the models
+cannot do is refused by the key's name, never ignored.
 """
 
 from __future__ import annotations
@@ -31,9 +33,17 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_FILE_BYTES = 5 * 10**9
 ASSETS = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 
 
 class Family(NamedTuple):
@@ -42,7 +52,12 @@ class Family(NamedTuple):
     defaults: dict[str, Any]  # transformers' values of keys that a config.json leaves out
 
 
-_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "use_sliding_window": False, "max_window_layers": 28}
+_QWEN = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+}
 FAMILIES = {
     "llama": Family("llama3", "LlamaForCausalLM", {"max_position_embeddings": 2048}),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", _QWEN),
@@ -64,9 +79,21 @@ _FIXED: dict[str, tuple[tuple, str]] = {
     "auto_map": ((None, {}), "code of its own, which is never run"),
 }
 _ROPE_KEYS = {
-    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
-    "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "partial_rotary_factor",
-}  # fmt: skip
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+    "partial_rotary_factor",
+}
 
 _ENDS = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
@@ -93,7 +120,7 @@ def hf_name(parameter: str) -> str:
     return f"model.layers.{layer}.{_BLOCK[module]}.{kind}"
 
 
-# --------------------------------------------------------------------------------------------------------------- config.json
+# ------------------------------------------------------------------------------------------------ config.json
 
 
 def model_of(folder: str | Path) -> tuple[str, Any]:
@@ -112,23 +139,39 @@ def model_of(folder: str | Path) -> tuple[str, Any]:
 def _model_of(config: dict[str, Any]) -> tuple[str, Any]:
     kind, architectures = config.get("model_type"), config.get("architectures")
     if kind not in FAMILIES:
-        raise ValueError(f"model_type = {kind!r} is not one of the models here: use a folder of {', '.join(FAMILIES)} (dense)")
+        raise ValueError(
+            f"model_type = {kind!r} is not one of the models here: use a folder of {', '.join(FAMILIES)}"
+            " (dense)"
+        )
     family = FAMILIES[kind]
     if architectures and architectures != [family.architecture]:
-        raise ValueError(f"architectures = {architectures} is not a language model here: it has to be [{family.architecture!r}]")
+        raise ValueError(
+            f"architectures = {architectures} is not a language model here: it has to be"
+            f" [{family.architecture!r}]"
+        )
     for key, (values, meaning) in _FIXED.items():
         if key == "attention_bias" and kind == "qwen2":
             continue  # its biases are where they always are, and transformers does not read the key
         if key in config and config[key] not in values:
-            raise ValueError(f"{key} = {config[key]!r} asks for {meaning}, which the models here don't have: use another model")
-    layers, heads, dim = (_size(config, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+            raise ValueError(
+                f"{key} = {config[key]!r} asks for {meaning}, which the models here don't have: use another"
+                " model"
+            )
+    layers, heads, dim = (
+        _size(config, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
     _refuse_sliding_window(config, family.defaults, layers)
     config = family.defaults | config
     kv_heads = heads if config.get("num_key_value_heads") is None else _size(config, "num_key_value_heads")
     if heads % kv_heads:
-        raise ValueError(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}: correct one")
+        raise ValueError(
+            f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}: correct"
+            " one"
+        )
     if config.get("head_dim") is None and dim % heads:
-        raise ValueError(f"hidden_size = {dim} is not a multiple of num_attention_heads = {heads}: set head_dim")
+        raise ValueError(
+            f"hidden_size = {dim} is not a multiple of num_attention_heads = {heads}: set head_dim"
+        )
     head_dim = dim // heads if config.get("head_dim") is None else _size(config, "head_dim")
     if head_dim % 2:
         raise ValueError(f"head_dim = {head_dim} is odd, but rotary positions turn pairs: correct it")
@@ -154,19 +197,22 @@ def _refuse_sliding_window(config: dict[str, Any], defaults: dict[str, Any], lay
     kinds = config.get("layer_types")
     if kinds is not None and set(kinds) != {"full_attention"}:
         others = sorted(set(kinds) - {"full_attention"})
-        raise ValueError(f"layer_types has {others}: attention here is never cut, use a model with full_attention only")
+        raise ValueError(
+            f"layer_types has {others}: attention here is never cut, use a model with full_attention only"
+        )
     window = config.get("sliding_window")
     used = config.get("use_sliding_window", defaults.get("use_sliding_window", True))
     first = config.get("max_window_layers", defaults.get("max_window_layers", 0))
     if kinds is None and window is not None and used and first < layers:
         raise ValueError(
-            f"sliding_window = {window} limits attention in layers from {first} on, but attention here is never cut: use another"
-            " model, or set use_sliding_window to false if it was trained without"
+            f"sliding_window = {window} limits attention in layers from {first} on, but attention here is"
+            " never cut: use another model, or set use_sliding_window to false if it was trained without"
         )
 
 
 def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """theta and rope_scaling (None: plain), from transformers 4's rope_theta and rope_scaling or 5's rope_parameters."""
+    """theta and rope_scaling (None: plain), from transformers 4's rope_theta and rope_scaling or 5's
+    rope_parameters."""
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
     if old and new and old != new:
         raise ValueError("rope_scaling and rope_parameters are both there and differ: remove one of them")
@@ -174,20 +220,27 @@ def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"{key} = {rope} is not one set of rotary angles for all layers: use another model")
     if unknown := set(rope) - _ROPE_KEYS:
-        raise ValueError(f"{key} has {sorted(unknown)[0]!r}, which the models here don't know: use another model, or remove it")
+        raise ValueError(
+            f"{key} has {sorted(unknown)[0]!r}, which the models here don't know: use another model, or"
+            " remove it"
+        )
     for name, value in rope.items():
         if name not in ("rope_type", "type", "truncate", "rope_theta") and value is not None:
-            if type(value) not in (int, float) or not 0 < value < float("inf"):
+            if type(value) not in (int, float) or not 0 < value < float("inf"):  # nan, too
                 raise ValueError(f"{key} has {name} {value!r}, which is not a number above 0: correct it")
     if rope.get("partial_rotary_factor") not in (1, None):
         factor = rope["partial_rotary_factor"]
-        raise ValueError(f"{key} has partial_rotary_factor {factor}: heads are rotated whole, use another model")
+        raise ValueError(
+            f"{key} has partial_rotary_factor {factor}: heads are rotated whole, use another model"
+        )
     theta = _positive(rope, "rope_theta", config.get("rope_theta") or 10000.0)
     elsewhere = ("rope_theta", "partial_rotary_factor")
     scaling = {name: value for name, value in rope.items() if name not in elsewhere and value is not None}
     if scaling.get("rope_type", scaling.get("type", "default")) == "default":
         return theta, None
-    if "original_max_position_embeddings" in config:  # beside the table instead of in it: transformers then prefers that
+    if (
+        "original_max_position_embeddings" in config
+    ):  # beside the table instead of in it: transformers then prefers that
         scaling["original_max_position_embeddings"] = _size(config, "original_max_position_embeddings")
     return theta, scaling
 
@@ -227,19 +280,23 @@ def _read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def end_tokens(folder: str | Path) -> list[int]:
-    """The ids that end a generated text: eos_token_id of generation_config.json or, without that file, of config.json."""
+    """The ids that end a generated text: eos_token_id of generation_config.json or, without that file, of
+    config.json."""
     path = Path(folder).expanduser() / "generation_config.json"
     if not path.is_file():
         path = path.with_name("config.json")
     given = _read_json(path, "copy the folder again").get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(type(number) is int for number in ids):
-        raise ValueError(f"{path}: eos_token_id = {given!r} is neither a token id nor a list of them: correct it")
+        raise ValueError(
+            f"{path}: eos_token_id = {given!r} is neither a token id nor a list of them: correct it"
+        )
     return ids
 
 
 def config_json(name: str, args: Any, dtype: str, source: str | Path | None = None) -> dict[str, Any]:
-    """The config.json of a model: that of the folder `source` where there is one, with this dtype and these rotary angles."""
+    """The config.json of a model: that of the folder `source` where there is one, with this dtype and these
+    rotary angles."""
     if source:
         config = _read_json(Path(source).expanduser() / "config.json", "name a Hugging Face model folder")
         _, before = _model_of(config)
@@ -267,12 +324,15 @@ def config_json(name: str, args: Any, dtype: str, source: str | Path | None = No
         scaling = args.rope_scaling
         if args.rope_type in ("yarn", "llama3"):
             scaling = {"original_max_position_embeddings": args.max_positions} | scaling
-        config |= {"rope_theta": args.rope_theta, "rope_scaling": scaling}  # transformers 5 and others read these keys too
+        config |= {
+            "rope_theta": args.rope_theta,
+            "rope_scaling": scaling,
+        }  # transformers 5 and others read these keys too
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     return config
 
 
-# -------------------------------------------------------------------------------------------------------------- weights, in
+# ------------------------------------------------------------------------------------------------ weights, in
 
 
 class Source(NamedTuple):
@@ -284,23 +344,32 @@ class Source(NamedTuple):
 def weights_folder(config) -> str:
     """The folder that initial weights are read from; "" where they start random.
 
-    checkpoint.initial_load_path (with initial_load_in_hf), else model.hf_assets_path if it has any safetensors: who names a model
-    wants it. initial_load_in_hf insists on them. ValueError where the folder has weights only in a format that can run code.
+    checkpoint.initial_load_path (with initial_load_in_hf), else model.hf_assets_path if it has any
+    safetensors: who names a model wants it. initial_load_in_hf insists on them. ValueError where the folder
+    has weights only in a format that can run code.
     """
     if config.checkpoint.initial_load_path:
         return config.checkpoint.initial_load_path if config.checkpoint.initial_load_in_hf else ""
     folder = config.model.hf_assets_path
-    if not folder or config.checkpoint.initial_load_in_hf or any(Path(folder).expanduser().glob("*.safetensors*")):
+    if (
+        not folder
+        or config.checkpoint.initial_load_in_hf
+        or any(Path(folder).expanduser().glob("*.safetensors*"))
+    ):
         return folder
     for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5"):
         for file in Path(folder).expanduser().glob(pattern):
-            raise ValueError(f"{file}: weights are read from safetensors only: save the model as safetensors, or remove the file")
+            raise ValueError(
+                f"{file}: weights are read from safetensors only: save the model as safetensors, or remove"
+                " the file"
+            )
     logger.info(f"There are no weights in {folder}: parameters start random")
     return ""
 
 
 def check(config, family: ModuleType, args: Any) -> None:
-    """What file names and headers alone can tell about the weights that a run will read and write. Raises ValueError."""
+    """What file names and headers alone can tell about the weights that a run will read and write. Raises
+    ValueError."""
     folder = weights_folder(config)
     if folder:
         check_weights(folder, family, args)
@@ -317,32 +386,43 @@ def parameter_shapes(family: ModuleType, args: Any) -> dict[str, torch.Size]:
 def check_weights(folder: str | Path, family: ModuleType, args: Any) -> dict[str, Source]:
     """Where each parameter of the whole model lies. Reads headers only.
 
-    Raises ValueError that names the tensor where one is missing, extra, misshapen, or of a type that is not read, and the file
-    where one is missing or truncated.
+    Raises ValueError that names the tensor where one is missing, extra, misshapen, or of a type that is not
+    read, and the file where one is missing or truncated.
     """
     folder = Path(folder).expanduser()
     tensors = _tensors(folder)
     sources = {}
     for parameter, shape in parameter_shapes(family, args).items():
         name = hf_name(parameter)
-        copies = [name, "lm_head.weight"] if parameter == "tok_embeddings.weight" and args.tied_embeddings else [name]
+        copies = (
+            [name, "lm_head.weight"]
+            if parameter == "tok_embeddings.weight" and args.tied_embeddings
+            else [name]
+        )
         copies = [(copy, *tensors.pop(copy)) for copy in copies if copy in tensors]
         if not copies:
             raise ValueError(f"{folder} has no tensor {name}, which its model needs: copy the folder again")
         for copy, file, has, dtype in copies:
             if has != list(shape):
                 raise ValueError(
-                    f"{file}: {copy} has shape {has}, but the model needs {list(shape)}: its config.json is another model's"
+                    f"{file}: {copy} has shape {has}, but the model needs {list(shape)}: its config.json is"
+                    " another model's"
                 )
             if dtype not in ("F32", "BF16", "F16"):
-                raise ValueError(f"{file}: {copy} is of type {dtype}: only bfloat16, float16 and float32 are read, convert it")
+                raise ValueError(
+                    f"{file}: {copy} is of type {dtype}: only bfloat16, float16 and float32 are read, convert"
+                    " it"
+                )
         places = [(file, copy) for copy, file, _, _ in copies]
         sources[parameter] = Source(*places[0], twin=places[1] if len(places) > 1 else None)
     # Llama's first files carry each layer's rotary frequencies, which follow from config.json.
     extra = sorted(name for name in tensors if not name.endswith("rotary_emb.inv_freq"))
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise ValueError(f"{tensors[extra[0]][0]}: {extra[0]}{more} is no tensor of the model: its config.json is another model's")
+        raise ValueError(
+            f"{tensors[extra[0]][0]}: {extra[0]}{more} is no tensor of the model: its config.json is another"
+            " model's"
+        )
     return sources
 
 
@@ -352,24 +432,32 @@ def _tensors(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
     index, listed = folder / "model.safetensors.index.json", {}
     if index.is_file():
         listed = _read_json(index, "copy the folder again").get("weight_map")
-        plain = isinstance(listed, dict) and all(type(name) is str and Path(name).name == name for name in listed.values())
+        plain = isinstance(listed, dict) and all(
+            type(name) is str and Path(name).name == name for name in listed.values()
+        )
         if not plain:
             raise ValueError(f"{index} has no weight_map of file names: copy it again")
     found = {}
     for file in [folder / name for name in sorted(set(listed.values())) or ["model.safetensors"]]:
         try:
             with safetensors.safe_open(file, "pt") as content:
-                for name in content.keys():
+                for name in content:
                     part = content.get_slice(name)
                     found[name] = file, part.get_shape(), part.get_dtype()
         except OSError:
-            remedy = "copy the folder again" if listed else "name a folder with model.safetensors or model.safetensors.index.json"
+            remedy = (
+                "copy the folder again"
+                if listed
+                else "name a folder with model.safetensors or model.safetensors.index.json"
+            )
             raise ValueError(f"{file} cannot be read: {remedy}") from None
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file} is truncated or damaged ({error}): copy it again") from None
     for name, file in listed.items():
         if name not in found or found[name][0].name != file:
-            raise ValueError(f"{folder / file} has no tensor {name}, though {index.name} says so: copy the folder again")
+            raise ValueError(
+                f"{folder / file} has no tensor {name}, though {index.name} says so: copy the folder again"
+            )
     return found
 
 
@@ -377,12 +465,15 @@ def _safetensors() -> ModuleType:
     try:
         import safetensors.torch
     except ImportError:
-        raise ValueError("Hugging Face weights need the package safetensors: pip install safetensors, or chunkflow[hf]") from None
+        raise ValueError(
+            "Hugging Face weights need the package safetensors: pip install safetensors, or chunkflow[hf]"
+        ) from None
     return safetensors
 
 
 def _rows(parameter: torch.Tensor) -> slice:
-    """The rows of a whole parameter that this rank holds: sharded along its first dimension, as torch.chunk cuts, or whole."""
+    """The rows of a whole parameter that this rank holds: sharded along its first dimension, as torch.chunk
+    cuts, or whole."""
     start, stop = 0, parameter.size(0)
     for dimension, placement in enumerate(parameter.placements if isinstance(parameter, DTensor) else ()):
         if placement.is_shard():
@@ -394,7 +485,8 @@ def _rows(parameter: torch.Tensor) -> slice:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, family: ModuleType, folder: str | Path) -> None:
-    """Fills a model, or the stage of one, from a folder. Each rank reads the rows of its own shards, one parameter at a time.
+    """Fills a model, or the stage of one, from a folder. Each rank reads the rows of its own shards, one
+    parameter at a time.
 
     Raises what check_weights does, and ValueError with the name of a tensor that is not finite.
     """
@@ -406,7 +498,10 @@ def load_weights(model: nn.Module, family: ModuleType, folder: str | Path) -> No
     own.sort(key=lambda pair: (pair[0].file, pair[0].tensor))
     locals_ = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for _, parameter in own]
     first = not dist.is_initialized() or dist.get_rank() == 0
-    logger.info(f"Reading weights from {folder}: {sum(local.numel() for local in locals_):,} parameters are this rank's")
+    logger.info(
+        f"Reading weights from {folder}: {sum(local.numel() for local in locals_):,} parameters are this"
+        " rank's"
+    )
     bar = tqdm(total=len(own), unit="tensor", desc="reading weights", mininterval=1, disable=not first)
     with bar:
         for file, pairs in itertools.groupby(zip(own, locals_), key=lambda pair: pair[0][0].file):
@@ -430,18 +525,22 @@ def _check_equal(part: torch.Tensor, source: Source, rows: slice) -> None:
     with _safetensors().safe_open(file, "pt") as tensors:
         if not torch.equal(part, tensors.get_slice(tensor)[rows]):
             raise ValueError(
-                f"{file}: {tensor} differs from {source.tensor}, but config.json ties them: set tie_word_embeddings to false, or"
-                " remove the tensor"
+                f"{file}: {tensor} differs from {source.tensor}, but config.json ties them: set"
+                " tie_word_embeddings to false, or remove the tensor"
             )
 
 
-# ------------------------------------------------------------------------------------------------------------- weights, out
+# ----------------------------------------------------------------------------------------------- weights, out
 
 
-def save_model(target: Path, models: Iterable[nn.Module], family: ModuleType, config, device: torch.device) -> None:
-    """Writes a folder that transformers loads, in checkpoint.export_dtype; every rank calls it, with its model or its stages.
+def save_model(
+    target: Path, models: Iterable[nn.Module], family: ModuleType, config, device: torch.device
+) -> None:
+    """Writes a folder that transformers loads, in checkpoint.export_dtype; every rank calls it, with its
+    model or its stages.
 
-    Parameters come to rank 0 one at a time, which holds those of one file. config.json and tokenizer are model.hf_assets_path's.
+    Parameters come to rank 0 one at a time, which holds those of one file. config.json and tokenizer are
+    model.hf_assets_path's.
     """
     models = list(models)
     args, dtype, source = models[0].args, config.checkpoint.export_dtype, config.model.hf_assets_path
@@ -449,7 +548,14 @@ def save_model(target: Path, models: Iterable[nn.Module], family: ModuleType, co
     wholes = gathered_parameters(models, shapes, DTYPES[dtype], device)
     if dist.get_rank() == 0:
         content = config_json(config.model.name, args, dtype, source)
-        write_folder(target, {hf_name(name): shape for name, shape in shapes.items()}, wholes, DTYPES[dtype], content, source)
+        write_folder(
+            target,
+            {hf_name(name): shape for name, shape in shapes.items()},
+            wholes,
+            DTYPES[dtype],
+            content,
+            source,
+        )
         logger.info(f"Saved the model in {dtype} as a Hugging Face folder: {target}")
     else:
         for _ in wholes:
@@ -461,11 +567,14 @@ def save_model(target: Path, models: Iterable[nn.Module], family: ModuleType, co
 def gathered_parameters(
     models: Iterable[nn.Module], shapes: dict[str, torch.Size], dtype: torch.dtype, device: torch.device
 ) -> Iterator[torch.Tensor | None]:
-    """The whole parameters of `shapes`, in that order: on the CPU of rank 0, None elsewhere. A collective at each step."""
+    """The whole parameters of `shapes`, in that order: on the CPU of rank 0, None elsewhere. A collective at
+    each step."""
     own = {name: parameter for model in models for name, parameter in model.named_parameters()}
     names_of_ranks = [None] * dist.get_world_size()
     dist.all_gather_object(names_of_ranks, list(own))
-    first_with = {name: rank for rank in reversed(range(len(names_of_ranks))) for name in names_of_ranks[rank]}
+    first_with = {
+        name: rank for rank in reversed(range(len(names_of_ranks))) for name in names_of_ranks[rank]
+    }
     rank = dist.get_rank()
     for name, shape in shapes.items():
         whole, owner = None, first_with[name]
@@ -500,11 +609,12 @@ def write_folder(
     assets: str | Path | None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes `tensors` (those of `shapes`, by Hugging Face's names, in that order) as `dtype`, and config.json; the tokenizer's
-    files are copied from the folder `assets`. Holds one file's tensors at a time.
+    """Writes `tensors` (those of `shapes`, by Hugging Face's names, in that order) as `dtype`, and
+    config.json; the tokenizer's files are copied from the folder `assets`. Holds one file's tensors at a
+    time.
 
-    The folder appears whole or not at all: it is written under another name, synced and renamed. One that is there is replaced.
-    Raises ValueError with the name of a tensor that is not finite, or not so in `dtype`.
+    The folder appears whole or not at all: it is written under another name, synced and renamed. One that is
+    there is replaced. Raises ValueError with the name of a tensor that is not finite, or not so in `dtype`.
     """
     save_file = _safetensors().torch.save_file
     files: list[list[str]] = [[]]
@@ -524,7 +634,11 @@ def write_folder(
         weight_map = {}
         with tqdm(total=len(shapes), unit="tensor", desc="writing weights", mininterval=1) as bar:
             for number, names in enumerate(files, 1):
-                file = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+                file = (
+                    "model.safetensors"
+                    if len(files) == 1
+                    else f"model-{number:05}-of-{len(files):05}.safetensors"
+                )
                 content = {}
                 for name in names:
                     content[name] = next(tensors).to(dtype).contiguous()
@@ -533,7 +647,10 @@ def write_folder(
                 save_file(content, temporary / file, metadata={"format": "pt"})
                 weight_map |= dict.fromkeys(names, file)
         if len(files) > 1:
-            _write_json(temporary / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+            _write_json(
+                temporary / "model.safetensors.index.json",
+                {"metadata": {"total_size": total}, "weight_map": weight_map},
+            )
         _write_json(temporary / "config.json", config)
         for name in ASSETS if assets else ():
             if (Path(assets).expanduser() / name).is_file():

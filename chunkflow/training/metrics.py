@@ -1,4 +1,5 @@
-"""What a run says of itself: the log, the step line, metrics.jsonl, TensorBoard; and the device figures behind them."""
+"""What a run says of itself: the log, the step line, metrics.jsonl, TensorBoard; and the device figures
+behind them."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def init_logger() -> None:
     os.environ["KINETO_LOG_LEVEL"] = "5"  # the profiler's own messages
 
 
-# ---------------------------------------------------------------------------------------------------------------- device
+# ----------------------------------------------------------------------------------------------------- device
 
 
 @dataclass
@@ -103,14 +104,18 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second that mfu is relative to: the data sheet's, else what a matrix product in `dtype` reaches in 0.2 s."""
+    """FLOPs a second that mfu is relative to: the data sheet's, else what a matrix product in `dtype` reaches
+    in 0.2 s."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, flops in PEAK_FLOPS.items():
             if part in name:
                 return flops
     size = 1024
-    a, b = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
+    a, b = (
+        torch.ones(size, size, dtype=dtype, device=device),
+        torch.ones(size, size, dtype=dtype, device=device),
+    )
     fastest, start = math.inf, time.perf_counter()
     while time.perf_counter() - start < 0.2 or fastest == math.inf:
         before = time.perf_counter()
@@ -126,7 +131,9 @@ class GarbageCollection:
         self.every_steps = every_steps
         gc.disable()
         self._collect("Initial GC collection", 2)
-        gc.freeze()  # what is there now stays: later collections, and the end of the process, need not look at all of torch
+        # what is there now stays: later collections, and the end of the process, need not look at all of
+        # torch
+        gc.freeze()
 
     def run(self, step: int) -> None:
         if step > 1 and step % self.every_steps == 0:
@@ -138,7 +145,7 @@ class GarbageCollection:
         logger.info(f"[GC] {reason} took {time.perf_counter() - start:.2f} seconds")
 
 
-# ------------------------------------------------------------------------------------------------------------ the logger
+# ------------------------------------------------------------------------------------------------- the logger
 
 
 class Colours(NamedTuple):
@@ -154,11 +161,14 @@ class Colours(NamedTuple):
 class MetricsLogger:
     """Collects figures from step to step and writes them at step 1 and every metrics.log_freq steps.
 
-    Every rank has one and calls `count` after each step, `log` where `due`; rank 0 writes. `start_step` is the last step that
-    the run has done before (0: none): later rows and events of the dump folder are taken back. `tokens_seen` runs on.
+    Every rank has one and calls `count` after each step, `log` where `due`; rank 0 writes. `start_step` is
+    the last step that the run has done before (0: none): later rows and events of the dump folder are taken
+    back. `tokens_seen` runs on.
     """
 
-    def __init__(self, config, device: torch.device, dtype: torch.dtype, *, start_step: int = 0, tokens_seen: int = 0):
+    def __init__(
+        self, config, device: torch.device, dtype: torch.dtype, *, start_step: int = 0, tokens_seen: int = 0
+    ):
         """`dtype`: what the model computes in."""
         self.every_steps, self.device, self.tokens_seen = config.metrics.log_freq, device, tokens_seen
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -167,7 +177,11 @@ class MetricsLogger:
         self.rows = self.validation_rows = self.tensorboard = None
         if self.writes:
             self.capacity_gib = memory_capacity_gib(device)
-            name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+            name = (
+                torch.cuda.get_device_name(device)
+                if device.type == "cuda"
+                else f"{torch.get_num_threads()} threads"
+            )
             logger.info(f"{device.type.upper()} capacity: {name} with {self.capacity_gib:.2f}GiB memory")
             self.peak_flops = peak_flops(device, dtype)
             logger.info(f"Peak FLOPS used for computing MFU: {self.peak_flops:.3e}")
@@ -202,7 +216,8 @@ class MetricsLogger:
         reset_peak_memory(self.device)
 
     def count(self, tokens: int, flops: float, data_seconds: float) -> None:
-        """A step is done: real tokens and useful FLOPs of all ranks, and how long this rank waited for its data."""
+        """A step is done: real tokens and useful FLOPs of all ranks, and how long this rank waited for its
+        data."""
         self._steps += 1
         self._tokens += tokens
         self._flops += flops
@@ -234,12 +249,14 @@ class MetricsLogger:
     ) -> float:
         """Writes what the step and the interval that ends with it amount to; returns the loss of all ranks.
 
-        `loss` is this rank's part of it (own loss sum / targets of all ranks), `max_loss` its own (own loss sum / own targets,
-        -inf without any). `grad_norm`, `lr` and `supervised_tokens` are of all ranks. `scalars`: further ones for TensorBoard,
-        by tag. A collective: all ranks call.
+        `loss` is this rank's part of it (own loss sum / targets of all ranks), `max_loss` its own (own loss
+        sum / own targets, -inf without any). `grad_norm`, `lr` and `supervised_tokens` are of all ranks.
+        `scalars`: further ones for TensorBoard, by tag. A collective: all ranks call.
         """
         memory = _largest(self._peaks, peak_memory(self.device))
-        loss, max_loss, data_seconds, *peaks = self._reduce(loss, [max_loss, self._data_seconds, *astuple(memory)])
+        loss, max_loss, data_seconds, *peaks = self._reduce(
+            loss, [max_loss, self._data_seconds, *astuple(memory)]
+        )
         memory = Memory(*peaks)
         seconds = time.perf_counter() - self._begin  # after the reduction, which waits for the device
         if self.writes:
@@ -270,12 +287,19 @@ class MetricsLogger:
         return loss
 
     def log_validation(
-        self, step: int, *, loss: float, tokens: int, supervised_tokens: int, by_position: dict[str, tuple[float, int]]
+        self,
+        step: int,
+        *,
+        loss: float,
+        tokens: int,
+        supervised_tokens: int,
+        by_position: dict[str, tuple[float, int]],
     ) -> None:
-        """Writes what the validation after `step`, since `interrupt`, amounts to; the interval of training then goes on.
+        """Writes what the validation after `step`, since `interrupt`, amounts to; the interval of training
+        then goes on.
 
-        All of it is of all ranks already. `by_position`: name of a range of positions -> mean loss there, supervised tokens there.
-        A collective: all ranks call.
+        All of it is of all ranks already. `by_position`: name of a range of positions -> mean loss there,
+        supervised tokens there. A collective: all ranks call.
         """
         memory = peak_memory(self.device)
         _, *peaks = self._reduce(0.0, list(astuple(memory)))
@@ -340,7 +364,8 @@ class MetricsLogger:
         logger.info(
             f"{colours.red}step: {row['step']:2}  {colours.green}loss: {row['loss']:8.5f}  "
             f"{colours.yellow}grad_norm: {row['grad_norm']:7.4f}  "
-            f"{colours.cyan}memory: {row['memory_gib']:5.2f}GiB({percent:.2f}%)  {colours.blue}tps: {round(row['tps']):,}  "
+            f"{colours.cyan}memory: {row['memory_gib']:5.2f}GiB({percent:.2f}%)  {colours.blue}tps:"
+            f" {round(row['tps']):,}  "
             f"{colours.cyan}tflops: {row['tflops']:,.2f}  {colours.magenta}mfu: {row['mfu_percent']:.2f}%  "
             f"{colours.reset}chunks: {row['chunks']:,}  padding: {row['padding_percent']:.2f}%  "
             f"recomputed: {row['recomputed_chunks']:,}  imbalance: {row['dp_imbalance_percent']:.2f}%"
@@ -356,11 +381,13 @@ class MetricsLogger:
         except OSError as error:  # its writer is of no use after that
             self.tensorboard = None
             logger.warning(
-                f"TensorBoard's events could not be written ({error.strerror}): its curves pause until the run is started again, while"
-                " metrics.jsonl goes on"
+                f"TensorBoard's events could not be written ({error.strerror}): its curves pause until the"
+                " run is started again, while metrics.jsonl goes on"
             )
 
-    def _tags(self, row: dict[str, float], memory: Memory, data_seconds: float, seconds: float) -> dict[str, float]:
+    def _tags(
+        self, row: dict[str, float], memory: Memory, data_seconds: float, seconds: float
+    ) -> dict[str, float]:
         return {
             "loss_metrics/global_avg_loss": row["loss"],
             "loss_metrics/global_max_loss": row["global_max_loss"],
@@ -382,6 +409,7 @@ class MetricsLogger:
             "chunkflow/recomputed_chunks": row["recomputed_chunks"],
             "chunkflow/dp_imbalance(%)": row["dp_imbalance_percent"],
         }
+
     def _memory_tags(self, memory: Memory) -> dict[str, float]:
         return {
             "memory/max_active(GiB)": memory.active_gib,
@@ -394,17 +422,20 @@ class MetricsLogger:
 
 
 def put_events_in_order(folder: Path) -> None:
-    """TensorBoard reads event files in the order of their names, which tell the second of their start. Where the clock was set back, or
-    the last start was this very second, a new file would come before those that it continues: they get smaller numbers."""
+    """TensorBoard reads event files in the order of their names, which tell the second of their start. Where
+    the clock was set back, or the last start was this very second, a new file would come before those that it
+    continues: they get smaller numbers."""
     files = sorted(folder.glob("events.out.tfevents.*"))
     if files and files[-1].name >= f"events.out.tfevents.{int(time.time()):010}":
         for number, path in enumerate(files):
-            path.rename(path.with_name(".".join(["events.out.tfevents", f"{number:010}", *path.name.split(".")[4:]])))
+            path.rename(
+                path.with_name(".".join(["events.out.tfevents", f"{number:010}", *path.name.split(".")[4:]]))
+            )
 
 
 class RowsFile:
-    """metrics.jsonl or validation.jsonl: one JSON object a line, appended. What a full disk refuses is kept, and written when there is
-    room."""
+    """metrics.jsonl or validation.jsonl: one JSON object a line, appended. What a full disk refuses is kept,
+    and written when there is room."""
 
     def __init__(self, path: Path, last_step: int):
         """Takes away what is not to stay: a torn last line, and rows beyond `last_step`."""
@@ -413,7 +444,9 @@ class RowsFile:
         self.file = open(path, "ab", buffering=0)
 
     def write(self, row: dict[str, float]) -> None:
-        clean = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no nan and no infinity
+        clean = {
+            name: value if math.isfinite(value) else None for name, value in row.items()
+        }  # JSON has no nan and no infinity
         self.waiting += json.dumps(clean, allow_nan=False).encode() + b"\n"
         size = os.fstat(self.file.fileno()).st_size
         try:
@@ -423,7 +456,10 @@ class RowsFile:
             self.waiting = b""
         except OSError as error:
             os.ftruncate(self.file.fileno(), size)  # no torn line in the middle
-            logger.warning(f"{self.path} could not be written ({error.strerror}): make room; the rows are kept until then")
+            logger.warning(
+                f"{self.path} could not be written ({error.strerror}): make room; the rows are kept until"
+                " then"
+            )
 
     def sync(self) -> None:
         os.fsync(self.file.fileno())
@@ -437,7 +473,9 @@ def keep_rows(path: Path, last_step: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if _row_step(line) <= last_step]
     if len(kept) < len(lines):
-        logger.info(f"{path}: removed {len(lines) - len(kept)} lines that are torn or beyond step {last_step}")
+        logger.info(
+            f"{path}: removed {len(lines) - len(kept)} lines that are torn or beyond step {last_step}"
+        )
         temporary = path.with_suffix(".tmp")
         with open(temporary, "wb") as file:
             file.writelines(kept)

@@ -34,7 +34,8 @@ def model_args(config, vocab_size: int):
         args = _flavor(settings, family, vocab_size)
     if vocab_size > args.vocab_size:
         raise ValueError(
-            f"the tokenizer has {vocab_size:,} tokens, but {settings.name} {settings.flavor} embeds {args.vocab_size:,}: set"
+            f"the tokenizer has {vocab_size:,} tokens, but {settings.name} {settings.flavor} embeds"
+            f" {args.vocab_size:,}: set"
             " model.tokenizer_path to the model's own tokenizer"
         )
     if settings.rope_theta is not None:
@@ -43,8 +44,9 @@ def model_args(config, vocab_size: int):
         args = dataclasses.replace(args, rope_scaling=settings.rope_scaling)
     elif config.training.seq_len > positions(args):
         raise ValueError(
-            f"training.seq_len = {config.training.seq_len:,} is beyond the {positions(args):,} positions of {settings.name}"
-            f" {settings.flavor}: lower it, or extend the context with model.rope_scaling, for example"
+            f"training.seq_len = {config.training.seq_len:,} is beyond the {positions(args):,} positions of"
+            f" {settings.name} {settings.flavor}: lower it, or extend the context with model.rope_scaling,"
+            " for example"
             f' {{ rope_type = "yarn", factor = {-(-config.training.seq_len // args.max_positions)}.0,'
             f" original_max_position_embeddings = {args.max_positions} }}"
         )
@@ -55,23 +57,28 @@ def _flavor(settings, family: ModuleType, vocab_size: int):
     if settings.flavor not in family.flavors:
         near = difflib.get_close_matches(settings.flavor, family.flavors, n=1, cutoff=0.3)
         raise ValueError(
-            f'model.flavor = "{settings.flavor}" is not a {settings.name} model: use one of {", ".join(family.flavors)}'
-            + (f'; did you mean "{near[0]}"?' if near else "")
+            f'model.flavor = "{settings.flavor}" is not a {settings.name} model: use one of'
+            f" {', '.join(family.flavors)}" + (f'; did you mean "{near[0]}"?' if near else "")
         )
     args = family.flavors[settings.flavor]
     return dataclasses.replace(args, vocab_size=vocab_size) if settings.flavor == "debugmodel" else args
 
 
 def positions(args) -> int:
-    """How far a model reaches, in tokens. Qwen's folders keep max_position_embeddings when they turn on YaRN."""
+    """How far a model reaches, in tokens. Qwen's folders keep max_position_embeddings when they turn on
+    YaRN."""
     scaling = args.rope_scaling or {}
-    extended = scaling.get("original_max_position_embeddings", 0) * scaling["factor"] if args.rope_type == "yarn" else 0
+    extended = (
+        scaling.get("original_max_position_embeddings", 0) * scaling["factor"]
+        if args.rope_type == "yarn"
+        else 0
+    )
     return max(args.max_positions, int(extended))
 
 
 def open_tokenizer(config) -> Tokenizer | None:
-    """That of model.tokenizer_path, else of model.hf_assets_path, else the shipped one. None: the folder has none, and ready
-    token ids are all that can be read."""
+    """That of model.tokenizer_path, else of model.hf_assets_path, else the shipped one. None: the folder has
+    none, and ready token ids are all that can be read."""
     path, folder = config.model.tokenizer_path, config.model.hf_assets_path
     if folder and not path:
         files = [Path(folder).expanduser() / name for name in ("tokenizer.json", "tokenizer.model")]
@@ -84,8 +91,8 @@ def open_tokenizer(config) -> Tokenizer | None:
 def apply_activation_checkpoint(model: nn.Module, config) -> None:
     """Recomputes whole layers in backward: all ("full") or every n-th ("selective"), as in torchtitan.
 
-    Within the executor this comes on top of k, which recomputes whole chunks; a layer's forward may run again at any time,
-    since writing a chunk's K/V twice changes nothing.
+    Within the executor this comes on top of k, which recomputes whole chunks; a layer's forward may run again
+    at any time, since writing a chunk's K/V twice changes nothing.
     """
     mode = config.activation_checkpoint.mode
     if mode == "none":

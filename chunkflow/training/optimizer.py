@@ -21,16 +21,19 @@ def check_optimizer(config) -> None:
     if settings.name == "AdamW8bit":
         if config.training.dtype == "float64":
             raise ValueError(
-                'optimizer.name = "AdamW8bit" computes in float32, which contradicts training.dtype = "float64": set "AdamW"'
+                'optimizer.name = "AdamW8bit" computes in float32, which contradicts training.dtype ='
+                ' "float64": set "AdamW"'
             )
         if settings.implementation != "fused":
             raise ValueError(
-                f'optimizer.implementation = "{settings.implementation}" is for AdamW, optimizer.name = "AdamW8bit" has its own'
+                f'optimizer.implementation = "{settings.implementation}" is for AdamW, optimizer.name ='
+                ' "AdamW8bit" has its own'
                 " kernels: remove one"
             )
         if config.comm.mode == "fake_backend":
             raise ValueError(
-                'optimizer.name = "AdamW8bit" reads its tensors, which have no content with comm.mode = "fake_backend": set "AdamW"'
+                'optimizer.name = "AdamW8bit" reads its tensors, which have no content with comm.mode ='
+                ' "fake_backend": set "AdamW"'
                 " for this check"
             )
     compiled = {
@@ -46,8 +49,9 @@ def check_optimizer(config) -> None:
             get_cpp_compiler()
         except InvalidCxxCompiler:
             raise ValueError(
-                f"{next(name for name, used in compiled.items() if used)} compiles for the CPU, but there is no C++ compiler:"
-                " install g++ (or name one in CXX), or set TORCH_COMPILE_DISABLE=1 in the environment to run slower without"
+                f"{next(name for name, used in compiled.items() if used)} compiles for the CPU, but there is"
+                " no C++ compiler: install g++ (or name one in CXX), or set TORCH_COMPILE_DISABLE=1 in the"
+                " environment to run slower without"
             ) from None
 
 
@@ -58,9 +62,12 @@ def _compiles_nothing() -> bool:
 def build_optimizer(model: nn.Module, config) -> Optimizer:
     """AdamW, or torchao's AdamW8bit; weight decay applies to all parameters, as in torchtitan."""
     settings = config.optimizer
-    options = dict(
-        lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay
-    )
+    options = {
+        "lr": settings.lr,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
     if settings.name == "AdamW8bit":
         return _adamw_8bit(model, config, options)
     fused, foreach = settings.implementation == "fused", settings.implementation == "foreach"
@@ -68,40 +75,53 @@ def build_optimizer(model: nn.Module, config) -> Optimizer:
 
 
 def _adamw_8bit(model: nn.Module, config, options: dict) -> Optimizer:
-    """Moments in 8 bits with a scale for each block of 256; a rank's part of fewer than 4096 elements, or of no whole number of
-    blocks, keeps its moments in float32. torchao is imported here: it takes seconds, and it warns."""
+    """Moments in 8 bits with a scale for each block of 256; a rank's part of fewer than 4096 elements, or of
+    no whole number of blocks, keeps its moments in float32. torchao is imported here: it takes seconds, and
+    it warns."""
     from torchao.optim import AdamW8bit
     from torchao.optim.subclass_8bit import OptimState8bit
 
     @OptimState8bit.implements(torch.ops.aten.new_empty.default)
     def new_empty(function, types, arguments, options):
-        """What torchao 0.18 lacks for dcp.async_save, which makes such a state and then copies the three tensors of another."""
+        """What torchao 0.18 lacks for dcp.async_save, which makes such a state and then copies the three
+        tensors of another."""
         state, size = arguments
         scale, qmap = (part.new_empty(part.shape, **options) for part in (state.scale, state.qmap))
-        return OptimState8bit(state.codes.new_empty(size, **options), scale, qmap, state.signed, dtype=state.dtype)
+        return OptimState8bit(
+            state.codes.new_empty(size, **options), scale, qmap, state.signed, dtype=state.dtype
+        )
 
     optimizer = AdamW8bit(model.parameters(), **options)
     tensors = optimizer_tensors(optimizer, dict(model.named_parameters()))
     moments = [state for name, state in tensors.items() if not name.endswith(".step")]
     locals_ = [state.to_local() if isinstance(state, DTensor) else state for state in moments]
-    parts = [part for state in locals_ for part in ([state.codes, state.scale, state.qmap] if hasattr(state, "codes") else [state])]
+    parts = [
+        part
+        for state in locals_
+        for part in ([state.codes, state.scale, state.qmap] if hasattr(state, "codes") else [state])
+    ]
     logger.info(
-        f"AdamW8bit keeps this rank's moments in {sum(part.nbytes for part in parts):,} bytes, AdamW would take"
-        f" {4 * sum(state.numel() for state in locals_):,}"
+        f"AdamW8bit keeps this rank's moments in {sum(part.nbytes for part in parts):,} bytes, AdamW would"
+        f" take {4 * sum(state.numel() for state in locals_):,}"
     )
     if _compiles_nothing():
-        torch.compiler.set_stance("force_eager")  # torchao asks for one whole graph, which is an error where nothing compiles
+        torch.compiler.set_stance(
+            "force_eager"
+        )  # torchao asks for one whole graph, which is an error where nothing compiles
     else:
         logger.info("AdamW8bit compiles its update in the first step, which takes up to a minute")
     return optimizer
 
 
-def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """All state of the optimizer as "optimizer.NAME.KEY", for the names given; zeros where there has been no step yet.
+def optimizer_tensors(
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """All state of the optimizer as "optimizer.NAME.KEY", for the names given; zeros where there has been no
+    step yet.
 
-    The tensors themselves, sharded as their parameters are: torch.distributed.checkpoint saves them and loads into them. Another
-    number of ranks may load them, with one exception: where it would cut an 8-bit block of 256 elements, torchao raises a
-    ValueError (rows whose length is a multiple of 256 are never cut).
+    The tensors themselves, sharded as their parameters are: torch.distributed.checkpoint saves them and loads
+    into them. Another number of ranks may load them, with one exception: where it would cut an 8-bit block of
+    256 elements, torchao raises a ValueError (rows whose length is a multiple of 256 are never cut).
     """
     tensors = {}
     for group in optimizer.param_groups:
@@ -120,11 +140,13 @@ def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Paramete
     return tensors
 
 
-def learning_rate_factor(step: int, steps: int, warmup: int, decay_ratio: float | None, decay_type: str, minimum: float) -> float:
+def learning_rate_factor(
+    step: int, steps: int, warmup: int, decay_ratio: float | None, decay_type: str, minimum: float
+) -> float:
     """The share of the full rate that the update of `step` (from 1) uses.
 
-    Linear warm-up over `warmup` steps, then the full rate, then decay over the last `decay_ratio` of all steps (unset: over all
-    that is left after warm-up) towards `minimum`.
+    Linear warm-up over `warmup` steps, then the full rate, then decay over the last `decay_ratio` of all
+    steps (unset: over all that is left after warm-up) towards `minimum`.
     """
     warmup = min(warmup, steps)
     decay = steps - warmup if decay_ratio is None else min(round(steps * decay_ratio), steps - warmup)
@@ -134,7 +156,11 @@ def learning_rate_factor(step: int, steps: int, warmup: int, decay_ratio: float 
     if done < 0:
         return 1.0
     progress = done / decay
-    left = {"linear": 1 - progress, "sqrt": 1 - math.sqrt(progress), "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[decay_type]
+    left = {
+        "linear": 1 - progress,
+        "sqrt": 1 - math.sqrt(progress),
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }[decay_type]
     return minimum + (1 - minimum) * left
 
 
@@ -142,10 +168,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config) -> fl
     """Sets and returns the rate that the update of `step` uses."""
     schedule = config.lr_scheduler
     factor = learning_rate_factor(
-        step, config.training.steps, schedule.warmup_steps, schedule.decay_ratio, schedule.decay_type, schedule.min_lr_factor
+        step,
+        config.training.steps,
+        schedule.warmup_steps,
+        schedule.decay_ratio,
+        schedule.decay_type,
+        schedule.min_lr_factor,
     )
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):  # torchao's, so that a new rate is no reason to compile anew
+        if isinstance(
+            group["lr"], torch.Tensor
+        ):  # torchao's, so that a new rate is no reason to compile anew
             group["lr"].fill_(config.optimizer.lr * factor)
         else:
             group["lr"] = config.optimizer.lr * factor

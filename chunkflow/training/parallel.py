@@ -1,4 +1,5 @@
-"""Processes, device meshes, FSDP2: how one model becomes many ranks, with the same start and the same sums on any layout."""
+"""Processes, device meshes, FSDP2: how one model becomes many ranks, with the same start and the same sums on
+any layout."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 
 def set_seed(config) -> int:
-    """The seed of weights and data order: debug.seed, or 0. With debug.deterministic, only kernels that repeat bit for bit."""
+    """The seed of weights and data order: debug.seed, or 0. With debug.deterministic, only kernels that
+    repeat bit for bit."""
     seed = config.debug.seed or 0
     torch.manual_seed(seed)
     if config.debug.deterministic:
@@ -34,8 +36,9 @@ def set_seed(config) -> int:
 def init_processes(config, pipeline_ranks: int = 1) -> tuple[torch.device, DeviceMesh]:
     """Joins the process group that torchrun set up (alone: a group of one) and builds the device mesh.
 
-    The mesh is (dp_shard,) or, with replicas (HSDP), (dp_replicate, dp_shard); a pipeline puts "pp" before them. With comm.mode =
-    "fake_backend" this process stands for rank 0 of NGPU x NNODES, on the CPU, and nothing is sent.
+    The mesh is (dp_shard,) or, with replicas (HSDP), (dp_replicate, dp_shard); a pipeline puts "pp" before
+    them. With comm.mode = "fake_backend" this process stands for rank 0 of NGPU x NNODES, on the CPU, and
+    nothing is sent.
     """
     fake = config.comm.mode == "fake_backend"
     cuda = torch.cuda.is_available() and not fake
@@ -51,7 +54,8 @@ def init_processes(config, pipeline_ranks: int = 1) -> tuple[torch.device, Devic
         timeout = timedelta(seconds=config.comm.init_timeout_seconds)
         store, rank, world_size = dist.HashStore(), 0, 1
         if "RANK" in os.environ:
-            # torchrun's restarts share one store: without a prefix, ranks would look for those of the attempt that crashed.
+            # torchrun's restarts share one store: without a prefix, ranks would look for those of the attempt
+            # that crashed.
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
             store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if cuda else "gloo"
@@ -69,7 +73,8 @@ def init_processes(config, pipeline_ranks: int = 1) -> tuple[torch.device, Devic
 
 
 def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:
-    """Gives every process group this timeout: a rank that stops answering then ends the job instead of hanging it.
+    """Gives every process group this timeout: a rank that stops answering then ends the job instead of
+    hanging it.
 
     The groups of a mesh do not take init_process_group's timeout by themselves.
     """
@@ -78,21 +83,25 @@ def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:
 
 
 def reshards(config, data_parallel_ranks: int) -> bool:
-    """Whether parameters are resharded after each forward (ZeRO-3): torchtitan's rule, except that one rank has no shards."""
+    """Whether parameters are resharded after each forward (ZeRO-3): torchtitan's rule, except that one rank
+    has no shards."""
     setting = config.parallelism.fsdp_reshard_after_forward
     return setting == "always" or (setting == "default" and data_parallel_ranks > 1)
 
 
 def apply_fsdp(model: nn.Module, mesh: DeviceMesh, config, reshard: bool) -> None:
-    """FSDP2 with one group a layer; embeddings, final norm and head belong to the root (tied ones must share a group).
+    """FSDP2 with one group a layer; embeddings, final norm and head belong to the root (tied ones must share
+    a group).
 
-    Gradients are summed over ranks, never averaged: each rank's loss is divided by the targets of all ranks already.
+    Gradients are summed over ranks, never averaged: each rank's loss is divided by the targets of all ranks
+    already.
     """
     training = config.training
     policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES[training.mixed_precision_param], reduce_dtype=DTYPES[training.mixed_precision_reduce]
+        param_dtype=DTYPES[training.mixed_precision_param],
+        reduce_dtype=DTYPES[training.mixed_precision_reduce],
     )
-    options = dict(mesh=mesh, mp_policy=policy)
+    options = {"mesh": mesh, "mp_policy": policy}
     if training.enable_cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for layer in model.layers.values():
@@ -101,10 +110,13 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, config, reshard: bool) -> Non
     for module in _fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    whole_gib = sum(parameter.numel() for parameter in model.parameters()) * policy.param_dtype.itemsize / 2**30
+    whole_gib = (
+        sum(parameter.numel() for parameter in model.parameters()) * policy.param_dtype.itemsize / 2**30
+    )
     layer_gib = whole_gib / (len(model.layers) + 1)
     cost = (
-        f"ZeRO-3: about {layer_gib:.2f}GiB, a layer, is gathered at a time, for every chunk; ranks run one template of slots"
+        f"ZeRO-3: about {layer_gib:.2f}GiB, a layer, is gathered at a time, for every chunk; ranks run one"
+        " template of slots"
         if reshard
         else f"all {whole_gib:.2f}GiB are gathered once a step and stay; ranks need not agree on their chunks"
     )
@@ -112,8 +124,9 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, config, reshard: bool) -> Non
 
 
 def begin_step(model: nn.Module, reshard: bool) -> None:
-    """Before the first chunk. Resharding ranks run in lockstep and reduce at every backward; the others keep parameters and
-    gradients whole until `before_last_backward`, and so need not agree on how many chunks they have."""
+    """Before the first chunk. Resharding ranks run in lockstep and reduce at every backward; the others keep
+    parameters and gradients whole until `before_last_backward`, and so need not agree on how many chunks they
+    have."""
     if not reshard:
         model.set_requires_gradient_sync(False)
         model.set_reshard_after_backward(False)
@@ -134,7 +147,8 @@ class BusyTimer:
         self.end = self.begin
 
     def stop(self):
-        """Marks the end, now: an event of the device; on the CPU this thread's time, which stands still in a collective."""
+        """Marks the end, now: an event of the device; on the CPU this thread's time, which stands still in a
+        collective."""
         if self.cuda:
             self.end = torch.cuda.Event(enable_timing=True)
             self.end.record()
@@ -167,8 +181,9 @@ def default_dtype(name: str):
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int) -> None:
-    """Fills all parameters. Each is drawn whole from a generator seeded by (seed, its name), then cut: the same start on any
-    layout, whichever parameters this rank or stage has. A last stage's copy of tied embeddings goes by their name."""
+    """Fills all parameters. Each is drawn whole from a generator seeded by (seed, its name), then cut: the
+    same start on any layout, whichever parameters this rank or stage has. A last stage's copy of tied
+    embeddings goes by their name."""
     for name, parameter in model.named_parameters():
         if name == "output.weight" and model.args.tied_embeddings:
             name = "tok_embeddings.weight"
@@ -183,7 +198,8 @@ def init_weights(model: nn.Module, seed: int) -> None:
 
 
 def copy_shard(parameter: DTensor, whole: torch.Tensor) -> None:
-    """Copies this rank's part of a whole tensor into a parameter that is sharded along its first dimension."""
+    """Copies this rank's part of a whole tensor into a parameter that is sharded along its first
+    dimension."""
     mesh = parameter.device_mesh
     for dimension, placement in enumerate(parameter.placements):
         if placement.is_shard():
@@ -194,7 +210,8 @@ def copy_shard(parameter: DTensor, whole: torch.Tensor) -> None:
 
 
 def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scales gradients so that their global norm is at most `max_norm`; returns the norm before, the same on all ranks."""
+    """Scales gradients so that their global norm is at most `max_norm`; returns the norm before, the same on
+    all ranks."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):

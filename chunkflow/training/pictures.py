@@ -8,7 +8,8 @@ SHOWN_RANKS = 16
 
 
 def plan_figure(plan: Plan, chunk_size: int):
-    """A bar a chunk, in the order they run, a panel a rank: standalone sequences in greys, each long sequence in one colour.
+    """A bar a chunk, in the order they run, a panel a rank: standalone sequences in greys, each long sequence
+    in one colour.
 
     Returns a matplotlib figure; the step line's padding is the white above the bars.
     """
@@ -39,5 +40,7 @@ def plan_figure(plan: Plan, chunk_size: int):
         panel.set_ylabel(f"rank {rank}\ntokens")
     panels[-1].set_xlabel("chunk, in running order")
     shown = f" (the first {len(ranks)} of {len(plan.groups)} ranks)" if len(plan.groups) > len(ranks) else ""
-    figure.suptitle(f"{plan.tokens:,} tokens in {plan.chunks:,} chunks{shown}; colours are sequences longer than a chunk")
+    figure.suptitle(
+        f"{plan.tokens:,} tokens in {plan.chunks:,} chunks{shown}; colours are sequences longer than a chunk"
+    )
     return figure

@@ -1,7 +1,8 @@
 """A run that is asked to stop: SIGTERM or SIGUSR1 finish the step and save; the signal again ends at once.
 
-run_train.sh takes the signals for its processes: it writes the file `stop` into the folder $CHUNKFLOW_CONTROL, where they look for it,
-and they answer with the file `saved`. So no launcher in between has to forward anything, and each process hears of it once.
+run_train.sh takes the signals for its processes: it writes the file `stop` into the folder
+$CHUNKFLOW_CONTROL, where they look for it, and they answer with the file `saved`. So no launcher in between
+has to forward anything, and each process hears of it once.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class StopRequest:
         return self._signal > 0 or (self.control is not None and (self.control / "stop").exists())
 
     def _outlive_no_launcher(self) -> None:
-        """Ends this process when run_train.sh is gone, however it went: two runs must not write one folder."""
+        """Ends this process when run_train.sh is gone, however it went: two runs must not write one
+        folder."""
         launcher = int(os.environ["CHUNKFLOW_LAUNCHER"])
         while True:
             try:
@@ -58,5 +60,7 @@ class StopRequest:
         logger.info(f"Stopped as asked: the same command goes on from here (exit status {SAVED_STATUS})")
         if self.control is None:
             raise SystemExit(SAVED_STATUS)
-        (self.control / "saved").touch()  # to torchrun a status other than 0 is a crash, and it might start the run anew
+        (
+            self.control / "saved"
+        ).touch()  # to torchrun a status other than 0 is a crash, and it might start the run anew
         raise SystemExit(0)

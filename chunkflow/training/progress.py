@@ -17,8 +17,11 @@ class Progress:
     bad_steps: int = 0  # that were not applied
     bad_steps_in_a_row: int = 0
 
-    def count(self, step: int, tokens: int, *, sound: bool, limit: int, grad_norm: float, sources: list[str]) -> None:
-        """A step is done; one that was not `sound` was not applied, and is reported with its sequences' FILE:LINE.
+    def count(
+        self, step: int, tokens: int, *, sound: bool, limit: int, grad_norm: float, sources: list[str]
+    ) -> None:
+        """A step is done; one that was not `sound` was not applied, and is reported with its sequences'
+        FILE:LINE.
 
         ValueError where that makes `limit` (training.max_bad_steps) in a row.
         """
@@ -35,7 +38,7 @@ class Progress:
         )
         if self.bad_steps_in_a_row >= limit:
             raise ValueError(
-                f"{self.bad_steps_in_a_row} steps in a row, up to step {step}, had a loss or gradients that are not finite"
-                f" (training.max_bad_steps = {limit}): look at their sequences, named above, or lower optimizer.lr; the last checkpoint"
-                " is from before them"
+                f"{self.bad_steps_in_a_row} steps in a row, up to step {step}, had a loss or gradients that"
+                f" are not finite (training.max_bad_steps = {limit}): look at their sequences, named above,"
+                " or lower optimizer.lr; the last checkpoint is from before them"
             )

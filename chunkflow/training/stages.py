@@ -1,4 +1,5 @@
-"""A model as pipeline stages: which layers are whose, and what stages must agree on once their backwards are done."""
+"""A model as pipeline stages: which layers are whose, and what stages must agree on once their backwards are
+done."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ def layers_of_stages(config, args) -> list[range]:
         stages = ranks * (2 if interleaved else 1)
         if stages > args.n_layers:
             raise ValueError(
-                f"parallelism.pipeline_parallel_degree = {ranks} makes {stages} stages, but {config.model.name} {config.model.flavor}"
-                f" has {args.n_layers} layers: lower it"
+                f"parallelism.pipeline_parallel_degree = {ranks} makes {stages} stages, but"
+                f" {config.model.name} {config.model.flavor} has {args.n_layers} layers: lower it"
             )
         layer = Cost.of_layers(args, 1, head=False).per_token
         counts = split_layers(args.n_layers, Cost.of_layers(args, 0, head=True).per_token / layer, stages)
@@ -33,8 +34,9 @@ def layers_of_stages(config, args) -> list[range]:
         if stages % ranks or (stages > ranks) != interleaved:
             wanted = f"a multiple of {ranks}, at least {2 * ranks}" if interleaved else str(ranks)
             raise ValueError(
-                f"parallelism.pipeline_parallel_layers_per_stage = {each} makes {stages} stages of {args.n_layers} layers, but"
-                f" {settings.pipeline_parallel_schedule} on {ranks} ranks needs {wanted}: change it, or leave it out"
+                f"parallelism.pipeline_parallel_layers_per_stage = {each} makes {stages} stages of"
+                f" {args.n_layers} layers, but {settings.pipeline_parallel_schedule} on {ranks} ranks needs"
+                f" {wanted}: change it, or leave it out"
             )
         counts = [each] * (stages - 1) + [args.n_layers - each * (stages - 1)]
     ends = [sum(counts[: stage + 1]) for stage in range(stages)]
@@ -45,8 +47,11 @@ def stage_costs(args, layers: list[range]) -> list[Cost]:
     return [Cost.of_layers(args, len(own), head=stage == len(layers) - 1) for stage, own in enumerate(layers)]
 
 
-def build_stages(family: ModuleType, args, layers: list[range], rank: int, ranks: int) -> dict[int, nn.Module]:
-    """The stages of one pipeline rank, by number: the whole model with the others' layers and ends deleted, names unchanged."""
+def build_stages(
+    family: ModuleType, args, layers: list[range], rank: int, ranks: int
+) -> dict[int, nn.Module]:
+    """The stages of one pipeline rank, by number: the whole model with the others' layers and ends deleted,
+    names unchanged."""
     models = {}
     for stage in range(rank, len(layers), ranks):
         model = models[stage] = family.Transformer(args)
@@ -61,8 +66,9 @@ def build_stages(family: ModuleType, args, layers: list[range], rank: int, ranks
 
 
 def sum_tied_gradients(models: dict[int, nn.Module], mesh: DeviceMesh, device: torch.device) -> None:
-    """Where the head is the embeddings' weight, the first and the last rank hold a copy each. They exchange its gradients and add
-    them up, which gives both the same bits; equal optimizer steps then keep the copies equal."""
+    """Where the head is the embeddings' weight, the first and the last rank hold a copy each. They exchange
+    its gradients and add them up, which gives both the same bits; equal optimizer steps then keep the copies
+    equal."""
     for model in models.values():
         end = model.tok_embeddings or model.output
         if end is None or not model.args.tied_embeddings:
@@ -79,7 +85,8 @@ def sum_tied_gradients(models: dict[int, nn.Module], mesh: DeviceMesh, device: t
 
 
 def clip_grad_norm(models: dict[int, nn.Module], max_norm: float, mesh: DeviceMesh) -> torch.Tensor:
-    """Scales gradients so that their norm over all stages is at most `max_norm`; returns the norm before, the same on all ranks.
+    """Scales gradients so that their norm over all stages is at most `max_norm`; returns the norm before, the
+    same on all ranks.
 
     The second copy of tied embeddings is scaled like the first, but counts once.
     """

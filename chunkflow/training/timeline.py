@@ -21,7 +21,8 @@ def useful_time(actions: list[Timed]) -> float:
 
 
 def gather_timeline(result: PipelineResult, group: dist.ProcessGroup) -> Timeline:
-    """The measured timeline of all ranks of the pipeline, in microseconds; each rank's clock starts with its step. A collective."""
+    """The measured timeline of all ranks of the pipeline, in microseconds; each rank's clock starts with its
+    step. A collective."""
     everyone: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, _scaled(result.clock.timeline(), 1e6), group=group)
     return everyone
