@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.forks import Forks
-from tests.runs import REPO, environment, forks, rows_of, write_rows
+from tests.helpers.forks import Forks
+from tests.helpers.runs import REPO, environment, forks, rows_of, write_rows
 
 LAYOUTS = {
     "one process": (1, "finetune.py", []),

@@ -137,7 +137,7 @@ def measured(options: argparse.Namespace) -> None:
         "TRAIN_FILE": "recipes/finetune_pipeline.py",
     }
     print(
-        f"\n{'2 processes, sequences of up to ' + format(options.seq_len, ','):38}{'seconds a step':>16}{'peak GiB':>10}"
+        f"\n{f'2 processes, sequences of up to {options.seq_len:,}':38}{'seconds a step':>16}{'peak GiB':>10}"
     )
     for name, settings in kinds.items():
         with tempfile.TemporaryDirectory() as folder:

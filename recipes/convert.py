@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 
-from chunkflow.training import checkpoint, hf, parallel
+from chunkflow.storage import checkpoint
+from chunkflow.storage import hf_weights as hf
+from chunkflow.training import parallel
 from models import families
 
 

@@ -28,17 +28,19 @@ from chunkflow.planning.background import PlanProcess
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PipelineSettings, PlanSettings, plan_step
 from chunkflow.planning.simulate import picture
-from chunkflow.training import checkpoint, hf, parallel, stages
-from chunkflow.training.config import ConfigError, main_config, to_toml, user_errors
+from chunkflow.reporting.metrics import GarbageCollection, MetricsLogger, init_logger
+from chunkflow.reporting.pictures import plan_figure
+from chunkflow.reporting.profiling import profiler
+from chunkflow.reporting.timeline import gather_timeline, useful_time, write_timelines
+from chunkflow.settings.config import ConfigError, main_config, to_toml, user_errors
+from chunkflow.storage import checkpoint
+from chunkflow.storage import hf_weights as hf
+from chunkflow.training import parallel, stages
 from chunkflow.training.converters import check_converters, convert_model
-from chunkflow.training.metrics import GarbageCollection, MetricsLogger, init_logger
 from chunkflow.training.model import apply_activation_checkpoint, apply_compile, model_args, open_tokenizer
 from chunkflow.training.optimizer import build_optimizer, check_optimizer, set_learning_rate
-from chunkflow.training.pictures import plan_figure
 from chunkflow.training.preemption import StopRequest
-from chunkflow.training.profiling import profiler
 from chunkflow.training.progress import Progress
-from chunkflow.training.timeline import gather_timeline, useful_time, write_timelines
 from chunkflow.training.validation import Validation
 
 logger = logging.getLogger(__name__)

@@ -24,9 +24,10 @@ from torch.hub import tqdm  # the real one where it is installed, else torch's s
 from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.execution.state import ChunkTensors, KeyValueState
 from chunkflow.planning.chunks import Chunk, Group, Segment
-from chunkflow.training import hf, parallel
-from chunkflow.training.checkpoint import load_model_weights
-from chunkflow.training.config import load_config
+from chunkflow.settings.config import load_config
+from chunkflow.storage import hf_weights as hf
+from chunkflow.storage.checkpoint import load_model_weights
+from chunkflow.training import parallel
 from chunkflow.training.model import model_args, open_tokenizer, positions
 
 

@@ -24,8 +24,9 @@ from chunkflow.planning.chunks import Chunk, Group, Segment
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.memory import PARTS, Layout, StageSizes, host_bytes, peak_parts
 from chunkflow.planning.planner import PipelineSettings, PlanSettings, plan_step
-from chunkflow.training import hf, parallel, stages
-from chunkflow.training.config import ConfigError, main_config, user_errors
+from chunkflow.settings.config import ConfigError, main_config, user_errors
+from chunkflow.storage import hf_weights as hf
+from chunkflow.training import parallel, stages
 from chunkflow.training.model import model_args, open_tokenizer
 
 # What each step is measured by: name in JSON, line in the table, format.

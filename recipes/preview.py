@@ -16,8 +16,8 @@ from chunkflow.data.dataloader import ChunkDataLoader
 from chunkflow.data.dataset import open_dataset
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings
+from chunkflow.settings.config import main_config, user_errors
 from chunkflow.training import parallel
-from chunkflow.training.config import main_config, user_errors
 from chunkflow.training.model import model_args, open_tokenizer
 
 EDGE = 300  # tokens shown at each end of a longer piece

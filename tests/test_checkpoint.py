@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kill_loop import LAYOUTS, TIMING, KillLoop, outcome
-from tests.runs import (
+from tests.helpers.runs import (
     REPO,
     assert_same_curves,
     end_processes,
@@ -21,7 +21,7 @@ from tests.runs import (
     rows_of,
     write_rows,
 )
-from tests.runs import (
+from tests.helpers.runs import (
     forks as fork_server,
 )
 
@@ -442,7 +442,7 @@ def evil_metadata(path: Path) -> None:
     """A pickle that runs a command, with a manifest that vouches for it."""
     import pickle
 
-    from chunkflow.training.checkpoint import _checksum
+    from chunkflow.storage.checkpoint import _checksum
 
     path.write_bytes(pickle.dumps(Evil()))
     manifest = json.loads((path.parent / "manifest.json").read_text())

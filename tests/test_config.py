@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from chunkflow.training import config_answers
-from chunkflow.training.config import (
+from chunkflow.settings import answers as answers_module
+from chunkflow.settings.config import (
     KEYS,
     ConfigError,
     answer,
@@ -392,7 +392,7 @@ def test_every_torchtitan_key_exists_or_is_answered(section, tmp_path):
 
 
 def test_answers_are_for_keys_that_do_not_exist_and_name_keys_that_do():
-    answers = {**config_answers.ANSWERS, **config_answers.LATER}
+    answers = {**answers_module.ANSWERS, **answers_module.LATER}
     assert not set(answers) & set(KEYS)
     known = {*KEYS, *CONTRACT_LATER}
     sections = {key.partition(".")[0] for key in known}
@@ -400,7 +400,7 @@ def test_answers_are_for_keys_that_do_not_exist_and_name_keys_that_do():
         for word in sentence.replace(",", " ").replace(":", " ").split():
             if word.partition(".")[0] in sections and "." in word and not word.endswith((".jsonl", ".toml")):
                 assert any(name == word or name.startswith(word + ".") for name in known), (key, word)
-    for key in config_answers.VALUE_ANSWERS:
+    for key in answers_module.VALUE_ANSWERS:
         assert key.partition("=")[0] in KEYS
 
 
@@ -564,7 +564,7 @@ def test_wrong_data_ends_rank_0_with_its_sentence(no_torchrun, monkeypatch, caps
 def test_settings_are_read_without_torch():
     root = Path(__file__).parent.parent
     code = (
-        "import sys; from chunkflow.training.config import load_config; load_config([]); assert 'torch'"
+        "import sys; from chunkflow.settings.config import load_config; load_config([]); assert 'torch'"
         " not in sys.modules"
     )
     subprocess.run(

@@ -13,7 +13,7 @@ from chunkflow.planning.planner import live_chunks
 from chunkflow.planning.schedule import Action, Kind, linear_schedule
 from chunkflow.training.parallel import init_weights
 from models import families, llama
-from tests.reference import (
+from tests.helpers.reference import (
     assert_same_gradients,
     chunk_tensors,
     chunked_gradients,

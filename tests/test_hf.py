@@ -20,12 +20,13 @@ from torch.distributed.fsdp import fully_shard
 
 from chunkflow.execution.state import ChunkTensors
 from chunkflow.planning.chunks import Chunk, Segment
-from chunkflow.training import hf, stages
-from chunkflow.training.config import ConfigError, load_config
+from chunkflow.settings.config import ConfigError, load_config
+from chunkflow.storage import hf_weights as hf
+from chunkflow.training import stages
 from chunkflow.training.model import model_args
 from models import families
-from tests.distributed import run_ranks
-from tests.runs import REPO, environment, run, train, write_rows
+from tests.helpers.distributed import run_ranks
+from tests.helpers.runs import REPO, environment, run, train, write_rows
 
 CONVERT = REPO / "recipes" / "convert.py"
 KINDS = {
@@ -409,7 +410,7 @@ def test_memory_stays_that_of_one_tensor(tmp_path):
     script = f"""
 import sys, torch
 from pathlib import Path
-from chunkflow.training import hf
+from chunkflow.storage import hf_weights as hf
 from models import families
 def peak():
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))

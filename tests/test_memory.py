@@ -18,13 +18,13 @@ from chunkflow.execution.state import KeyValueState
 from chunkflow.planning.chunks import build_groups
 from chunkflow.planning.memory import Layout, StageSizes, peak_parts
 from chunkflow.planning.schedule import linear_schedule
+from chunkflow.settings.config import Config
 from chunkflow.training import parallel
-from chunkflow.training.config import Config
 from chunkflow.training.model import apply_activation_checkpoint
 from chunkflow.training.optimizer import build_optimizer
 from models import families
-from tests.distributed import run_ranks
-from tests.reference import chunk_tensors, random_sequences
+from tests.helpers.distributed import run_ranks
+from tests.helpers.reference import chunk_tensors, random_sequences
 from tests.test_data_parallel import settings as data_parallel_settings
 from tests.test_pipeline import Pipeline
 

@@ -18,9 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings, plan_step
-from chunkflow.training import metrics
-from chunkflow.training.config import load_config
-from chunkflow.training.metrics import (
+from chunkflow.reporting import metrics
+from chunkflow.reporting.metrics import (
     GarbageCollection,
     MetricsLogger,
     init_logger,
@@ -29,6 +28,7 @@ from chunkflow.training.metrics import (
     peak_memory,
     reset_peak_memory,
 )
+from chunkflow.settings.config import load_config
 
 CPU = torch.device("cpu")
 PLAN = plan_step(

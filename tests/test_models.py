@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from chunkflow.execution.state import ChunkTensors, KeyValueState
 from chunkflow.planning.chunks import Chunk, Segment, build_groups
 from models import families, llama
-from tests.reference import chunk_tensors, random_sequences
+from tests.helpers.reference import chunk_tensors, random_sequences
 
 SMALL = {
     "dim": 32,

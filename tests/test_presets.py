@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from chunkflow.training.config import load_config
+from chunkflow.settings.config import load_config
 from recipes import plan
-from tests.runs import REPO, environment, run, write_rows
+from tests.helpers.runs import REPO, environment, run, write_rows
 
 PRESETS = {
     path.stem: path

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.runs import (
+from tests.helpers.runs import (
     RECIPE,
     REPO,
     assert_same_curves,

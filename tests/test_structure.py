@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parent.parent
+GROUND = {"chunkflow.planning", "chunkflow.settings"}
 FLOORS = {  # room -> the project's rooms that it may import
     "chunkflow.planning": {"chunkflow.planning"},
+    "chunkflow.settings": {"chunkflow.settings"},
     "chunkflow.execution": {"chunkflow.planning", "chunkflow.execution"},
     "models": {"chunkflow.execution", "models"},
-    "chunkflow.data": {"chunkflow.planning", "chunkflow.execution", "chunkflow.data"},
-    "chunkflow.training": {
-        "chunkflow.planning",
-        "chunkflow.execution",
-        "chunkflow.data",
-        "chunkflow.training",
-        "models",
-    },
+    "chunkflow.data": GROUND | {"chunkflow.execution", "chunkflow.data"},
+    "chunkflow.reporting": GROUND | {"chunkflow.execution", "chunkflow.reporting"},
+    "chunkflow.training": GROUND
+    | {"chunkflow.execution", "chunkflow.data", "chunkflow.reporting", "chunkflow.training", "models"},
+    "chunkflow.storage": GROUND
+    | {"chunkflow.execution", "chunkflow.data", "chunkflow.training", "chunkflow.storage", "models"},
 }
 
 

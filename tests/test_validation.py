@@ -21,14 +21,14 @@ from chunkflow.planning.cost import Cost
 from chunkflow.planning.pipeline_transfers import check_schedule
 from chunkflow.planning.planner import PipelineSettings, PlanSettings, live_chunks, plan_step
 from chunkflow.planning.schedule import DUMMY, Kind
+from chunkflow.reporting.metrics import MetricsLogger
+from chunkflow.settings.config import ConfigError, check_paths, load_config
 from chunkflow.training import parallel
-from chunkflow.training.config import ConfigError, check_paths, load_config
-from chunkflow.training.metrics import MetricsLogger
 from chunkflow.training.model import apply_activation_checkpoint
 from chunkflow.training.validation import LossByPosition, Validation
 from models import families
-from tests.distributed import run_ranks
-from tests.reference import (
+from tests.helpers.distributed import run_ranks
+from tests.helpers.reference import (
     assert_same_gradients,
     chunk_tensors,
     naive_attention,
@@ -36,7 +36,7 @@ from tests.reference import (
     random_sequences,
     whole_sequence_gradients,
 )
-from tests.runs import REPO, run, train, write_rows
+from tests.helpers.runs import REPO, run, train, write_rows
 from tests.test_data_parallel import settings, sharded_gradients
 from tests.test_exactness import SMALL, small_model
 from tests.test_pipeline import Pipeline

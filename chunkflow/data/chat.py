@@ -36,8 +36,8 @@ CHATML = """\
 LLAMA3 = """\
 {{- bos_token -}}
 {%- for message in messages -%}
-{{ '<|start_header_id|>' + ('ipython' if message.role == 'tool' else message.role) + '<|end_header_id|>\n\n' }}
-{{- message.content | trim + '<|eot_id|>' }}
+{%- set role = 'ipython' if message.role == 'tool' else message.role -%}
+{{ '<|start_header_id|>' + role + '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}
 """

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from chunkflow.data.tokenizer import Tokenizer
-from chunkflow.training.hf import model_of
+from chunkflow.storage.hf_weights import model_of
 from models import families
 
 logger = logging.getLogger(__name__)

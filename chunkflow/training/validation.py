@@ -23,7 +23,7 @@ from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.execution.loss import IGNORE
 from chunkflow.execution.state import ChunkTensors
 from chunkflow.planning.planner import PlanSettings, plan_step
-from chunkflow.training.metrics import MetricsLogger
+from chunkflow.reporting.metrics import MetricsLogger
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """A run's settings: a TOML file and the command line become one checked Config, or one sentence that says
 what is wrong.
 
-What can be set stands in config_options.py; types, --help, suggestions and saving are read off its fields.
+What can be set stands in options.py; types, --help, suggestions and saving are read off its fields.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-from chunkflow.training.config_answers import ANSWERS, LATER, VALUE_ANSWERS
-from chunkflow.training.config_options import Config
+from chunkflow.settings.answers import ANSWERS, LATER, VALUE_ANSWERS
+from chunkflow.settings.options import Config
 
 
 class ConfigError(ValueError):
@@ -81,7 +81,7 @@ def load_config(argv: list[str]) -> Config:
         setattr(_section(config, section), name, value)
     _check_combinations(config, values)
     if config.model.hf_assets_path:
-        from chunkflow.training.hf import (
+        from chunkflow.storage.hf_weights import (
             model_of,
         )  # here, since it imports torch: a mistyped key is answered at once
 

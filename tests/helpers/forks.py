@@ -20,7 +20,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parent.parent.parent
 
 
 class Forks:
@@ -28,7 +28,7 @@ class Forks:
 
     def __init__(self):
         environ = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.forks"]
+        command = [sys.executable, "-m", "tests.helpers.forks"]
         self.server = subprocess.Popen(
             command, cwd=REPO, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -93,11 +93,6 @@ class Job:
 
 def serve() -> None:
     import torch.utils.tensorboard  # noqa: F401  what recipes import, once
-
-    import chunkflow.execution.pipeline
-    import chunkflow.training.checkpoint
-    import chunkflow.training.metrics
-    import chunkflow.training.timeline  # noqa: F401
 
     ended: dict[int, int] = {}
     running: set[int] = set()

@@ -11,9 +11,9 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from tests.forks import Forks
+from tests.helpers.forks import Forks
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parent.parent.parent
 RECIPE = REPO / "recipes" / "finetune.py"
 
 

@@ -36,8 +36,9 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from chunkflow.training import hf, parallel
-from chunkflow.training.config import KEYS, Config, ConfigError
+from chunkflow.settings.config import KEYS, Config, ConfigError
+from chunkflow.storage import hf_weights as hf
+from chunkflow.training import parallel
 from chunkflow.training.optimizer import optimizer_tensors
 from chunkflow.training.progress import Progress
 from models import families
