@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from chunkflow.execution.attention import chunk_attention, store_keys_values
-from chunkflow.execution.loss import sliced_cross_entropy, token_logits, token_losses
 from chunkflow.execution.state import ChunkTensors
 
 # rope_type -> the keys of rope_scaling that have no default
@@ -110,21 +109,15 @@ class Transformer(nn.Module):
         """
         x_TC = x if self.tok_embeddings is None else self.tok_embeddings(x)
         rotary = Rotary(self.args, chunk.positions, torch.promote_types(x_TC.dtype, torch.float32))
-        ends_here = chunk.state_only and self.output is not None
+        keys_values_only = self.output is not None and chunk.end is None
         last = list(self.layers)[-1] if self.layers else None
         for name, layer in self.layers.items():
-            x_TC = layer(x_TC, rotary, chunk, int(name), keys_values_only=ends_here and name == last)
-        if ends_here:
-            return None
-        if self.norm is not None:
-            x_TC = self.norm(x_TC)
+            x_TC = layer(x_TC, rotary, chunk, int(name), keys_values_only=keys_values_only and name == last)
         if self.output is None:
             return x_TC
-        if chunk.labels is None:
-            return token_logits(x_TC[-1], self.output.weight)
-        if chunk.each_loss:
-            return token_losses(x_TC, self.output.weight, chunk.labels)
-        return sliced_cross_entropy(x_TC, self.output.weight, chunk.labels, chunk.loss_gradient)
+        if chunk.end is None:
+            return None
+        return chunk.end(self.norm(x_TC), self.output.weight, chunk)
 
     def init_parameter(self, name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
         """Fills one unsharded parameter in place. The values depend on its name, its shape and the generator

@@ -1,10 +1,11 @@
-"""Fine-tunes a model on long-tailed text, in chunks, on FSDP2 ranks.
+"""Fine-tunes a model on long-tailed text, in chunks: on FSDP2 ranks, on pipeline stages, or both.
 
     NGPU=2 CONFIG_FILE=train_configs/debug_model.toml ./run_train.sh --training.steps=20
 
 Copy this file, edit it, and start it with TRAIN_FILE=my_recipe.py ./run_train.sh. A step: the plan of its
-global batch is ready (every rank made the same one while the last step ran), each rank runs its own actions
-on its own chunks, gradients are summed over ranks, the optimizer steps.
+global batch is ready (every rank made the same one while the last step ran); each rank runs its program on
+the chunks of its replica, a data-parallel rank or a pipeline of several ranks; gradients are summed over
+replicas; the optimizer steps.
 """
 
 import logging
@@ -14,24 +15,24 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from chunkflow.data.dataloader import ChunkDataLoader
-from chunkflow.data.dataset import open_dataset
-from chunkflow.execution.executor import run_actions, run_evaluation
-from chunkflow.planning.cost import Cost
-from chunkflow.planning.planner import PlanSettings
+from chunkflow.execution.loss import loss_sum
+from chunkflow.execution.runner import Runner
+from chunkflow.planning.simulate import picture
 from chunkflow.reporting.metrics import GarbageCollection, MetricsLogger, init_logger
 from chunkflow.reporting.pictures import plan_figure
 from chunkflow.reporting.profiling import profiler
-from chunkflow.settings.config import ConfigError, main_config, to_toml, user_errors
+from chunkflow.reporting.step_figures import gather_over_ranks, rank_figures, step_scalars
+from chunkflow.reporting.timeline import gather_timeline, write_timelines
+from chunkflow.settings.config import main_config, to_toml, user_errors
 from chunkflow.storage import checkpoint
 from chunkflow.storage import hf_weights as hf
-from chunkflow.training import parallel
-from chunkflow.training.converters import check_converters, convert_model
-from chunkflow.training.model import apply_activation_checkpoint, apply_compile, model_args, open_tokenizer
-from chunkflow.training.optimizer import build_optimizer, check_optimizer, set_learning_rate
+from chunkflow.training import build, parallel, stages
+from chunkflow.training.converters import convert_model
+from chunkflow.training.optimizer import build_optimizer, set_learning_rate
 from chunkflow.training.preemption import StopRequest
 from chunkflow.training.progress import Progress
 from chunkflow.training.validation import Validation
@@ -41,23 +42,9 @@ logger = logging.getLogger(__name__)
 
 def check(config) -> None:
     """What the config and the folders it names can tell. Raises ValueError before any process starts."""
-    if config.parallelism.pipeline_parallel_degree > 1:
-        raise ConfigError(
-            f"parallelism.pipeline_parallel_degree = {config.parallelism.pipeline_parallel_degree}: this"
-            " recipe has no stages, use recipes/finetune_pipeline.py (TRAIN_FILE), or set it to 1"
-        )
-    tokenizer = open_tokenizer(config)
-    family, args = model_args(config, tokenizer.vocab_size if tokenizer else 0)
-    hf.check(config, family, args)
-    check_converters(config, family, args)
-    check_optimizer(config)
-    checkpoint.check(config, args)
-    if torch.cuda.is_available() and config.training.mixed_precision_param != "bfloat16":
-        raise ConfigError(
-            f"training.mixed_precision_param = {config.training.mixed_precision_param} cannot be used on"
-            " CUDA, whose variable-length"
-            ' attention computes in bfloat16: set "bfloat16"'
-        )
+    spec = build.check(config)
+    hf.check(config, spec.family, spec.args)
+    checkpoint.check(config, spec.args)
 
 
 def main() -> None:
@@ -69,192 +56,151 @@ def main() -> None:
         )
         return
     stop = StopRequest()
-    seed = parallel.set_seed(config)
+    seed = parallel.set_seed(config.debug)
     logger.info(f"Starting job: {config.job.description}")
 
-    # Data: text becomes tokens on disk, once; whichever process comes first does it while the others wait.
-    training = config.training
-    logger.info(f"Preparing {training.dataset} dataset from {training.dataset_path or 'its default place'}")
+    # --- Data. Text becomes tokens on disk, once; whichever process comes first does it while the others
+    # wait.
+    training, fake = config.training, config.comm.mode == "fake_backend"
     with user_errors():
-        tokenizer = open_tokenizer(config)
-        family, args = model_args(config, tokenizer.vocab_size if tokenizer else 0)
-        dataset = open_dataset(
-            training.dataset, training.dataset_path, tokenizer, vocab_size=args.vocab_size, seed=seed
-        )
-    logger.info(
-        f"{len(dataset):,} sequences, {sum(dataset.lengths):,} tokens, the longest has"
-        f" {max(dataset.lengths):,}"
-    )
+        spec = build.model_spec(config)
+        dataset = build.open_data(training, spec, seed)
 
-    # Processes. With the fake backend this one stands for rank 0 of NGPU, and tensors have shapes but no
+    # ---- Processes. With the fake backend this one stands for rank 0 of NGPU, and tensors have shapes but no
     # content.
-    fake = config.comm.mode == "fake_backend"
-    device, mesh = parallel.init_processes(config)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    reshard = parallel.reshards(config, ranks)
-    folder = Path(config.job.dump_folder)
-    if rank == 0:
+    processes = parallel.init_processes(config.comm, config.parallelism)
+    device, replica, pipeline_rank = processes.device, processes.replica, processes.pipeline_rank
+    if processes.rank == 0:
         with user_errors():
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = None if fake else checkpoint.claim_folder(config)  # noqa: F841  while this process lives
-            (folder / "config.toml").write_text(to_toml(config))
+            lock = checkpoint.claim_folder(config, to_toml(config))  # noqa: F841  while this process lives
 
-    # Lengths become a plan for each step, the same on every rank; each rank then reads the tokens of its own
-    # sequences.
-    cost = Cost.of_model(args)
-    settings = PlanSettings(
-        cost,
-        ranks=ranks,
-        enable=config.chunkflow.enable,
-        chunk_size=config.chunkflow.chunk_size,
-        k=config.chunkflow.k,
-        fill_tails=config.chunkflow.fill_tails,
-        balance=config.chunkflow.balance,
-        lockstep=reshard,
-    )
+    # --- Plans. Lengths become a plan for each step, the same on every rank; the ranks of a replica then read
+    # the tokens of its sequences.
+    settings = build.plan_settings(config, spec, processes.replicas)
     with user_errors():
-        loader = ChunkDataLoader(
-            dataset,
-            settings,
-            rank=rank,
-            global_batch_size=training.global_batch_size,
-            seq_len=training.seq_len,
-            overlong=training.overlong,
-            shuffle=training.shuffle,
-            seed=seed,
-        )
+        loader = build.open_loader(training, dataset, settings, replica, seed)
         validation = None
         if config.validation.enable and not fake:
-            validation = Validation(config, settings, rank, tokenizer, args.vocab_size, seed, device)
-    if loader.notice:
-        logger.info(loader.notice)
+            validation = Validation(config, spec, settings, processes, seed)
 
-    # Model: built without memory, cut into shards, then filled: from a folder, or at random, which depends on
-    # each parameter's name and the seed alone. A run that was here before goes on from its newest checkpoint,
-    # whatever the number of ranks.
-    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
+    # --- Model. Built without memory, cut into stages and shards, then filled: from a checkpoint, from a
+    # Hugging Face folder, or at random, which depends on each parameter's name and the seed alone, whatever
+    # the layout.
+    reshard, compute_dtype = settings.lockstep, parallel.DTYPES[training.mixed_precision_param]
+    tensors_without_content = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    logger.info(f"Building {spec.name} with {spec.args}")
+    logger.info(f"Model {spec.name} size: {spec.parameters:,} total parameters{spec.stages_in_words}")
+    with tensors_without_content:
         with torch.device(device if fake else "meta"), parallel.default_dtype(training.dtype):
-            model = family.Transformer(args)
-        name = f"{config.model.name} {config.model.flavor}"
-        logger.info(f"Building {name} with {args}")
-        logger.info(f"Model {name} size: {sum(p.numel() for p in model.parameters()):,} total parameters")
-        convert_model(model, config)
-        apply_compile(model, config)
-        apply_activation_checkpoint(model, config)
-        parallel.apply_fsdp(model, mesh, config, reshard)
-        if not fake:
-            model.to_empty(device="cpu" if training.enable_cpu_offload else device)
-            with user_errors():
-                checkpoint.initial_weights(model, family, config, seed)
-        optimizer = build_optimizer(model, config)
+            rank, ranks = processes.pipeline_rank, processes.pipeline_ranks
+            models = stages.build_stages(spec.family, spec.args, spec.layers, rank, ranks)
+        for model in models.values():
+            convert_model(model, config.model.converters, config.quantize.linear.float8)
+            parallel.apply_compile(model, config.compile)
+            parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
+            parallel.apply_fsdp(model, processes.data_mesh, training, reshard)
+            if not fake:
+                model.to_empty(device="cpu" if training.enable_cpu_offload else device)
+                with user_errors():
+                    checkpoint.initial_weights(model, spec.family, config, seed)
+        runner = Runner(
+            stages.make_stages(models, len(spec.layers), processes, compute_dtype), device, loss=loss_sum
+        )
+        optimizer = build_optimizer(nn.ModuleList(models.values()), config.optimizer)
         progress = Progress()
         if not fake:
             with user_errors():
-                checkpoints = checkpoint.Checkpoints(config, [model], optimizer, loader)
+                checkpoints = checkpoint.Checkpoints(config, models.values(), optimizer, loader)
                 progress = checkpoints.load()
-            compute_dtype = parallel.DTYPES[training.mixed_precision_param]
-            metrics = MetricsLogger(
-                config, device, compute_dtype, start_step=progress.step, tokens_seen=progress.tokens_seen
-            )
+            start = {"start_step": progress.step, "tokens_seen": progress.tokens_seen}
+            metrics = MetricsLogger(config, device, compute_dtype, **start)
 
     first_step, stopping = progress.step + 1, False
     garbage = GarbageCollection(training.gc_freq)
     logger.info(
         f"Training starts at step {first_step}: {training.steps} steps (warm-up"
-        f" {config.lr_scheduler.warmup_steps}) of {training.global_batch_size} sequences over {ranks} ranks,"
-        f" chunks of {config.chunkflow.chunk_size} tokens, k = {config.chunkflow.k}"
+        f" {config.lr_scheduler.warmup_steps}) of {training.global_batch_size} sequences over"
+        f" {processes.in_words}, chunks of {config.chunkflow.chunk_size} tokens, k = {config.chunkflow.k}"
     )
-    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), profiler(config) as profile:
+    with tensors_without_content, profiler(config) as profile:
         for step, data in zip(range(first_step, training.steps + 1), loader):
-            plan, busy = data.plan, parallel.BusyTimer(device)
+            plan, targets = data.plan, max(data.targets, 1)
             garbage.run(step)
 
-            # Forward and backward of this rank's chunks: gradients of the mean token loss of the global batch
-            # add up in .grad.
-            parallel.begin_step(model, reshard)
+            # ---- Forward and backward: gradients of the mean token loss of the global batch add up in .grad.
+            for model in models.values():
+                parallel.begin_step(model, reshard)
             optimizer.zero_grad()
-            result = run_actions(
-                model,
-                plan.groups[rank],
-                plan.actions[rank],
-                data.chunks,
-                max(data.targets, 1),
-                device,
-                before_last_backward=lambda: (busy.stop(), parallel.before_last_backward(model)),
+            result = runner.step(
+                plan.programs[replica][pipeline_rank], plan.groups[replica], data.chunks, targets
             )
-            grad_norm = parallel.clip_grad_norm(list(model.parameters()), training.max_norm)
-            lr = set_learning_rate(optimizer, step, config)
+            stages.sum_tied_gradients(models, processes)
+            grad_norm = parallel.clip_grad_norm(models.values(), training.max_norm, processes.mesh)
+            lr = set_learning_rate(optimizer, step, config.optimizer.lr, config.lr_scheduler, training.steps)
             if fake:
-                logger.info(
-                    f"Rank 0 of {ranks} can run this step; loss and gradient norm mean nothing on the fake"
-                    " backend"
-                )
+                what = f"Rank 0 of {processes.count} can run this step"
+                logger.info(f"{what}; loss and gradient norm mean nothing on the fake backend")
                 dist.destroy_process_group()
                 return
 
-            # Ranks agree on whether the update may be applied, and whether one of them was asked to stop.
-            unsound = not math.isfinite(result.loss_sum.item() + grad_norm.item())
-            flags = [unsound, stop.asked, checkpoints.failed_in_background]
-            unsound, stopping, save_failed = parallel.any_rank(flags, device)
-            if data.targets and not unsound:
+            # --- Update. Ranks agree on whether it may be applied, and whether one of them was asked to stop.
+            loss, norm = result.loss_sum.item(), grad_norm.item()  # the loss is on a replica's last stage
+            flags = [not math.isfinite(loss + norm), stop.asked, checkpoints.failed_in_background]
+            not_finite, stopping, save_failed = parallel.any_rank(flags, device)
+            if data.targets and not not_finite:
                 optimizer.step()
             if not data.targets:
                 logger.info(
                     f"step {step}: none of its {plan.tokens:,} tokens is supervised, so nothing was updated"
                 )
 
-            metrics.count(
-                plan.tokens, sum(cost.training(length) for length in data.lengths), loader.take_wait()
-            )
+            # ---- Figures, of this rank and gathered over all.
+            metrics.count(plan.tokens, sum(map(settings.cost.training, data.lengths)), loader.take_wait())
             if metrics.due(step):
-                own_loss = result.loss_sum.item()
-                figures = parallel.gather_over_ranks(
-                    [busy.seconds(), result.peak_live_chunks, result.peak_state_bytes / 2**30], device
-                )
+                figures = gather_over_ranks(rank_figures(result, plan.simulations[replica]), device)
                 metrics.log(
                     step,
                     plan,
-                    loss=own_loss / max(data.targets, 1),
-                    max_loss=own_loss / data.own_targets if data.own_targets else -math.inf,
-                    grad_norm=grad_norm.item(),
+                    loss=loss / targets,
+                    max_loss=loss / data.own_targets
+                    if data.own_targets and processes.last_stage
+                    else -math.inf,
+                    grad_norm=norm,
                     lr=lr,
                     supervised_tokens=data.targets,
-                    scalars=chunkflow_scalars(
-                        plan, data, loader.ledger, figures, progress.bad_steps + unsound
-                    ),
+                    scalars=step_scalars(plan, data, figures, loader.ledger, progress.bad_steps + not_finite),
                 )
             if step == 1:
                 metrics.add_figure(
                     "chunkflow/plan of step 1", lambda: plan_figure(plan, config.chunkflow.chunk_size), step
                 )
-            if validation and validation.due(step):
-                validation.run(
-                    step,
-                    metrics,
-                    [model],
-                    lambda data, take: run_evaluation(
-                        model, data.plan.groups[rank], data.plan.actions[rank], data.chunks, device, take
-                    ),
+            if processes.pipeline_ranks > 1 and (
+                step == 1 or profile and step % config.profiling.profile_freq == 0
+            ):
+                measured = (
+                    gather_timeline(result.clock.timeline(), processes.mesh.get_group("pp"))
+                    if profile
+                    else None
                 )
+                if processes.rank == 0:
+                    path = Path(config.job.dump_folder) / f"timeline_step_{step}.json"
+                    timelines = write_timelines(path, plan.simulations[replica].timeline, measured)
+                    metrics.add_figure("chunkflow/timeline", lambda: picture(timelines), step)
+            if validation and validation.due(step):
+                validation.run(step, metrics, models.values(), runner)
             if profile:
                 profile.step()
-
             if step == first_step:
-                parallel.set_timeouts(mesh, config.comm.train_timeout_seconds)
+                parallel.set_timeouts(processes.mesh, config.comm.train_timeout_seconds)
 
-            # A step that was not sound is reported, and too many of them end the run; else what was trained
-            # is saved when it is due.
+            # --- Progress. A step that was not finite is reported, and too many of them end the run; else
+            # what was trained is saved when it is due.
             stopping = stopping and step < training.steps
             with user_errors():
-                progress.count(
-                    step,
-                    plan.tokens,
-                    sound=not unsound,
-                    limit=training.max_bad_steps,
-                    grad_norm=grad_norm.item(),
-                    sources=[dataset.source(row) for row in data.rows] if unsound else [],
-                )
-                metrics.saved(checkpoints.after_step(progress, stopping, save_failed))
+                sources = [dataset.source(row) for row in data.rows] if not_finite else []
+                progress.count(step, plan.tokens, not_finite, training.max_bad_steps, norm, sources)
+                waited = checkpoints.after_step(progress, stopping, save_failed)
+            metrics.saved(waited)
             if stopping:
                 break
 
@@ -263,40 +209,16 @@ def main() -> None:
         dist.destroy_process_group()
         stop.leave(saved=config.checkpoint.enable)
     if config.checkpoint.last_save_in_hf:
-        parallel.set_timeouts(mesh, config.comm.init_timeout_seconds)  # ranks wait while rank 0 writes
+        parallel.set_timeouts(
+            processes.mesh, config.comm.init_timeout_seconds
+        )  # ranks wait while rank 0 writes
         with user_errors():
-            hf.save_model(checkpoint.hf_folder(config), [model], family, config, device)
+            hf.save_model(checkpoint.hf_folder(config), models.values(), spec.family, config, device)
     logger.info(f"Tokens: {loader.ledger}")
     if config.metrics.enable_tensorboard:
-        logger.info(f"See the curves: tensorboard --logdir {folder / config.metrics.save_tb_folder}")
+        logger.info(f"See the curves: tensorboard --logdir {metrics.folder}")
     logger.info("Training completed")
     dist.destroy_process_group()
-
-
-def chunkflow_scalars(plan, data, ledger, figures, bad_steps) -> dict[str, float]:
-    """What TensorBoard shows beyond torchtitan's tags. `figures`: [busy seconds, live chunks, K/V state GiB]
-    of each rank."""
-    busiest, live_chunks, state_gib = (max(column) for column in zip(*figures))
-    waiting = {
-        f"chunkflow/waiting(%)/rank_{rank}": 100 * (1 - busy / busiest)
-        for rank, (busy, _, _) in enumerate(figures)
-    }
-    tokens = {f"data/{name}_tokens": count for name, count in vars(ledger).items()}
-    return (
-        waiting
-        | tokens
-        | {
-            "chunkflow/groups": sum(map(len, plan.groups)),
-            "chunkflow/recomputed(%)": 100 * plan.recomputed_chunks / plan.chunks,
-            "chunkflow/live_chunks_peak": live_chunks,
-            "chunkflow/kv_state(GiB)": state_gib,
-            "chunkflow/tokens_per_supervised_token": plan.tokens / max(data.targets, 1),
-            "chunkflow/template_overhead(%)": plan.template_overhead_percent,
-            "chunkflow/bad_steps": bad_steps,
-            "data/longest_sequence": max(data.lengths),
-            "data/epoch": data.epoch,
-        }
-    )
 
 
 if __name__ == "__main__":

@@ -47,14 +47,14 @@ class Ledger:
 
 @dataclass
 class StepData:
-    """One optimizer step, as one rank sees it."""
+    """One optimizer step, as the ranks of one replica see it."""
 
     plan: Plan
     rows: list[int]  # of the dataset: which sequences these are, in the order that the plan's segments count
     lengths: list[int]  # their tokens
-    chunks: list[list[ChunkTensors]]  # of this rank: [group][chunk]
+    chunks: list[list[ChunkTensors]]  # of this replica: [group][chunk]
     targets: int  # supervised tokens of the global batch
-    own_targets: int  # of this rank's share of it
+    own_targets: int  # of this replica's share of it
     ledger: Ledger  # of this step alone
     cursor: int  # sequences passed when this step is done
     epoch: int
@@ -65,7 +65,7 @@ class ChunkDataLoader:
     `once` (validation) it ends there: every sequence comes once, and the last step may have fewer.
 
     `overlong` says what becomes of sequences longer than `seq_len` tokens: "error" (ValueError here),
-    "truncate" or "drop". `rank` counts data-parallel ranks; the ranks of one pipeline share theirs, and read
+    "truncate" or "drop". `replica`: which data-parallel replica to read for; the ranks of its pipeline read
     the same chunks. `make_plan` is `plan_step` with the settings, in the loader's thread, unless given.
     """
 
@@ -74,7 +74,7 @@ class ChunkDataLoader:
         dataset,
         settings: PlanSettings,
         *,
-        rank: int,
+        replica: int,
         global_batch_size: int,
         seq_len: int,
         overlong: str,
@@ -83,8 +83,8 @@ class ChunkDataLoader:
         make_plan: Callable[[list[int]], Plan] | None = None,
         once: bool = False,
     ):
-        self.dataset, self.rank = dataset, rank
-        self.make_plan = make_plan or functools.partial(plan_step, settings=settings)
+        self.dataset, self.replica = dataset, replica
+        self.make_plan = make_plan or functools.partial(plan_step, settings=settings, replicas=[replica])
         self.global_batch_size, self.seq_len, self.overlong = global_batch_size, seq_len, overlong
         self.shuffle, self.seed = shuffle, seed
         self.ledger = Ledger()
@@ -192,7 +192,12 @@ class ChunkDataLoader:
         ledger.masked = sum(lengths) - ledger.trained
         plan = self.make_plan(lengths)
         own = sorted(
-            {s.sequence for group in plan.groups[self.rank] for chunk in group.chunks for s in chunk.segments}
+            {
+                s.sequence
+                for group in plan.groups[self.replica]
+                for chunk in group.chunks
+                for s in chunk.segments
+            }
         )
         return StepData(
             plan=plan,
@@ -230,7 +235,7 @@ class ChunkDataLoader:
             # any cut.
             tokens[sequence], targets[sequence] = ids, torch.cat([labels[1:], labels.new_tensor([IGNORE])])
         groups = []
-        for group in plan.groups[self.rank]:
+        for group in plan.groups[self.replica]:
             chunks = []
             for index, chunk in enumerate(group.chunks):
                 spans = [(s.sequence, slice(s.start, s.start + s.length)) for s in chunk.segments]

@@ -11,11 +11,20 @@ from __future__ import annotations
 
 import torch
 
-IGNORE = -100  # the label of a position that has no target
+from chunkflow.execution.state import IGNORE, ChunkTensors
+
 # Logits of one slice: on a CPU 4 MiB in fp32, which a cache holds; on CUDA 256 MiB, which fill the device.
 # Fewer tokens than the least do not pay, whatever the vocabulary: each slice adds to a weight-sized gradient.
 _SLICE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 _LEAST_TOKENS = 512
+
+
+def loss_sum(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor:
+    return sliced_cross_entropy(hidden_TC, weight_VC, chunk.labels, chunk.loss_gradient)
+
+
+def last_logits(hidden_TC, weight_VC, chunk):
+    return token_logits(hidden_TC[-1], weight_VC)
 
 
 def sliced_cross_entropy(
@@ -34,7 +43,7 @@ def sliced_cross_entropy(
 
 
 @torch.no_grad()
-def token_losses(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+def token_losses(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor:
     """The cross-entropy of each position, (T,), in at least fp32, 0 where there is no target; without a
     graph."""
     compute = torch.promote_types(hidden_TC.dtype, torch.float32)
@@ -42,7 +51,7 @@ def token_losses(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels_T: tor
     losses_T = torch.empty(hidden_TC.size(0), dtype=compute, device=hidden_TC.device)
     for piece in _slices(hidden_TC.size(0), weight_VC):
         logits_SV = head.logits(hidden_TC[piece])
-        labels_S = labels_T[piece]
+        labels_S = chunk.labels[piece]
         target_S = logits_SV.gather(1, labels_S.clamp(min=0).unsqueeze(1)).squeeze(1)
         losses_T[piece] = torch.where(labels_S == IGNORE, 0, logits_SV.logsumexp(-1) - target_S)
     return losses_T

@@ -9,23 +9,29 @@ dimension.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
 
-from chunkflow.planning.chunks import Chunk, Group
+from chunkflow.planning.chunks import ONE_TOKEN, Chunk, Group
+
+IGNORE = -100  # the label of a position that has no target
 
 
 class ChunkTensors:
     """One chunk as the model sees it.
 
     tokens, labels, positions: (T,) int64. `labels[t]` is the target of position t (already shifted), -100
-    where there is none; no labels at all (None): the model continues the chunk instead of learning from it.
+    where there is none; None: no labels at all, the model continues the chunk instead of learning from it.
     `lengths` are the tokens of each segment; the first one attends to `prefix` earlier tokens of its
-    sequence. `index` is the chunk's place in its group. The executor sets, before each forward, `state` (None
-    for a standalone chunk), `state_only` (FORWARD_STATE: only this chunk's K/V are wanted), `each_loss`
-    (EVALUATE: the loss of each token, without a graph, is wanted in place of their sum), and `loss_gradient`:
-    what the chunk's backward will send to its loss, where that backward is the very next action (else None).
+    sequence. `index` is the chunk's place in its group.
+
+    The runner sets, before each forward: `state` (None for a standalone chunk); `end`, which makes the
+    model's result of the last hidden states, the head's weight and this chunk (None: only the chunk's keys
+    and values are wanted); and `loss_gradient`, what the chunk's backward will send to its loss, where that
+    backward is the very next action (else None).
     """
 
     def __init__(
@@ -41,7 +47,7 @@ class ChunkTensors:
         self.lengths = [segment.length for segment in chunk.segments]
         self.tokens, self.labels, self.positions = tokens, labels, positions
         self.state: KeyValueState | None = None
-        self.state_only = self.each_loss = False
+        self.end: End | None = None
         self.loss_gradient: float | None = None
         # Cumulative lengths of queries and of keys, for variable-length attention on CUDA.
         self.ends = list(accumulate(self.lengths, initial=0))
@@ -49,11 +55,22 @@ class ChunkTensors:
         self.key_ends = torch.tensor([0] + [self.prefix + end for end in self.ends[1:]], dtype=torch.int32)
 
     def to(self, device: torch.device) -> ChunkTensors:
-        """Moves the tensors, without waiting for the copy."""
+        """A copy on the device, made without waiting for it. On the same device the tensors are shared."""
+        moved = copy.copy(self)
         for name in ("tokens", "labels", "positions", "query_ends", "key_ends"):
             if (tensor := getattr(self, name)) is not None:
-                setattr(self, name, tensor.to(device, non_blocking=True))
-        return self
+                setattr(moved, name, tensor.to(device, non_blocking=True))
+        return moved
+
+
+# (hidden_TC, weight_VC of the head, chunk) -> the model's result
+End = Callable[[torch.Tensor, torch.Tensor, ChunkTensors], torch.Tensor]
+
+
+def dummy_chunk() -> ChunkTensors:
+    """One token without a target: it costs next to nothing, and its gradients are exactly zero."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    return ChunkTensors(ONE_TOKEN, 0, zero, torch.full_like(zero, IGNORE), zero)
 
 
 class KeyValueState:

@@ -12,20 +12,19 @@ import signal
 import subprocess
 import sys
 
-from chunkflow.planning.planner import PipelinePlan, Plan, PlanSettings, plan_step
+from chunkflow.planning.planner import Plan, PlanSettings, plan_step
 
 
 class PlanProcess:
-    """`plan_step` with these settings, elsewhere. What comes back has the program of one pipeline rank, and
-    no timeline.
+    """`plan_step` with these settings for one replica, elsewhere.
 
     The process imports no torch, and ends with this one.
     """
 
-    def __init__(self, settings: PlanSettings, pipeline_rank: int):
+    def __init__(self, settings: PlanSettings, replica: int):
         command = [sys.executable, "-m", "chunkflow.planning.background"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._send((settings, pipeline_rank))
+        self._send((settings, replica))
 
     def _send(self, message) -> None:
         pickle.dump(message, self.process.stdin)
@@ -40,27 +39,21 @@ class PlanProcess:
 
 
 def main() -> None:
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGUSR1,
-    ):  # may reach all processes of a job; the training process decides
+    # Signals may reach all processes of a job; the training process decides what becomes of this one.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     questions, answers = sys.stdin.buffer, sys.stdout.buffer
-    settings, rank = pickle.load(questions)
+    settings, replica = pickle.load(questions)
     while True:
         try:
             lengths = pickle.load(questions)
         except EOFError:  # the training process has ended
             return
         try:
-            plan = plan_step(lengths, settings)
-            program, simulation = plan.pipeline
-            program = [entries if place == rank else [] for place, entries in enumerate(program)]
-            answer = plan._replace(pipeline=PipelinePlan(program, simulation._replace(timeline=[])))
+            answer = plan_step(lengths, settings, [replica])
         except Exception as error:
             answer = error
-        pickle.dump(answer, answers)
+        pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
         answers.flush()
 
 

@@ -36,6 +36,9 @@ class Chunk(NamedTuple):
         return self.segments[0].start
 
 
+ONE_TOKEN = Chunk((Segment(0, 0, 1),))  # a dummy: it keeps collectives in step, and has no target
+
+
 class Group(NamedTuple):
     """The chunks that share K/V state: N dependent chunks in order, or one standalone chunk."""
 

@@ -14,9 +14,8 @@ from math import prod
 from typing import NamedTuple
 
 from chunkflow.planning.chunks import Chunk, Group
-from chunkflow.planning.pipeline_schedule import StageAction
 from chunkflow.planning.pipeline_transfers import Transfer
-from chunkflow.planning.schedule import Action, Kind
+from chunkflow.planning.schedule import DUMMY, Action, Kind
 
 PARTS = {
     "parameters": "parameters, this rank's shard",
@@ -187,7 +186,7 @@ def host_bytes(stages: Iterable[StageSizes]) -> int:
 
 
 def peak_parts(
-    stages: dict[int, StageSizes], groups: Sequence[Group], entries: Sequence[Action | StageAction | Transfer]
+    stages: dict[int, StageSizes], groups: Sequence[Group], entries: Sequence[Action | Transfer]
 ) -> dict[str, int]:
     """Bytes of each part at the moment of the step when their sum is largest, on a rank that holds `stages`
     (by number) and runs `entries` in order: a rank's actions, or its program in a pipeline. Dummies count
@@ -214,7 +213,7 @@ def peak_parts(
     left = dict(backwards)
     gradient_tokens: dict[tuple[int, int], int] = {}  # (stage, group) -> tokens whose K/V gradients are there
     for entry in entries:
-        if entry.group < 0:
+        if entry.group == DUMMY:
             continue
         group, own = groups[entry.group], groups[entry.group].chunks[entry.chunk]
         tokens, standalone = own.tokens, len(group.chunks) == 1
@@ -223,7 +222,7 @@ def peak_parts(
                 now["stage_inputs"] += tokens * next(iter(stages.values())).hidden_bytes
                 moment()
             continue
-        number = entry.stage if isinstance(entry, StageAction) else 0
+        number = entry.stage
         stage = stages[number]
         kept, kv = stage.activations(tokens, standalone), stage.layers * stage.kv_of_layer
         kv_gradient = stage.layers * stage.kv_gradient_of_layer
@@ -282,7 +281,6 @@ def peak_parts(
     return peak
 
 
-def actions_of(entries: Iterable[Action | StageAction | Transfer], stage: int) -> list[Action | StageAction]:
-    """The actions among `entries` on that stage; a rank without a pipeline has stage 0."""
-    actions = [entry for entry in entries if not isinstance(entry, Transfer) and entry.group >= 0]
-    return [action for action in actions if (action.stage if isinstance(action, StageAction) else 0) == stage]
+def actions_of(entries: Iterable[Action | Transfer], stage: int) -> list[Action]:
+    """The actions among `entries` on that stage, dummies aside."""
+    return [e for e in entries if isinstance(e, Action) and e.group != DUMMY and e.stage == stage]

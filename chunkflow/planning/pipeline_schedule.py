@@ -17,18 +17,11 @@ from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import NamedTuple
 
-from chunkflow.planning.schedule import Kind, linear_schedule
-
-
-class StageAction(NamedTuple):
-    kind: Kind
-    group: int
-    chunk: int  # its place in the group
-    stage: int  # of all stages, not of the rank's
+from chunkflow.planning.schedule import Action, Kind, linear_schedule
 
 
 class Timed(NamedTuple):
-    action: StageAction
+    action: Action
     start: float
     end: float
 
@@ -41,7 +34,7 @@ class Costs(NamedTuple):
     backward: Sequence[Sequence[Sequence[float]]]
 
 
-Schedule = list[list[StageAction]]  # rank -> its actions
+Schedule = list[list[Action]]  # rank -> its actions
 
 
 def equal_stages(forward: Sequence[Sequence[float]], stages: int) -> Costs:
@@ -66,14 +59,14 @@ def paper_schedule(costs: Costs, k: int, ranks: int) -> Schedule:
     forwards = [action for action in linear if action.kind in (Kind.FORWARD, Kind.FORWARD_STATE)]
     lists: Schedule = []
     for stage in range(stages):
-        actions: list[StageAction] = []
+        actions: list[Action] = []
         done, due = 0, stages - 1 - stage
         for action in linear:
             if action.kind in (Kind.FORWARD, Kind.FORWARD_STATE):
                 due += 1
                 continue
-            actions += [StageAction(*forward, stage) for forward in forwards[done:due]]
-            actions.append(StageAction(*action, stage))
+            actions += [forward._replace(stage=stage) for forward in forwards[done:due]]
+            actions.append(action._replace(stage=stage))
             done = due
         lists.append(actions)
     timeline = play([lists[rank::ranks] for rank in range(ranks)], costs)
@@ -89,7 +82,7 @@ def forward_schedule(counts: Sequence[int], stages: int, ranks: int) -> tuple[Sc
     """
     costs = equal_stages([[1.0] * count for count in counts], stages)
     chunks = [(group, chunk) for group, count in enumerate(counts) for chunk in range(count)]
-    lists = [[StageAction(Kind.EVALUATE, *chunk, stage) for chunk in chunks] for stage in range(stages)]
+    lists = [[Action(Kind.EVALUATE, *chunk, stage) for chunk in chunks] for stage in range(stages)]
     timeline = play([lists[rank::ranks] for rank in range(ranks)], costs)
     return [[timed.action for timed in own] for own in timeline], costs
 
@@ -209,7 +202,7 @@ def list_schedule(
                 live[stage] -= 1
         else:
             continue
-        schedule[rank].append(StageAction(kind, *chunks[index], stage))
+        schedule[rank].append(Action(kind, *chunks[index], stage))
         free[rank] = end
         heappush(wakes, (end, rank))
         if 0 <= peer < stages and free[peer % ranks] < end:
@@ -222,7 +215,7 @@ def _ended(ends: list[float], index: int, now: float) -> bool:
     return index < len(ends) and ends[index] <= now
 
 
-def play(lists: Sequence[Sequence[Sequence[StageAction]]], costs: Costs) -> list[list[Timed]]:
+def play(lists: Sequence[Sequence[Sequence[Action]]], costs: Costs) -> list[list[Timed]]:
     """When each action runs, if every rank runs its lists in their order and each action waits for its input.
 
     `lists[rank]` is one list, or one for each stage of the rank. Those are merged: of the actions that are
@@ -277,7 +270,7 @@ def play(lists: Sequence[Sequence[Sequence[StageAction]]], costs: Costs) -> list
     return timeline
 
 
-def describe(action: StageAction) -> str:
+def describe(action: Action) -> str:
     return f"{action.kind.name} of group {action.group}, chunk {action.chunk}, stage {action.stage}"
 
 

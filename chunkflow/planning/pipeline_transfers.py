@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
-from chunkflow.planning.pipeline_schedule import Costs, Schedule, StageAction, live_limit, play
+from chunkflow.planning.pipeline_schedule import Costs, Schedule, live_limit, play
 from chunkflow.planning.pipeline_schedule import describe as describe_action
-from chunkflow.planning.schedule import Kind
+from chunkflow.planning.schedule import DUMMY, Action, Kind
 
 
 class Transfer(NamedTuple):
@@ -28,12 +28,14 @@ class Transfer(NamedTuple):
     peer: int  # the rank at the other end
 
 
-Program = list[list[StageAction | Transfer]]  # rank -> its actions, and when it sends and receives
+Program = list[
+    Action | Transfer
+]  # of one rank: its actions in order and, where it has neighbours, its messages
 
 
-def add_transfers(schedule: Schedule, costs: Costs) -> Program:
-    """The schedule with every message between ranks, as a rank runs it: receives are posted, an action waits
-    for its own.
+def add_transfers(schedule: Schedule, costs: Costs) -> list[Program]:
+    """Each rank's program: the schedule with every message between ranks. Receives are posted, an action
+    waits for its own.
 
     Messages are matched by their order between two ranks. So a send, right behind its action, and the receive
     on the other rank are appended at the same moment, in the order in which actions end with these costs:
@@ -41,49 +43,26 @@ def add_transfers(schedule: Schedule, costs: Costs) -> Program:
     every send waited for its receive.
     """
     stages, ranks = len(costs.forward), len(schedule)
-    events: list[tuple[float, bool, int, StageAction]] = []  # (time, starts rather than ends, rank, action)
+    events: list[tuple[float, bool, int, Action]] = []  # (time, starts rather than ends, rank, action)
     for rank, own in enumerate(play([[actions] for actions in schedule], costs)):
         for action, start, end in own:
             events.append((start, True, rank, action))
             if _receiver(action, stages, ranks) is not None:
                 events.append((end, False, rank, action))
     events.sort(key=lambda event: event[:3])  # what ends at a moment is sent before anything starts
-    program: Program = [[] for _ in schedule]
+    programs: list[Program] = [[] for _ in schedule]
     for _, starts, rank, action in events:
         if starts:
-            program[rank].append(action)
+            programs[rank].append(action)
             continue
         peer = _receiver(action, stages, ranks)
         made_by = Kind.BACKWARD if action.kind is Kind.BACKWARD else Kind.FORWARD
-        program[rank].append(Transfer(True, made_by, action.group, action.chunk, action.stage, peer))
-        program[peer].append(Transfer(False, made_by, action.group, action.chunk, action.stage, rank))
-    return program
+        programs[rank].append(Transfer(True, made_by, action.group, action.chunk, action.stage, peer))
+        programs[peer].append(Transfer(False, made_by, action.group, action.chunk, action.stage, rank))
+    return programs
 
 
-def torch_csv(program: Program) -> str:
-    """The actions in the form that torch.distributed.pipelining reads ("compute_only"), a line a rank.
-
-    Its micro-batches are numbered in the order of their forwards, which all stages share. Both kinds of
-    forward are F, and a recompute is part of B, as torch has no words for them: run by torch, every chunk
-    keeps its activations.
-    """
-    first = program[0][0].stage
-    forwards = [entry for entry in program[0] if isinstance(entry, StageAction) and entry.stage == first]
-    forwards = [entry[1:3] for entry in forwards if entry.kind in (Kind.FORWARD, Kind.FORWARD_STATE)]
-    number = {chunk: place for place, chunk in enumerate(forwards)}
-    lines = []
-    for entries in program:
-        actions = [
-            entry for entry in entries if isinstance(entry, StageAction) and entry.kind is not Kind.RECOMPUTE
-        ]
-        cells = [
-            f"{a.stage}{'B' if a.kind is Kind.BACKWARD else 'F'}{number[a.group, a.chunk]}" for a in actions
-        ]
-        lines.append(",".join(cells))
-    return "\n".join(lines) + "\n"
-
-
-def _receiver(action: StageAction, stages: int, ranks: int) -> int | None:
+def _receiver(action: Action, stages: int, ranks: int) -> int | None:
     """The rank that needs what the action makes, if another one does."""
     if action.kind is Kind.RECOMPUTE:
         return None
@@ -93,14 +72,14 @@ def _receiver(action: StageAction, stages: int, ranks: int) -> int | None:
     return stage % ranks
 
 
-def describe(entry: StageAction | Transfer) -> str:
-    if isinstance(entry, StageAction):
+def describe(entry: Action | Transfer) -> str:
+    if isinstance(entry, Action):
         return describe_action(entry)
     kind = f"{'send' if entry.send else 'receive'} of the {entry.made_by.name}"
     return f"{kind} of group {entry.group}, chunk {entry.chunk}, stage {entry.stage}"
 
 
-def check_schedule(program: Program, chunks_per_group: Sequence[int], k: int, stages: int) -> None:
+def check_schedule(programs: Sequence[Program], chunks_per_group: Sequence[int], k: int, stages: int) -> None:
     """Raises ValueError, with the action named, unless the program is right and finishes.
 
     On every stage each chunk runs FORWARD, BACKWARD or FORWARD_STATE, RECOMPUTE, BACKWARD, once, or in
@@ -109,11 +88,11 @@ def check_schedule(program: Program, chunks_per_group: Sequence[int], k: int, st
     ranks see the same transfers in the same order, and the program finishes even where each send and receive
     blocks until the other end is there.
     """
-    for rank, entries in enumerate(program):
-        _check_rank(rank, entries, chunks_per_group, k, stages, len(program))
-    for rank in range(len(program)):
+    for rank, entries in enumerate(programs):
+        _check_rank(rank, entries, chunks_per_group, k, stages, len(programs))
+    for rank in range(len(programs)):
         for peer in range(rank):
-            ours, theirs = _transfers(program[rank], peer), _transfers(program[peer], rank)
+            ours, theirs = _transfers(programs[rank], peer), _transfers(programs[peer], rank)
             for own, other in zip_longest(ours, theirs):
                 if own is None or other is None:
                     lonely = own or other
@@ -122,37 +101,37 @@ def check_schedule(program: Program, chunks_per_group: Sequence[int], k: int, st
                     raise ValueError(
                         f"the {describe(own)} on rank {rank} meets the {describe(other)} on rank {peer}"
                     )
-    position = [0] * len(program)
-    moving = list(range(len(program)))
+    position = [0] * len(programs)
+    moving = list(range(len(programs)))
     while moving:
         rank = moving.pop()
-        entries = program[rank]
-        while position[rank] < len(entries) and isinstance(entries[position[rank]], StageAction):
+        entries = programs[rank]
+        while position[rank] < len(entries) and isinstance(entries[position[rank]], Action):
             position[rank] += 1
         if position[rank] == len(entries):
             continue
         peer = entries[position[rank]].peer
-        facing = program[peer][position[peer]] if position[peer] < len(program[peer]) else None
+        facing = programs[peer][position[peer]] if position[peer] < len(programs[peer]) else None
         if (
             isinstance(facing, Transfer) and facing.peer == rank
         ):  # the same message, since the order of the pair is the same
             position[rank] += 1
             position[peer] += 1
             moving += (rank, peer)
-    for rank, entries in enumerate(program):
+    for rank, entries in enumerate(programs):
         if position[rank] < len(entries):
             raise ValueError(
                 f"deadlock: rank {rank} waits for ever in the {describe(entries[position[rank]])}"
             )
 
 
-def _transfers(entries: list[StageAction | Transfer], peer: int) -> list[Transfer]:
+def _transfers(entries: list[Action | Transfer], peer: int) -> list[Transfer]:
     return [entry for entry in entries if isinstance(entry, Transfer) and entry.peer == peer]
 
 
 def _check_rank(
     rank: int,
-    entries: list[StageAction | Transfer],
+    entries: list[Action | Transfer],
     chunks_per_group: Sequence[int],
     k: int,
     stages: int,
@@ -175,6 +154,8 @@ def _check_rank(
 
     for entry in entries:
         group, chunk, stage = entry.group, entry.chunk, entry.stage
+        if group == DUMMY:
+            continue
         if isinstance(entry, Transfer):
             message = (entry.made_by is Kind.BACKWARD, group, chunk, stage)
             if entry.send:
@@ -223,9 +204,9 @@ def _check_rank(
         for group, count in enumerate(chunks_per_group):
             left = count - backwards.get((stage, group), 0) - evaluated.get((stage, group), 0)
             if left and evaluated:
-                entry = StageAction(Kind.EVALUATE, group, count - left, stage)
+                entry = Action(Kind.EVALUATE, group, count - left, stage)
             elif left:
-                entry = StageAction(Kind.BACKWARD, group, left - 1, stage)
+                entry = Action(Kind.BACKWARD, group, left - 1, stage)
             require(not left, "is missing")
     for (gradient, group, chunk, stage), peer in unsent.items():
         entry = Transfer(True, Kind.BACKWARD if gradient else Kind.FORWARD, group, chunk, stage, peer)

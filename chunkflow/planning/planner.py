@@ -1,126 +1,129 @@
-"""Lengths of a global batch -> everything that one optimizer step does, on every rank. Pure Python, no
-torch."""
+"""Lengths of a global batch -> everything that one optimizer step does. Pure Python, no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from chunkflow.planning.balance import assign
-from chunkflow.planning.chunks import Chunk, Group, build_groups, whole_sequences
+from chunkflow.planning.chunks import ONE_TOKEN, Chunk, Group, build_groups, whole_sequences
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.pipeline_schedule import Costs, forward_schedule, paper_schedule, state_aware_schedule
 from chunkflow.planning.pipeline_transfers import Program, add_transfers, check_schedule
-from chunkflow.planning.schedule import DUMMY, Action, Kind, forward_only, linear_schedule, lockstep
+from chunkflow.planning.schedule import DUMMY, Action, forward_only, linear_schedule, lockstep
 from chunkflow.planning.simulate import Simulation, simulate
-
-
-class PipelineSettings(NamedTuple):
-    """The pipeline that one data-parallel replica is: stage s lives on its rank s % ranks."""
-
-    stages: list[Cost]  # of each stage's layers
-    ranks: int
-    replica: int  # the one to plan for, among PlanSettings.ranks
 
 
 class PlanSettings(NamedTuple):
     """What the plan of a step depends on, besides the lengths.
 
-    `lockstep`: all ranks run one common template of forward and backward slots (ZeRO-3, whose collectives
-    must agree). `forward_only`: validation, where nothing is recomputed and `k` means nothing.
+    A replica is what trains its part of the batch by itself: a data-parallel rank, or a pipeline of several
+    ranks, whose stage s runs on pipeline rank s % pipeline_ranks.
     """
 
     cost: Cost
-    ranks: int = 1  # data-parallel ranks; with a pipeline, its replicas
+    replicas: int = 1
     enable: bool = True  # False: one whole sequence a micro-batch
     chunk_size: int = 2048
     k: int = 1
     fill_tails: bool = True
     balance: str = "cost"  # or "tokens"
-    lockstep: bool = False
-    pipeline: PipelineSettings | None = None
-    forward_only: bool = False
-
-
-class PipelinePlan(NamedTuple):
-    """What the ranks of one replica's pipeline do in a step. A unit of cost is a token on a mean stage,
-    attention aside."""
-
-    program: Program  # pipeline rank -> its actions, sends and receives
-    simulation: Simulation | None  # None: forward only
+    lockstep: bool = False  # all replicas run one template of slots (ZeRO-3, whose collectives must agree)
+    forward_only: bool = False  # validation, where nothing is recomputed and `k` means nothing
+    stages: tuple[Cost, ...] = ()  # of each pipeline stage's layers; none: one stage, the whole model
+    pipeline_ranks: int = 1
 
 
 class Plan(NamedTuple):
-    """One optimizer step: each rank's groups and actions, and what they amount to. With a pipeline, ranks are
-    its replicas, and `pipeline` has the actions."""
+    """One optimizer step.
 
-    groups: list[
-        list[Group]
-    ]  # rank -> its groups, in the order they run; segments name sequences of the whole batch
-    actions: list[
-        list[Action]
-    ]  # rank -> its actions; `Action.group` counts that rank's groups, DUMMY is none of them
+    Groups and figures are of all replicas; programs and simulations of those that `plan_step` was asked for.
+    """
+
+    groups: list[list[Group]]  # replica -> its groups; segments name sequences of the whole batch
+    programs: dict[int, list[Program]]  # replica -> pipeline rank -> what it runs
+    simulations: dict[int, Simulation]  # of each; a unit of time is a token on a mean stage, attention aside
     tokens: int
     chunks: int
     recomputed_chunks: int
     padding_percent: float
-    imbalance_percent: float  # slowest rank / mean - 1, in the planner's cost
-    template_overhead_percent: float  # slots of the common template / slots of the rank with the most - 1
-    pipeline: PipelinePlan | None = None
+    imbalance_percent: float  # slowest replica / mean - 1, in the planner's cost
+    template_overhead_percent: float  # slots of the common template / slots of the busiest replica - 1
 
 
-def plan_step(lengths: list[int], settings: PlanSettings) -> Plan:
-    """The plan of a global batch of sequences with these lengths (tokens, each at least 1)."""
-    cost = settings.cost
+def plan_step(lengths: list[int], settings: PlanSettings, replicas: Sequence[int] | None = None) -> Plan:
+    """The plan of a global batch of sequences with these lengths (tokens, each at least 1).
+
+    `replicas`: those whose programs are wanted; None: all. The rest of the plan does not depend on it.
+    """
     chunk_size = settings.chunk_size if settings.enable else max(lengths)
     k = max(lengths) if settings.forward_only else settings.k  # as many chunks as that: none is recomputed
     if settings.balance == "tokens":
         costs = [float(length) for length in lengths]
     else:
-        costs = [cost.chunked_training(length, chunk_size, k) for length in lengths]
-    members = assign(costs, settings.ranks)
-
+        costs = [settings.cost.chunked_training(length, chunk_size, k) for length in lengths]
+    members = assign(costs, settings.replicas)
     if settings.enable:
         groups = [build_groups(lengths, chunk_size, settings.fill_tails, own) for own in members]
     else:
         groups = [whole_sequences(lengths, own) for own in members]
+
     counts = [[len(group.chunks) for group in own] for own in groups]
-    actions = (
-        forward_only(counts, lockstep=False)
-        if settings.forward_only
-        else [linear_schedule(own, k) for own in counts]
-    )
-    busiest, pipeline = max(map(len, actions)), None
-    if settings.pipeline:
-        actions, pipeline = [], _plan_pipeline(groups[settings.pipeline.replica], settings)
-    elif settings.lockstep:
-        actions = forward_only(counts, lockstep=True) if settings.forward_only else lockstep(counts, k)
-    else:  # a rank without work still takes part in the reduction of gradients
-        actions = [
-            own or [Action(Kind.FORWARD, DUMMY, 0), Action(Kind.BACKWARD, DUMMY, 0)] for own in actions
-        ]
-    chunks = sum(len(group.chunks) for own in groups for group in own)
-    tokens = sum(lengths)
+    slots = [sum(n if settings.forward_only else 2 * n + max(0, n - k) for n in own) for own in counts]
+    templates: Sequence[list[Action] | None] = [None] * settings.replicas
+    if settings.lockstep:
+        templates = forward_only(counts, lockstep=True) if settings.forward_only else lockstep(counts, k)
+    wanted = range(settings.replicas) if replicas is None else replicas
+    planned = {replica: _run(groups[replica], settings, k, templates[replica]) for replica in wanted}
+
+    chunks, tokens = sum(map(sum, counts)), sum(lengths)
     loads = [sum(costs[index] for index in sequences) for sequences in members]
     return Plan(
         groups=groups,
-        actions=actions,
+        programs={replica: programs for replica, (programs, _) in planned.items()},
+        simulations={replica: simulation for replica, (_, simulation) in planned.items()},
         tokens=tokens,
         chunks=chunks,
-        recomputed_chunks=sum(max(0, len(group.chunks) - k) for own in groups for group in own),
+        recomputed_chunks=sum(max(0, count - k) for own in counts for count in own),
         padding_percent=100 * (1 - tokens / (chunks * chunk_size)) if settings.enable else 0.0,
         imbalance_percent=100 * (max(loads) * len(loads) / sum(loads) - 1),
-        template_overhead_percent=100 * (len(actions[0]) / busiest - 1) if settings.lockstep else 0.0,
-        pipeline=pipeline,
+        template_overhead_percent=100 * (len(templates[0]) / max(slots) - 1) if settings.lockstep else 0.0,
     )
 
 
-def _plan_pipeline(groups: list[Group], settings: PlanSettings) -> PipelinePlan:
-    """Schedules a replica's groups, and checks the result; without any, the one token that keeps its
-    collectives in step."""
-    stages, ranks, _ = settings.pipeline
-    k = settings.k if settings.enable else 1
-    amounts = [[_tokens_and_pairs(chunk) for chunk in group.chunks] for group in groups] or [[(1, 1)]]
+def _run(
+    groups: list[Group], settings: PlanSettings, k: int, template: list[Action] | None
+) -> tuple[list[Program], Simulation]:
+    """What the ranks of one replica run, checked; `template`: its actions, if all replicas run in lockstep.
+
+    A replica without groups still takes part in collectives: it runs one token, as a dummy.
+    """
+    idle = template is None and not groups
+    chunks = [[ONE_TOKEN]] if idle else [group.chunks for group in groups]
+    counts, ranks = [len(own) for own in chunks], settings.pipeline_ranks
+    costs = _costs(chunks, settings.stages or (settings.cost,))
+    stages = len(costs.forward)
+    if template is not None:
+        schedule = [template]
+    elif settings.forward_only:
+        schedule, costs = forward_schedule(counts, stages, ranks)
+    elif stages == 1:
+        schedule = [linear_schedule(counts, k)]
+    else:  # ordinary 1F1B is what whole sequences are compared by
+        schedule = (state_aware_schedule if settings.enable else paper_schedule)(costs, k, ranks)
+    programs = add_transfers(schedule, costs) if stages > 1 else schedule
+    check_schedule(programs, counts, k, stages)
+    real = [[action for action in own if action.group != DUMMY] for own in schedule]
+    simulation = simulate(real, costs, [sum(chunk.tokens for chunk in own) for own in chunks])
+    if idle:
+        programs = [[entry._replace(group=DUMMY) for entry in program] for program in programs]
+    return programs, simulation
+
+
+def _costs(chunks: Sequence[Sequence[Chunk]], stages: Sequence[Cost]) -> Costs:
+    """Time of each chunk, `[group][chunk]`, on each stage; a backward takes as long as two forwards."""
     unit = sum(cost.per_token for cost in stages) / len(stages)
+    amounts = [[(chunk.tokens, _pairs(chunk)) for chunk in group] for group in chunks]
     forward = [
         [
             [(tokens * cost.per_token + pairs * cost.per_pair) / unit for tokens, pairs in group]
@@ -128,35 +131,9 @@ def _plan_pipeline(groups: list[Group], settings: PlanSettings) -> PipelinePlan:
         ]
         for cost in stages
     ]
-    if settings.forward_only:
-        program = add_transfers(*forward_schedule([len(group) for group in amounts], len(stages), ranks))
-        check_schedule(program, [len(group) for group in amounts], k, len(stages))
-        return PipelinePlan(program, None)
-    costs = Costs(forward, [[[2 * cost for cost in group] for group in stage] for stage in forward])
-    make = state_aware_schedule if settings.enable else paper_schedule  # ordinary 1F1B is the baseline's
-    schedule = make(costs, k, ranks)
-    program = add_transfers(schedule, costs)
-    check_schedule(program, [len(group) for group in amounts], k, len(stages))
-    return PipelinePlan(program, simulate(schedule, costs, [group.tokens for group in groups] or [1]))
+    return Costs(forward, [[[2 * cost for cost in group] for group in stage] for stage in forward])
 
 
-def _tokens_and_pairs(chunk: Chunk) -> tuple[int, float]:
-    """A chunk's tokens, and its pairs of a query and a key that attend."""
-    return chunk.tokens, sum(s.length * (s.start + (s.length + 1) / 2) for s in chunk.segments)
-
-
-def live_chunks(actions: list[Action]) -> int:
-    """The most chunks that hold activations at once while these actions run on one stage (dummies aside)."""
-    live = peak = 0
-    for action in actions:
-        if action.group < 0:
-            continue
-        live += {
-            Kind.FORWARD: 1,
-            Kind.RECOMPUTE: 1,
-            Kind.BACKWARD: -1,
-            Kind.FORWARD_STATE: 0,
-            Kind.EVALUATE: 0,
-        }[action.kind]
-        peak = max(peak, live)
-    return peak
+def _pairs(chunk: Chunk) -> float:
+    """How many pairs of a query and a key attend."""
+    return sum(s.length * (s.start + (s.length + 1) / 2) for s in chunk.segments)

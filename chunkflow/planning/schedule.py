@@ -25,8 +25,12 @@ class Kind(str, Enum):
 
 class Action(NamedTuple):
     kind: Kind
-    group: int
-    chunk: int  # its place in the group
+    group: int  # of the replica's groups, or DUMMY
+    chunk: int  # its index in the group; of dummies, a number of its own
+    stage: int = 0  # of all stages of the pipeline; 0 where there is but one
+
+
+DUMMY = -1  # `Action.group` of a 1-token chunk without loss, which keeps a rank's collectives in step
 
 
 def linear_schedule(chunks_per_group: Iterable[int], k: int) -> list[Action]:
@@ -41,9 +45,6 @@ def linear_schedule(chunks_per_group: Iterable[int], k: int) -> list[Action]:
                 actions.append(Action(Kind.RECOMPUTE, group, chunk))
             actions.append(Action(Kind.BACKWARD, group, chunk))
     return actions
-
-
-DUMMY = -1  # `Action.group` of a 1-token chunk without loss, which only keeps a rank's collectives in step
 
 
 def lockstep(chunks_per_group: Sequence[Sequence[int]], k: int) -> list[list[Action]]:
@@ -80,7 +81,8 @@ class _LockstepRank:
             (action.group, action.chunk) for action in self.forwards if action.kind is Kind.FORWARD_STATE
         }
         self.live: set[tuple[int, int]] = set()
-        self.dummies = 0  # dummy forwards whose backward has not run
+        self.dummies: list[int] = []  # those whose backward has not run
+        self.dummies_made = 0
 
     @property
     def finished(self) -> bool:
@@ -88,18 +90,17 @@ class _LockstepRank:
 
     def _next(self) -> tuple[int, int] | None:
         """Group and chunk of the backward that comes next."""
-        return self.backwards[-1][1:] if self.backwards else None
+        return self.backwards[-1][1:3] if self.backwards else None
 
     def can_backward(self) -> bool:
-        return self.dummies > 0 or self._next() in self.live
+        return bool(self.dummies) or self._next() in self.live
 
     def backward(self) -> None:
         if self._next() in self.live:
             self.live.discard(self._next())
             self.actions.append(self.backwards.pop())
         else:
-            self.dummies -= 1
-            self.actions.append(Action(Kind.BACKWARD, DUMMY, 0))
+            self.actions.append(Action(Kind.BACKWARD, DUMMY, self.dummies.pop()))
 
     def forward(self) -> None:
         due = self._next()
@@ -109,11 +110,12 @@ class _LockstepRank:
         elif self.forwards and (self.forwards[-1].kind is Kind.FORWARD_STATE or len(self.live) < self.k):
             action = self.forwards.pop()
             if action.kind is Kind.FORWARD:
-                self.live.add(action[1:])
+                self.live.add(action[1:3])
             self.actions.append(action)
         else:
-            self.dummies += 1
-            self.actions.append(Action(Kind.FORWARD, DUMMY, 0))
+            self.actions.append(Action(Kind.FORWARD, DUMMY, self.dummies_made))
+            self.dummies.append(self.dummies_made)
+            self.dummies_made += 1
 
 
 def forward_only(chunks_per_group: Sequence[Sequence[int]], lockstep: bool) -> list[list[Action]]:
@@ -125,8 +127,8 @@ def forward_only(chunks_per_group: Sequence[Sequence[int]], lockstep: bool) -> l
     in the one gathering.
     """
     actions = [
-        [Action(Kind.EVALUATE, g, c) for g, n in enumerate(counts) for c in range(n)]
+        [Action(Kind.EVALUATE, group, chunk) for group, count in enumerate(counts) for chunk in range(count)]
         for counts in chunks_per_group
     ]
     slots = max(map(len, actions)) if lockstep else 1
-    return [own + [Action(Kind.EVALUATE, DUMMY, 0)] * (slots - len(own)) for own in actions]
+    return [own + [Action(Kind.EVALUATE, DUMMY, n) for n in range(slots - len(own))] for own in actions]

@@ -65,7 +65,7 @@ def simulate(schedule: Schedule, costs: Costs, group_tokens: Sequence[int]) -> S
 
 def shares(timeline: Sequence[Sequence[Timed]]) -> tuple[float, list[float], list[float]]:
     """Makespan, and each rank's bubble and idle share of it, of a timeline that was planned or measured."""
-    makespan = max(own[-1].end for own in timeline)
+    makespan = max((own[-1].end for own in timeline if own), default=0.0) or 1.0  # of nothing: no bubble
     work = [sum(end - start for _, start, end in own) for own in timeline]
     again = [
         sum(end - start for action, start, end in own if action.kind is Kind.RECOMPUTE) for own in timeline
@@ -78,7 +78,7 @@ def _peak_kept_chunks(actions: Sequence) -> int:
     for action in actions:
         if action.kind is Kind.BACKWARD:
             kept -= 1
-        elif action.kind is not Kind.FORWARD_STATE:
+        elif action.kind in (Kind.FORWARD, Kind.RECOMPUTE):
             kept += 1
         peak = max(peak, kept)
     return peak

@@ -170,6 +170,7 @@ class MetricsLogger:
         self, config, device: torch.device, dtype: torch.dtype, *, start_step: int = 0, tokens_seen: int = 0
     ):
         """`dtype`: what the model computes in."""
+        self.folder = Path(config.job.dump_folder) / config.metrics.save_tb_folder
         self.every_steps, self.device, self.tokens_seen = config.metrics.log_freq, device, tokens_seen
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.writes = not dist.is_initialized() or dist.get_rank() == 0

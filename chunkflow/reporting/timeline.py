@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from chunkflow.execution.pipeline import PipelineResult
 from chunkflow.planning.pipeline_schedule import Timed
 from chunkflow.planning.schedule import Kind
 from chunkflow.planning.simulate import chrome_trace
@@ -20,11 +19,11 @@ def useful_time(actions: list[Timed]) -> float:
     return sum(end - start for action, start, end in actions if action.kind is not Kind.RECOMPUTE)
 
 
-def gather_timeline(result: PipelineResult, group: dist.ProcessGroup) -> Timeline:
-    """The measured timeline of all ranks of the pipeline, in microseconds; each rank's clock starts with its
+def gather_timeline(own: list[Timed], group: dist.ProcessGroup) -> Timeline:
+    """The measured timelines of all ranks of the pipeline, in microseconds; each rank's clock starts with its
     step. A collective."""
     everyone: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, _scaled(result.clock.timeline(), 1e6), group=group)
+    dist.all_gather_object(everyone, _scaled(own, 1e6), group=group)
     return everyone
 
 

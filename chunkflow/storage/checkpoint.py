@@ -118,10 +118,18 @@ def hf_folder(config: Config) -> Path:
     return checkpoint_folder(config) / f"step-{config.training.steps}-hf"
 
 
-def claim_folder(config: Config) -> Any:
-    """Keeps other runs out of job.dump_folder for as long as the returned object lives. ValueError if one is
-    in it."""
-    lock = open(Path(config.job.dump_folder) / ".lock", "w")
+def claim_folder(config: Config, settings: str) -> Any:
+    """Makes job.dump_folder and writes the run's `settings` into it, as config.toml; keeps other runs out for
+    as long as the returned object lives. ValueError if one is in it."""
+    folder = Path(config.job.dump_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = None if config.comm.mode == "fake_backend" else _lock(folder)
+    (folder / "config.toml").write_text(settings)
+    return lock
+
+
+def _lock(folder: Path) -> Any:
+    lock = open(folder / ".lock", "w")
     for _attempt in range(20):  # a run that was killed may need a moment to be gone
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,8 +143,7 @@ def claim_folder(config: Config) -> Any:
             )
             return lock
     raise ValueError(
-        f"another run is writing to job.dump_folder = {config.job.dump_folder!r}: end it, or name another"
-        " folder"
+        f"another run is writing to job.dump_folder = {str(folder)!r}: end it, or name another folder"
     )
 
 

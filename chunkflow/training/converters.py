@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from chunkflow.settings import options
+
 logger = logging.getLogger(__name__)
 
 # torchtitan's word in filter_fqns: also leave out the layers that torchao's benchmarks found too small to
@@ -23,23 +25,26 @@ logger = logging.getLogger(__name__)
 SMALL_LAYERS = "auto_filter_small_kn"
 
 
-def check_converters(config, family: ModuleType, args: Any) -> None:
-    """That the config's converter can run here and finds layers. ValueError, one sentence, where not."""
-    converters = config.model.converters
+def check_converters(
+    converters: list[str], float8: options.Float8, family: ModuleType, args: Any, dtype: str, fake: bool
+) -> None:
+    """That model.converters can run here and find layers. ValueError, one sentence, where not.
+
+    `dtype`: training.dtype; `fake`: on the fake backend.
+    """
     if not converters:
         return
     if len(converters) > 1:
         raise ValueError(
             f'model.converters = "{",".join(converters)}" are two for the same layers: choose one'
         )
-    if config.training.dtype == "float64":
+    if dtype == "float64":
         raise ValueError(
             f'model.converters = "{converters[0]}" contradicts training.dtype = "float64", which computes in'
             " float64: remove one"
         )
-    float8 = config.quantize.linear.float8
     if converters == ["float8"]:
-        cuda = torch.cuda.is_available() and config.comm.mode != "fake_backend"
+        cuda = torch.cuda.is_available() and not fake
         if not float8.emulate and not (cuda and torch.cuda.get_device_capability() >= (8, 9)):
             device = f"{torch.cuda.get_device_name()} has none" if cuda else "this runs on the CPU"
             raise ValueError(
@@ -64,20 +69,19 @@ def check_converters(config, family: ModuleType, args: Any) -> None:
                     " parts of names such as"
                     f" {', '.join(name for name in names if name.startswith('layers.0.'))}"
                 )
-    if not layers_to_convert(model, config):
+    if not layers_to_convert(model, converters, float8):
         raise ValueError(
-            f'model.converters = "{converters[0]}" finds no layer in {config.model.name}'
-            f" {config.model.flavor}: remove it, or change"
+            f'model.converters = "{converters[0]}" finds no layer of the model to convert: remove it, or'
+            " change"
             " quantize.linear.float8.filter_fqns (sizes have to be multiples of 16, too)"
         )
 
 
-def layers_to_convert(model: nn.Module, config) -> set[str]:
+def layers_to_convert(model: nn.Module, converters: list[str], float8: options.Float8) -> set[str]:
     """Names of the linear layers whose sizes are multiples of 16, save for the head and, with float8, those
     of filter_fqns."""
-    float8 = config.quantize.linear.float8
     left_out = {"output"}
-    if config.model.converters == ["float8"]:
+    if converters == ["float8"]:
         left_out |= set(float8.filter_fqns)
     large = None
     if SMALL_LAYERS in left_out:
@@ -94,25 +98,24 @@ def layers_to_convert(model: nn.Module, config) -> set[str]:
     }
 
 
-def convert_model(model: nn.Module, config) -> None:
+def convert_model(model: nn.Module, converters: list[str], float8: options.Float8) -> None:
     """Applies model.converters to a model, or to the stage of one; before it is compiled, sharded and
     filled."""
-    if not config.model.converters:
+    if not converters:
         return
-    (converter,) = config.model.converters
-    names = layers_to_convert(model, config)
+    (converter,) = converters
+    names = layers_to_convert(model, converters, float8)
     linear_layers = sum(isinstance(module, nn.Linear) for module in model.modules())
     chosen = lambda module, name: name in names  # noqa: E731
     if converter == "float8":
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-        settings = config.quantize.linear.float8
-        recipe = Float8LinearConfig.from_recipe_name(settings.recipe_name or "tensorwise")
+        recipe = Float8LinearConfig.from_recipe_name(float8.recipe_name or "tensorwise")
         # A weight's gradient is a product over a chunk's tokens, of which float8 kernels want a multiple of
         # 16: pad with zeros.
-        recipe = dataclasses.replace(recipe, emulate=settings.emulate, pad_inner_dim=True)
+        recipe = dataclasses.replace(recipe, emulate=float8.emulate, pad_inner_dim=True)
         convert_to_float8_training(model, config=recipe, module_filter_fn=chosen)
-        how = f", {settings.recipe_name or 'tensorwise'}{', emulated' if settings.emulate else ''}"
+        how = f", {float8.recipe_name or 'tensorwise'}{', emulated' if float8.emulate else ''}"
     else:
         from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
         from torchao.quantization import quantize_

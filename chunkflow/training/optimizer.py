@@ -12,14 +12,17 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from chunkflow.settings import options
+
 logger = logging.getLogger(__name__)
 
 
-def check_optimizer(config) -> None:
-    """That the config's optimizer can run here. ValueError, one sentence, where not."""
-    settings = config.optimizer
+def check_optimizer(
+    settings: options.Optimizer, compiling: options.Compile, training: options.Training, fake: bool
+) -> None:
+    """That the optimizer can run here (`fake`: on the fake backend). ValueError, one sentence, where not."""
     if settings.name == "AdamW8bit":
-        if config.training.dtype == "float64":
+        if training.dtype == "float64":
             raise ValueError(
                 'optimizer.name = "AdamW8bit" computes in float32, which contradicts training.dtype ='
                 ' "float64": set "AdamW"'
@@ -30,7 +33,7 @@ def check_optimizer(config) -> None:
                 ' "AdamW8bit" has its own'
                 " kernels: remove one"
             )
-        if config.comm.mode == "fake_backend":
+        if fake:
             raise ValueError(
                 'optimizer.name = "AdamW8bit" reads its tensors, which have no content with comm.mode ='
                 ' "fake_backend": set "AdamW"'
@@ -38,10 +41,10 @@ def check_optimizer(config) -> None:
             )
     compiled = {
         'optimizer.name = "AdamW8bit"': settings.name == "AdamW8bit",
-        "compile.enable = true": config.compile.enable and config.compile.backend == "inductor",
+        "compile.enable = true": compiling.enable and compiling.backend == "inductor",
     }
-    on_cpu = not torch.cuda.is_available() or config.training.enable_cpu_offload
-    if config.comm.mode != "fake_backend" and on_cpu and any(compiled.values()) and not _compiles_nothing():
+    on_cpu = not torch.cuda.is_available() or training.enable_cpu_offload
+    if not fake and on_cpu and any(compiled.values()) and not _compiles_nothing():
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
 
@@ -59,22 +62,21 @@ def _compiles_nothing() -> bool:
     return os.environ.get("TORCH_COMPILE_DISABLE") == "1"
 
 
-def build_optimizer(model: nn.Module, config) -> Optimizer:
+def build_optimizer(model: nn.Module, settings: options.Optimizer) -> Optimizer:
     """AdamW, or torchao's AdamW8bit; weight decay applies to all parameters, as in torchtitan."""
-    settings = config.optimizer
-    options = {
+    arguments = {
         "lr": settings.lr,
         "betas": (settings.beta1, settings.beta2),
         "eps": settings.eps,
         "weight_decay": settings.weight_decay,
     }
     if settings.name == "AdamW8bit":
-        return _adamw_8bit(model, config, options)
+        return _adamw_8bit(model, arguments)
     fused, foreach = settings.implementation == "fused", settings.implementation == "foreach"
-    return torch.optim.AdamW(model.parameters(), **options, fused=fused, foreach=foreach)
+    return torch.optim.AdamW(model.parameters(), **arguments, fused=fused, foreach=foreach)
 
 
-def _adamw_8bit(model: nn.Module, config, options: dict) -> Optimizer:
+def _adamw_8bit(model: nn.Module, arguments: dict) -> Optimizer:
     """Moments in 8 bits with a scale for each block of 256; a rank's part of fewer than 4096 elements, or of
     no whole number of blocks, keeps its moments in float32. torchao is imported here: it takes seconds, and
     it warns."""
@@ -82,16 +84,16 @@ def _adamw_8bit(model: nn.Module, config, options: dict) -> Optimizer:
     from torchao.optim.subclass_8bit import OptimState8bit
 
     @OptimState8bit.implements(torch.ops.aten.new_empty.default)
-    def new_empty(function, types, arguments, options):
+    def new_empty(function, types, given, named):
         """What torchao 0.18 lacks for dcp.async_save, which makes such a state and then copies the three
         tensors of another."""
-        state, size = arguments
-        scale, qmap = (part.new_empty(part.shape, **options) for part in (state.scale, state.qmap))
+        state, size = given
+        scale, qmap = (part.new_empty(part.shape, **named) for part in (state.scale, state.qmap))
         return OptimState8bit(
-            state.codes.new_empty(size, **options), scale, qmap, state.signed, dtype=state.dtype
+            state.codes.new_empty(size, **named), scale, qmap, state.signed, dtype=state.dtype
         )
 
-    optimizer = AdamW8bit(model.parameters(), **options)
+    optimizer = AdamW8bit(model.parameters(), **arguments)
     tensors = optimizer_tensors(optimizer, dict(model.named_parameters()))
     moments = [state for name, state in tensors.items() if not name.endswith(".step")]
     locals_ = [state.to_local() if isinstance(state, DTensor) else state for state in moments]
@@ -164,22 +166,18 @@ def learning_rate_factor(
     return minimum + (1 - minimum) * left
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config) -> float:
-    """Sets and returns the rate that the update of `step` uses."""
-    schedule = config.lr_scheduler
-    factor = learning_rate_factor(
-        step,
-        config.training.steps,
-        schedule.warmup_steps,
-        schedule.decay_ratio,
-        schedule.decay_type,
-        schedule.min_lr_factor,
-    )
+def set_learning_rate(
+    optimizer: Optimizer, step: int, rate: float, schedule: options.LrScheduler, steps: int
+) -> float:
+    """Sets and returns the rate that the update of `step` uses; `rate` is the full one, `steps` those of the
+    run."""
+    warmup, minimum = schedule.warmup_steps, schedule.min_lr_factor
+    rate *= learning_rate_factor(step, steps, warmup, schedule.decay_ratio, schedule.decay_type, minimum)
     for group in optimizer.param_groups:
         if isinstance(
             group["lr"], torch.Tensor
         ):  # torchao's, so that a new rate is no reason to compile anew
-            group["lr"].fill_(config.optimizer.lr * factor)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = config.optimizer.lr * factor
-    return config.optimizer.lr * factor
+            group["lr"] = rate
+    return rate

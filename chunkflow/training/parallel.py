@@ -3,12 +3,14 @@ any layout."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
-import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,31 +18,64 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from chunkflow.settings import options
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
-def set_seed(config) -> int:
+class Processes(NamedTuple):
+    """This process among all. A pipeline rank's replicas are next to each other:
+    rank = pipeline_rank * replicas + replica."""
+
+    device: torch.device
+    mesh: DeviceMesh
+    rank: int
+    count: int
+    pipeline_rank: int
+    pipeline_ranks: int
+    replica: int
+    replicas: int  # data-parallel ranks, each of them perhaps a pipeline
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank has the last stage, which makes the loss."""
+        return self.pipeline_rank == self.pipeline_ranks - 1
+
+    @property
+    def in_words(self) -> str:
+        if self.pipeline_ranks == 1:
+            return f"{self.count} ranks"
+        return f"{self.replicas} pipelines of {self.pipeline_ranks} ranks"
+
+    @property
+    def data_mesh(self) -> DeviceMesh:
+        """The ranks that share, or replicate, the parameters of this rank's stages."""
+        return self.mesh[tuple(name for name in self.mesh.mesh_dim_names if name != "pp")]
+
+
+def set_seed(settings: options.Debug) -> int:
     """The seed of weights and data order: debug.seed, or 0. With debug.deterministic, only kernels that
     repeat bit for bit."""
-    seed = config.debug.seed or 0
+    seed = settings.seed or 0
     torch.manual_seed(seed)
-    if config.debug.deterministic:
+    if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     return seed
 
 
-def init_processes(config, pipeline_ranks: int = 1) -> tuple[torch.device, DeviceMesh]:
+def init_processes(comm: options.Comm, degrees: options.Parallelism) -> Processes:
     """Joins the process group that torchrun set up (alone: a group of one) and builds the device mesh.
 
-    The mesh is (dp_shard,) or, with replicas (HSDP), (dp_replicate, dp_shard); a pipeline puts "pp" before
-    them. With comm.mode = "fake_backend" this process stands for rank 0 of NGPU x NNODES, on the CPU, and
-    nothing is sent.
+    The mesh is (dp_shard,) or, with replicated shards (HSDP), (dp_replicate, dp_shard); a pipeline puts "pp"
+    before them. With comm.mode = "fake_backend" this process stands for rank 0 of NGPU x NNODES, on the CPU,
+    and nothing is sent.
     """
-    fake = config.comm.mode == "fake_backend"
+    fake = comm.mode == "fake_backend"
     cuda = torch.cuda.is_available() and not fake
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -51,7 +86,7 @@ def init_processes(config, pipeline_ranks: int = 1) -> tuple[torch.device, Devic
         world_size = int(os.environ.get("NGPU", 1)) * int(os.environ.get("NNODES", 1))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     else:
-        timeout = timedelta(seconds=config.comm.init_timeout_seconds)
+        timeout = timedelta(seconds=comm.init_timeout_seconds)
         store, rank, world_size = dist.HashStore(), 0, 1
         if "RANK" in os.environ:
             # torchrun's restarts share one store: without a prefix, ranks would look for those of the attempt
@@ -60,16 +95,25 @@ def init_processes(config, pipeline_ranks: int = 1) -> tuple[torch.device, Devic
             store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
-    replicas = config.parallelism.data_parallel_replicate_degree
-    degrees = {"pp": pipeline_ranks, "dp_replicate": replicas}
-    degrees = {name: degree for name, degree in degrees.items() if degree > 1}
-    degrees["dp_shard"] = dist.get_world_size() // (pipeline_ranks * replicas)
-    shape, names = tuple(degrees.values()), tuple(degrees)
-    logger.info(f"Building {len(shape)}-D device mesh with {list(names)}, {list(shape)}")
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    rank, count = dist.get_rank(), dist.get_world_size()
+    pipeline_ranks, replicated = degrees.pipeline_parallel_degree, degrees.data_parallel_replicate_degree
+    replicas = count // pipeline_ranks
+    sizes = {"pp": pipeline_ranks, "dp_replicate": replicated}
+    sizes = {name: size for name, size in sizes.items() if size > 1} | {"dp_shard": replicas // replicated}
+    logger.info(f"Building {len(sizes)}-D device mesh with {list(sizes)}, {list(sizes.values())}")
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     if not fake:
-        set_timeouts(mesh, config.comm.init_timeout_seconds)
-    return device, mesh
+        set_timeouts(mesh, comm.init_timeout_seconds)
+    return Processes(
+        device=device,
+        mesh=mesh,
+        rank=rank,
+        count=count,
+        pipeline_rank=rank // replicas,
+        pipeline_ranks=pipeline_ranks,
+        replica=rank % replicas,
+        replicas=replicas,
+    )
 
 
 def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:
@@ -82,31 +126,57 @@ def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def reshards(config, data_parallel_ranks: int) -> bool:
+def apply_activation_checkpoint(model: nn.Module, settings: options.ActivationCheckpoint) -> None:
+    """Recomputes whole layers in backward: all ("full") or every n-th ("selective"), as in torchtitan.
+
+    Within the runner this comes on top of k, which recomputes whole chunks; a layer's forward may run again
+    at any time, since writing a chunk's K/V twice changes nothing.
+    """
+    if settings.mode == "none":
+        return
+    every = 1 if settings.mode == "full" else int(settings.selective_ac_option)
+    for index, layer in enumerate(model.layers.values()):
+        if index % every == 0:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    logger.info(f"Applied {settings.mode} activation checkpointing to the model")
+
+
+def apply_compile(model: nn.Module, settings: options.Compile) -> None:
+    """Compiles each layer's forward; chunk-aware attention and its state stay outside, as a graph break."""
+    if not settings.enable:
+        return
+    for layer in model.layers.values():
+        layer.forward = torch.compile(layer.forward, backend=settings.backend, dynamic=True)
+    logger.info("Compiling each TransformerBlock with torch.compile")
+
+
+def reshards(settings: options.Parallelism, replicas: int) -> bool:
     """Whether parameters are resharded after each forward (ZeRO-3): torchtitan's rule, except that one rank
-    has no shards."""
-    setting = config.parallelism.fsdp_reshard_after_forward
-    return setting == "always" or (setting == "default" and data_parallel_ranks > 1)
+    has no shards, and that pipelines keep them gathered, since their replicas need not agree on their
+    chunks."""
+    setting = settings.fsdp_reshard_after_forward
+    if settings.pipeline_parallel_degree > 1:
+        return False
+    return setting == "always" or (setting == "default" and replicas > 1)
 
 
-def apply_fsdp(model: nn.Module, mesh: DeviceMesh, config, reshard: bool) -> None:
+def apply_fsdp(model: nn.Module, mesh: DeviceMesh, settings: options.Training, reshard: bool) -> None:
     """FSDP2 with one group a layer; embeddings, final norm and head belong to the root (tied ones must share
     a group).
 
     Gradients are summed over ranks, never averaged: each rank's loss is divided by the targets of all ranks
     already.
     """
-    training = config.training
     policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES[training.mixed_precision_param],
-        reduce_dtype=DTYPES[training.mixed_precision_reduce],
+        param_dtype=DTYPES[settings.mixed_precision_param],
+        reduce_dtype=DTYPES[settings.mixed_precision_reduce],
     )
-    options = {"mesh": mesh, "mp_policy": policy}
-    if training.enable_cpu_offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    sharding = {"mesh": mesh, "mp_policy": policy}
+    if settings.enable_cpu_offload:
+        sharding["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for layer in model.layers.values():
-        fully_shard(layer, reshard_after_forward=reshard, **options)
-    fully_shard(model, reshard_after_forward=False, **options)
+        fully_shard(layer, reshard_after_forward=reshard, **sharding)
+    fully_shard(model, reshard_after_forward=False, **sharding)
     for module in _fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -136,32 +206,6 @@ def before_last_backward(model: nn.Module) -> None:
     """From here on gradients are reduced, layer by layer, and parameters become shards again."""
     model.set_requires_gradient_sync(True)
     model.set_reshard_after_backward(True)
-
-
-class BusyTimer:
-    """How long this rank works on its own chunks before it meets the others, from creation to `stop`."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.begin = self.stop()
-        self.end = self.begin
-
-    def stop(self):
-        """Marks the end, now: an event of the device; on the CPU this thread's time, which stands still in a
-        collective."""
-        if self.cuda:
-            self.end = torch.cuda.Event(enable_timing=True)
-            self.end.record()
-        else:
-            self.end = time.thread_time()
-        return self.end
-
-    def seconds(self) -> float:
-        """From creation to the last `stop`. Waits for the device."""
-        if self.cuda:
-            self.end.synchronize()
-            return self.begin.elapsed_time(self.end) / 1000
-        return self.end - self.begin
 
 
 def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
@@ -209,13 +253,26 @@ def copy_shard(parameter: DTensor, whole: torch.Tensor) -> None:
     parameter.to_local().copy_(whole)
 
 
-def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+def clip_grad_norm(models: Iterable[nn.Module], max_norm: float, mesh: DeviceMesh) -> torch.Tensor:
     """Scales gradients so that their global norm is at most `max_norm`; returns the norm before, the same on
-    all ranks."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    all ranks. `models`: this rank's stages.
+
+    The second copy of tied embeddings, on a last stage, is scaled like the first, but counts once.
+    """
+    parameters, counted = [], []
+    for model in models:
+        copy = model.output if model.args.tied_embeddings and model.tok_embeddings is None else None
+        for parameter in model.parameters():
+            parameters.append(parameter)
+            if parameter.grad is not None and not (copy is not None and parameter is copy.weight):
+                counted.append(parameter.grad)
+    norm = nn.utils.get_total_norm(counted)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
+    if "pp" in mesh.mesh_dim_names:
+        squared = norm.square()
+        dist.all_reduce(squared, group=mesh.get_group("pp"))
+        norm = squared.sqrt()
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
@@ -227,11 +284,3 @@ def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     flags = torch.tensor(flags, dtype=torch.int32, device=device)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return [bool(flag) for flag in flags.tolist()]
-
-
-def gather_over_ranks(values: list[float], device: torch.device) -> list[list[float]]:
-    """The same list of every rank: [rank][value]. A collective."""
-    own = torch.tensor(values, dtype=torch.float64, device=device)
-    everyone = own.new_empty(dist.get_world_size() * len(values))
-    dist.all_gather_single(everyone, own)
-    return everyone.view(-1, len(values)).tolist()

@@ -18,16 +18,16 @@ class Progress:
     bad_steps_in_a_row: int = 0
 
     def count(
-        self, step: int, tokens: int, *, sound: bool, limit: int, grad_norm: float, sources: list[str]
+        self, step: int, tokens: int, not_finite: bool, limit: int, grad_norm: float, sources: list[str]
     ) -> None:
-        """A step is done; one that was not `sound` was not applied, and is reported with its sequences'
-        FILE:LINE.
+        """A step is done; one whose loss or gradients are not finite was not applied, and is reported with
+        its sequences' FILE:LINE, `sources`.
 
         ValueError where that makes `limit` (training.max_bad_steps) in a row.
         """
         self.step = step
         self.tokens_seen += tokens
-        if sound:
+        if not not_finite:
             self.bad_steps_in_a_row = 0
             return
         self.bad_steps += 1

@@ -4,28 +4,38 @@ done."""
 from __future__ import annotations
 
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from chunkflow.execution.stage import WholeModel
 from chunkflow.planning.balance import split_layers
 from chunkflow.planning.cost import Cost
+from chunkflow.settings import options
+from chunkflow.training.parallel import Processes, before_last_backward
+
+if TYPE_CHECKING:
+    from chunkflow.execution.pipeline_stage import ChunkStage
 
 
-def layers_of_stages(config, args) -> list[range]:
-    """Each stage's layers. ValueError where layers, ranks and schedule do not go together."""
-    settings = config.parallelism
+def layers_of_stages(settings: options.Parallelism, args, model: str) -> list[range]:
+    """Each stage's layers: one range where there is no pipeline. `model`: what to call it in errors.
+
+    ValueError where layers, ranks and schedule do not go together.
+    """
     ranks, each = settings.pipeline_parallel_degree, settings.pipeline_parallel_layers_per_stage
+    if ranks == 1:
+        return [range(args.n_layers)]
     interleaved = settings.pipeline_parallel_schedule == "Interleaved1F1B"
     if each is None:
         stages = ranks * (2 if interleaved else 1)
         if stages > args.n_layers:
             raise ValueError(
                 f"parallelism.pipeline_parallel_degree = {ranks} makes {stages} stages, but"
-                f" {config.model.name} {config.model.flavor} has {args.n_layers} layers: lower it"
+                f" {model} has {args.n_layers} layers: lower it"
             )
         layer = Cost.of_layers(args, 1, head=False).per_token
         counts = split_layers(args.n_layers, Cost.of_layers(args, 0, head=True).per_token / layer, stages)
@@ -65,10 +75,13 @@ def build_stages(
     return models
 
 
-def sum_tied_gradients(models: dict[int, nn.Module], mesh: DeviceMesh, device: torch.device) -> None:
+def sum_tied_gradients(models: dict[int, nn.Module], processes: Processes) -> None:
     """Where the head is the embeddings' weight, the first and the last rank hold a copy each. They exchange
     its gradients and add them up, which gives both the same bits; equal optimizer steps then keep the copies
     equal."""
+    if processes.pipeline_ranks == 1:
+        return
+    mesh, device = processes.mesh, processes.device
     for model in models.values():
         end = model.tok_embeddings or model.output
         if end is None or not model.args.tied_embeddings:
@@ -84,22 +97,17 @@ def sum_tied_gradients(models: dict[int, nn.Module], mesh: DeviceMesh, device: t
         own += received.to(own.device)
 
 
-def clip_grad_norm(models: dict[int, nn.Module], max_norm: float, mesh: DeviceMesh) -> torch.Tensor:
-    """Scales gradients so that their norm over all stages is at most `max_norm`; returns the norm before, the
-    same on all ranks.
+def make_stages(
+    models: dict[int, nn.Module], count: int, processes: Processes, hidden_dtype: torch.dtype
+) -> list[WholeModel | ChunkStage]:
+    """What the runner runs: the whole model, or this rank's of `count` stages of
+    torch.distributed.pipelining, which pass hidden states in `hidden_dtype`."""
+    if count == 1:
+        return [WholeModel(model, before_last_backward) for model in models.values()]
+    from chunkflow.execution.pipeline_stage import ChunkStage  # here: one process does without pipelines
 
-    The second copy of tied embeddings is scaled like the first, but counts once.
-    """
-    counted, parameters = [], []
-    for model in models.values():
-        parameters += model.parameters()
-        names = dict(model.named_parameters())
-        if model.args.tied_embeddings:
-            names.pop("output.weight", None)
-        counted += [parameter.grad for parameter in names.values() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(counted)
-    squared = (norm.full_tensor() if isinstance(norm, DTensor) else norm).square()
-    dist.all_reduce(squared, group=mesh.get_group("pp"))
-    norm = squared.sqrt()
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+    device, group = processes.device, processes.mesh.get_group("pp")
+    return [
+        ChunkStage(model, stage, count, device, group, hidden_dtype, before_last_backward)
+        for stage, model in models.items()
+    ]

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from chunkflow.data.dataloader import ChunkDataLoader, StepData
 from chunkflow.data.dataset import open_dataset
-from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.execution.loss import IGNORE
+from chunkflow.execution.runner import Runner
 from chunkflow.execution.state import ChunkTensors
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.reporting.metrics import MetricsLogger
+from chunkflow.settings.options import Config
+from chunkflow.training.build import ModelSpec, open_loader
+from chunkflow.training.parallel import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -65,76 +67,54 @@ class LossByPosition:
 class Validation:
     """What [validation] asks for. Every rank has one, and calls `run` after each step where `due`.
 
-    `settings` and `rank` are those of training's loader; plans are made at the first validation and kept.
+    `plan` is that of training's loader; plans are made at the first validation and kept.
     Nothing of training is touched: not its data, nor gradients, nor a random generator. ValueError, a
     sentence, for whatever is wrong with the data.
     """
 
-    def __init__(
-        self,
-        config,
-        settings: PlanSettings,
-        rank: int,
-        tokenizer: Tokenizer | None,
-        vocab_size: int,
-        seed: int,
-        device: torch.device,
-    ):
-        training, validation = config.training, config.validation
-        self.freq, self.steps, self.last_step, self.device = (
-            validation.freq,
-            validation.steps,
-            training.steps,
-            device,
-        )
+    def __init__(self, config: Config, spec: ModelSpec, plan: PlanSettings, processes: Processes, seed: int):
+        training, settings = config.training, config.validation
+        self.settings, self.last_step, self.device = settings, training.steps, processes.device
+        self.replica, self.pipeline_rank = processes.replica, processes.pipeline_rank
         # Another seed than training's: synthetic sequences are then others, drawn from the same mixture.
         dataset = open_dataset(
-            validation.dataset,
-            validation.dataset_path,
-            tokenizer,
-            vocab_size=vocab_size,
+            settings.dataset,
+            settings.dataset_path,
+            spec.tokenizer,
+            vocab_size=spec.args.vocab_size,
             seed=seed + 1,
             section="validation",
         )
-        settings = settings._replace(forward_only=True)
-        plan = functools.cache(lambda *lengths: plan_step(list(lengths), settings))
-        self.loader = ChunkDataLoader(
+        plan = plan._replace(forward_only=True)
+        make_plan = functools.cache(lambda *lengths: plan_step(list(lengths), plan, [self.replica]))
+        self.loader = open_loader(
+            training,
             dataset,
-            settings,
-            rank=rank,
-            global_batch_size=training.global_batch_size,
-            seq_len=training.seq_len,
-            overlong=training.overlong,
+            plan,
+            self.replica,
+            seed,
             shuffle=False,
-            seed=seed,
-            make_plan=lambda lengths: plan(*lengths),
+            make_plan=lambda lengths: make_plan(*lengths),
             once=True,
         )
         logger.info(
-            f"Validation data: {len(dataset):,} sequences of {validation.dataset}, {sum(dataset.lengths):,}"
-            " tokens, the longest has"
-            f" {max(dataset.lengths):,}" + (f"; {self.loader.notice}" if self.loader.notice else "")
+            f"Validation data: {len(dataset):,} sequences of {settings.dataset}, {sum(dataset.lengths):,}"
+            f" tokens, the longest has {max(dataset.lengths):,}"
         )
         self.longest = min(max(dataset.lengths), training.seq_len)
 
     def due(self, step: int) -> bool:
-        return step % self.freq == 0 or step == self.last_step
+        return step % self.settings.freq == 0 or step == self.last_step
 
-    def run(
-        self,
-        step: int,
-        metrics: MetricsLogger,
-        models: Iterable[FSDPModule],
-        evaluate: Callable[[StepData, Callable[[ChunkTensors, torch.Tensor], None]], object],
-    ) -> None:
-        """Measures and logs. `evaluate(data, take)` runs this rank's part of a batch and gives `take` every
-        chunk of it with the losses of its tokens. `models` are this rank's. A collective: all ranks call."""
+    def run(self, step: int, metrics: MetricsLogger, models: Iterable[FSDPModule], runner: Runner) -> None:
+        """Measures and logs. `models` and `runner` are this rank's. A collective: all ranks call."""
         metrics.interrupt()
         total, tokens, targets = LossByPosition(self.longest, self.device), 0, 0
         self.loader.cursor = 0
-        for data in islice(self.loader, self.steps if self.steps > 0 else None):
+        for data in islice(self.loader, self.settings.steps if self.settings.steps > 0 else None):
             batch = LossByPosition(self.longest, self.device)
-            evaluate(data, batch.take)
+            program = data.plan.programs[self.replica][self.pipeline_rank]
+            runner.evaluate(program, data.plan.groups[self.replica], data.chunks, batch.take)
             # Over ranks after every batch, as in training: none runs so far ahead that another's collectives
             # time out.
             dist.all_reduce(batch.figures)

@@ -1,0 +1,260 @@
+"""Runs a plan: the one interpreter of actions, for the whole model or for stages of it, exactly.
+
+A rank with neighbours also sends and receives, at the moments that its program names; a rank without runs the
+same program without messages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from chunkflow.execution.loss import loss_sum, token_losses
+from chunkflow.execution.stage import WholeModel
+from chunkflow.execution.state import ChunkTensors, End, KeyValueState, dummy_chunk
+from chunkflow.planning.chunks import Group
+from chunkflow.planning.pipeline_schedule import Timed
+from chunkflow.planning.pipeline_transfers import Program, Transfer
+from chunkflow.planning.schedule import DUMMY, Action, Kind
+
+if TYPE_CHECKING:
+    from chunkflow.execution.pipeline_stage import ChunkStage
+
+# A send that the other end has not taken holds its tensor. gloo does not tell before one waits, so the oldest
+# is waited for when there are more; plans keep neighbours in step, so that this seldom takes time.
+SENDS_IN_FLIGHT = 4
+
+Take = Callable[[ChunkTensors, torch.Tensor], None]
+
+
+class StepResult:
+    """What one step amounted to on this rank. Counters are peaks; lists have one entry for each stage of the
+    rank. Dummies do not count."""
+
+    def __init__(self, device: torch.device, stages: int):
+        # The sum of this replica's token losses, on the rank that has the last stage; elsewhere 0.
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.live_chunks = [0] * stages  # chunks that held activations
+        self.stage_inputs = [0] * stages  # inputs received, or to be received, before their chunk's backward
+        self.receive_buffers = 0  # posted receives that no action had taken
+        self.state_bytes = 0  # K/V and their gradients
+        self.clock = Clock(device)
+
+
+class Clock:
+    """When a rank's actions ran, and how long it was busy before it met the other replicas."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[Action, Any, Any]] = []
+        self.begin = self.now()
+        self.busy_begin = self.busy_end = self._busy_now()
+
+    def now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _busy_now(self) -> Any:
+        # On the CPU the time of this thread, which stands still while it waits in a collective.
+        return self.now() if self.cuda else time.thread_time()
+
+    def gradients_complete(self) -> None:
+        """The last backward begins, in which replicas reduce their gradients."""
+        self.busy_end = self._busy_now()
+
+    def busy_seconds(self) -> float:
+        """From the step's begin to its last backward. Waits for the device."""
+        return self._seconds(self.busy_begin, self.busy_end)
+
+    def timeline(self) -> list[Timed]:
+        """The actions in their order, in seconds since the step began on this rank. Waiting for a message
+        belongs to none; meeting other replicas in a collective does. Waits for the device."""
+        return [
+            Timed(action, self._seconds(self.begin, start), self._seconds(self.begin, end))
+            for action, start, end in self.marks
+        ]
+
+    def _seconds(self, begin: Any, end: Any) -> float:
+        if not self.cuda:
+            return end - begin
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
+class Runner:
+    """Runs each step's program on the stages of this rank: one, or several virtual ones.
+
+    `loss(hidden_TC, weight_VC, chunk)` is the sum of a chunk's token losses, 0-dim; see
+    `chunkflow.execution.loss.loss_sum`.
+    """
+
+    def __init__(self, stages: Sequence[WholeModel | ChunkStage], device: torch.device, loss: End = loss_sum):
+        self.stages, self.device, self.loss = stages, device, loss
+
+    def step(
+        self, program: Program, groups: Sequence[Group], chunks: list[list[ChunkTensors]], targets: int
+    ) -> StepResult:
+        """Runs this rank's part of a plan; gradients of sum(loss) / targets are added to the parameters'
+        `.grad`.
+
+        `chunks[g][c]` are the tensors of chunk c of the replica's group g, the same on all its ranks.
+        `targets` counts the supervised tokens of the global batch, over all replicas.
+        """
+        return _Run(self, groups, chunks, loss_gradient=1 / targets).run(program)
+
+    @torch.no_grad()
+    def evaluate(
+        self, program: Program, groups: Sequence[Group], chunks: list[list[ChunkTensors]], take: Take
+    ) -> StepResult:
+        """Runs this rank's part of a forward-only plan. On the last stage `take(chunk, losses_T)` gets each
+        chunk with the loss of each of its tokens.
+
+        Nothing is kept but the K/V of the group that a stage is in; gradients and parameters stay as they
+        are, and `StepResult.loss_sum` stays 0.
+        """
+        return _Run(self, groups, chunks, take=take).run(program)
+
+
+class _Run:
+    """One program while it runs."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        groups: Sequence[Group],
+        chunks: list[list[ChunkTensors]],
+        loss_gradient: float = 0.0,
+        take: Take | None = None,
+    ):
+        self.groups, self.chunks, self.device = groups, chunks, runner.device
+        self.loss, self.loss_gradient, self.take = runner.loss, loss_gradient, take
+        self.stages = {stage.stage_index: stage for stage in runner.stages}
+        self.places = {index: place for place, index in enumerate(self.stages)}
+        self.states: dict[tuple[int, int], KeyValueState] = {}  # (stage, group)
+        # (stage, key) -> the chunk as that stage sees it, from its first forward to its backward
+        self.in_flight: dict[tuple[int, tuple[int, int]], ChunkTensors] = {}
+        self.discarded: set[tuple[int, tuple[int, int]]] = set()  # those without activations
+        self.live: Counter[int] = Counter()  # stage -> chunks that hold activations
+        self.arriving: dict[tuple[bool, int, tuple[int, int]], dist.Work] = {}  # (gradient, stage, key)
+        self.leaving: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self.result = StepResult(runner.device, len(runner.stages))
+
+    def run(self, program: Program) -> StepResult:
+        for stage in self.stages.values():
+            stage.begin_step()
+        actions = [entry for entry in program if isinstance(entry, Action)]
+        self.backwards_left = Counter(action.stage for action in actions if action.kind is Kind.BACKWARD)
+        following = iter([*actions[1:], None])
+        for entry in program:
+            while self.leaving and (len(self.leaving) > SENDS_IN_FLIGHT or self.leaving[0][0].is_completed()):
+                self.leaving.popleft()[0].wait()
+            if isinstance(entry, Action):
+                self._act(entry, next(following))
+            else:
+                self._transfer(entry)
+        for work, _ in self.leaving:
+            work.wait()
+        return self.result
+
+    def _transfer(self, transfer: Transfer) -> None:
+        key, gradient = (transfer.group, transfer.chunk), transfer.made_by is Kind.BACKWARD
+        if transfer.send:
+            stage = self.stages[transfer.stage]
+            self.leaving.append(stage.send(gradient, key))
+            if not gradient and (transfer.stage, key) in self.discarded:
+                stage.forget_output(key)
+                if self.take:
+                    self._forget(transfer.stage, key)
+            return
+        index = transfer.stage + (-1 if gradient else 1)
+        tokens = 1 if transfer.group == DUMMY else self.chunks[transfer.group][transfer.chunk].tokens.size(0)
+        self.arriving[gradient, index, key] = self.stages[index].receive(gradient, key, tokens)
+        result, place = self.result, self.places[index]
+        result.receive_buffers = max(result.receive_buffers, len(self.arriving))
+        result.stage_inputs[place] = max(result.stage_inputs[place], self.stages[index].stage_inputs())
+
+    def _act(self, action: Action, following: Action | None) -> None:
+        kind, key, index = action.kind, action[1:3], action.stage
+        if kind is not Kind.RECOMPUTE:  # its input is here already, and its gradient may be on the way
+            work = self.arriving.pop((kind is Kind.BACKWARD, index, key), None)
+            if work:
+                work.wait()
+        start = self.result.clock.now()
+        if kind is Kind.BACKWARD:
+            self._backward(index, key)
+        else:
+            backward_follows = following == action._replace(kind=Kind.BACKWARD)
+            self._forward(kind, index, key, self.loss_gradient if backward_follows else None)
+        self.result.clock.marks.append((action, start, self.result.clock.now()))
+
+    def _forward(self, kind: Kind, index: int, key: tuple[int, int], loss_gradient: float | None) -> None:
+        stage, chunk, result = self.stages[index], self._chunk(index, key), self.result
+        chunk.end = {Kind.FORWARD_STATE: None, Kind.EVALUATE: token_losses}.get(kind, self.loss)
+        chunk.loss_gradient = loss_gradient
+        keeps_activations = kind in (Kind.FORWARD, Kind.RECOMPUTE)
+        with torch.set_grad_enabled(keeps_activations):
+            output = stage.forward(key, chunk)
+        if not keeps_activations:
+            self.discarded.add((index, key))
+            if kind is Kind.EVALUATE:
+                self._count_state_bytes()
+            if stage.is_last:
+                stage.forget_output(key)
+                if kind is Kind.EVALUATE:
+                    if key[0] != DUMMY:
+                        self.take(chunk, output)
+                    self._forget(index, key)
+            return
+        self.discarded.discard((index, key))
+        if key[0] != DUMMY:
+            self.live[index] += 1
+            place = self.places[index]
+            result.live_chunks[place] = max(result.live_chunks[place], self.live[index])
+        if stage.is_last:
+            result.loss_sum += output.detach()
+
+    def _backward(self, index: int, key: tuple[int, int]) -> None:
+        if self.backwards_left.total() == 1:
+            self.result.clock.gradients_complete()
+        self.backwards_left[index] -= 1
+        last = not self.backwards_left[index]
+        self.stages[index].backward(key, self.loss_gradient, last)
+        self.live[index] -= key[0] != DUMMY
+        self._count_state_bytes()
+        self.in_flight.pop((index, key)).state = None
+        if key[1] == 0:
+            self.states.pop((index, key[0]), None)
+
+    def _forget(self, index: int, key: tuple[int, int]) -> None:
+        """After an EVALUATE, once its output has been taken or sent: only the K/V stay, until the group's
+        last chunk."""
+        self.stages[index].forget_input(key)
+        self.in_flight.pop((index, key)).state = None
+        group, chunk = key
+        if group != DUMMY and chunk == len(self.chunks[group]) - 1:
+            self.states.pop((index, group), None)
+
+    def _chunk(self, index: int, key: tuple[int, int]) -> ChunkTensors:
+        """The chunk as a stage sees it: each stage has a K/V state of its own."""
+        if (index, key) not in self.in_flight:
+            group, number = key
+            chunk = dummy_chunk() if group == DUMMY else self.chunks[group][number]
+            self.in_flight[index, key] = chunk = chunk.to(self.device)
+            if group != DUMMY and len(self.chunks[group]) > 1:
+                if (index, group) not in self.states:
+                    self.states[index, group] = KeyValueState(self.groups[group])
+                chunk.state = self.states[index, group]
+        return self.in_flight[index, key]
+
+    def _count_state_bytes(self) -> None:
+        if self.states:
+            held = sum(state.bytes() for state in self.states.values())
+            self.result.state_bytes = max(self.result.state_bytes, held)
