@@ -10,24 +10,19 @@ object. Memory is arithmetic for CUDA, not measured.
 
 import argparse
 import json
-import os
 import sys
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
-from chunkflow.data.dataloader import ChunkDataLoader
-from chunkflow.data.dataset import open_dataset
 from chunkflow.execution.loss import slice_tokens
-from chunkflow.execution.pipeline import SENDS_IN_FLIGHT
-from chunkflow.planning.chunks import Chunk, Group, Segment
-from chunkflow.planning.cost import Cost
+from chunkflow.execution.runner import SENDS_IN_FLIGHT
 from chunkflow.planning.memory import PARTS, Layout, StageSizes, host_bytes, peak_parts
-from chunkflow.planning.planner import PipelineSettings, PlanSettings, plan_step
-from chunkflow.settings.config import ConfigError, main_config, user_errors
+from chunkflow.planning.planner import PlanSettings, plan_step
+from chunkflow.settings.config import main_config, planned_processes, user_errors
 from chunkflow.storage import hf_weights as hf
-from chunkflow.training import parallel, stages
-from chunkflow.training.model import model_args, open_tokenizer
+from chunkflow.training import build, parallel, stages
 
 # What each step is measured by: name in JSON, line in the table, format.
 FIGURES = {
@@ -42,28 +37,27 @@ FIGURES = {
     "bubble_percent": ("simulated bubble, %", ".2f"),
     "idle_percent": ("simulated idle time, %", ".2f"),
 }
+Parts = dict[str, int]  # name of a part of memory -> bytes
+
+
+class Step(NamedTuple):
+    """What one step was planned to be."""
+
+    figures: dict[str, float]
+    peaks: list[Parts]  # pipeline rank -> the parts at its peak, on the replica where they are largest
 
 
 def check(config) -> None:
-    """What the recipes refuse too, before any work."""
-    tokenizer = open_tokenizer(config)
-    family, args = model_args(config, tokenizer.vocab_size if tokenizer else 0)
-    hf.check(config, family, args)
-    if config.parallelism.pipeline_parallel_degree > 1:
-        stages.layers_of_stages(config, args)
-        if config.parallelism.fsdp_reshard_after_forward == "always":
-            raise ConfigError(
-                'parallelism.fsdp_reshard_after_forward = "always" would gather every layer for every chunk,'
-                " and replicas have unequal"
-                ' plans: with a pipeline set "default" or "never"'
-            )
+    """What the training recipe refuses too, but for what depends on this machine's devices."""
+    spec = build.model_spec(config)
+    hf.check(config, spec.family, spec.args)
 
 
 def main(argv: list[str] | None = None) -> None:
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--steps", nargs="?", default="20", const="")
-    own.add_argument("--json", action="store_true")
-    options, rest = own.parse_known_args(argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--steps", nargs="?", default="20", const="")
+    parser.add_argument("--json", action="store_true")
+    options, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
         print("--steps N (20): steps to plan. --json: print one JSON object.\n")
     config = main_config(rest, check=check, planned=True)
@@ -78,167 +72,119 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(report) if options.json else table(report))
 
 
-def predict(config, steps: int) -> dict:
-    """Everything that is printed, as one JSON object. Bytes are GiB."""
+def predict(config, count: int) -> dict:
+    """Everything that is printed, as one JSON object. Memory is in GiB."""
+    # ---- Data and plan settings are those of the training recipe.
     training, pipeline_ranks = config.training, config.parallelism.pipeline_parallel_degree
-    ranks = int(os.environ.get("NGPU") or 1) * int(os.environ.get("NNODES") or 1)
-    replicas = ranks // pipeline_ranks  # data-parallel ranks, each of them a pipeline
-    tokenizer = open_tokenizer(config)
-    family, args = model_args(config, tokenizer.vocab_size if tokenizer else 0)
-    seed = parallel.set_seed(config)
-    dataset = open_dataset(
-        training.dataset, training.dataset_path, tokenizer, vocab_size=args.vocab_size, seed=seed
-    )
+    ranks = planned_processes()
+    spec, seed = build.model_spec(config), parallel.set_seed(config.debug)
+    dataset = build.open_data(training, spec, seed)
+    settings = build.plan_settings(config, spec, ranks // pipeline_ranks)
+    loader = build.open_loader(training, dataset, settings, 0, seed)
 
-    # The plan's settings are those of the recipes.
-    layers = stages.layers_of_stages(config, args) if pipeline_ranks > 1 else [range(args.n_layers)]
-    reshard = pipeline_ranks == 1 and parallel.reshards(config, ranks)
-    settings = PlanSettings(
-        Cost.of_model(args),
-        ranks=replicas,
-        enable=config.chunkflow.enable,
-        chunk_size=config.chunkflow.chunk_size,
-        k=config.chunkflow.k,
-        fill_tails=config.chunkflow.fill_tails,
-        balance=config.chunkflow.balance,
-        lockstep=reshard,
-    )
-    loader = ChunkDataLoader(
-        dataset,
-        settings,
-        rank=0,
-        global_batch_size=training.global_batch_size,
-        seq_len=training.seq_len,
-        overlong=training.overlong,
-        shuffle=training.shuffle,
-        seed=seed,
-    )
-
-    # The model's parameters, stage by stage, without memory.
-    activation_checkpoint = config.activation_checkpoint
-    layout = Layout(
-        stored=parallel.DTYPES[training.dtype].itemsize,
-        compute=parallel.DTYPES[training.mixed_precision_param].itemsize,
-        reduce=parallel.DTYPES[training.mixed_precision_reduce].itemsize,
-        shards=replicas // config.parallelism.data_parallel_replicate_degree,
-        reshard=reshard,
-        eight_bit=config.optimizer.name == "AdamW8bit",
-        offload=training.enable_cpu_offload,
-        checkpoint_every={"none": 0, "full": 1, "selective": int(activation_checkpoint.selective_ac_option)}[
-            activation_checkpoint.mode
-        ],
-        slice_tokens=slice_tokens("cuda", args.vocab_size),
-        sends_in_flight=SENDS_IN_FLIGHT if pipeline_ranks > 1 else 0,
-    )
-    sizes = []  # pipeline rank -> its stages
-    with torch.device("meta"):
-        whole = sum(parameter.numel() for parameter in family.Transformer(args).parameters())
-        for rank in range(pipeline_ranks):
-            models = stages.build_stages(family, args, layers, rank, pipeline_ranks)
-            shapes = {
-                stage: {name: tuple(p.shape) for name, p in model.named_parameters()}
-                for stage, model in models.items()
-            }
-            sizes.append({stage: StageSizes(args, own, layout) for stage, own in shapes.items()})
-
-    # The first steps as they will be, then the first one again with the longest sequence of all in the place
-    # of its longest.
+    # --- The first steps as they will be, then the first one again with the longest sequence of all in the
+    # place of its longest.
     batches, cursor = [], 0
-    while len(batches) < steps and cursor < len(dataset):
-        step = loader.step_at(cursor)
-        batches.append(step.lengths)
-        cursor = step.cursor
-    longest = min(max(dataset.lengths), training.seq_len)
-    if training.overlong == "drop":
-        longest = max(length for length in dataset.lengths if length <= training.seq_len)
+    while len(batches) < count and cursor < len(dataset):
+        _, lengths, _, cursor = loader.batch_at(cursor)
+        batches.append(lengths)
     stress = list(batches[0])
-    stress[stress.index(max(stress))] = longest
-
-    def plan(lengths: list[int]) -> tuple[dict, list[dict[str, int]]]:
-        """A step's figures, and the parts at the peak of each pipeline rank, on the replica where they are
-        largest."""
-        figures, peaks, bubbles, idle = {}, [{}] * pipeline_ranks, [], []
-        for replica in range(replicas if pipeline_ranks > 1 else 1):
-            pipeline = (
-                PipelineSettings(stages.stage_costs(args, layers), pipeline_ranks, replica)
-                if pipeline_ranks > 1
-                else None
-            )
-            made = plan_step(lengths, settings._replace(pipeline=pipeline))
-            if pipeline:
-                bubbles.append(made.pipeline.simulation.bubble)
-                idle.append(made.pipeline.simulation.idle)
-                work = [
-                    (made.groups[replica] or [ONE_TOKEN], rank, own)
-                    for rank, own in enumerate(made.pipeline.program)
-                ]
-            else:
-                work = [(made.groups[rank], 0, made.actions[rank]) for rank in range(replicas)]
-            for groups, pipeline_rank, entries in work:
-                parts = peak_parts(sizes[pipeline_rank], groups, entries)
-                peaks[pipeline_rank] = max(peaks[pipeline_rank], parts, key=lambda parts: sum(parts.values()))
-        figures = {
-            "sequences": len(lengths),
-            "tokens": made.tokens,
-            "longest": max(lengths),
-            "chunks": made.chunks,
-            "padding_percent": made.padding_percent,
-            "recomputed_percent": 100 * made.recomputed_chunks / made.chunks,
-            "imbalance_percent": made.imbalance_percent,
-        }
-        if reshard:
-            figures["template_overhead_percent"] = made.template_overhead_percent
-        if bubbles:
-            figures |= {
-                "bubble_percent": 100 * sum(bubbles) / replicas,
-                "idle_percent": 100 * sum(idle) / replicas,
-            }
-        return figures, peaks
-
-    planned = []
+    stress[stress.index(max(stress))] = loader.longest
+    sizes, layout = stage_sizes(config, spec, settings)
+    steps = []
     for number, lengths in enumerate([*batches, stress], start=1):
-        planned.append(plan(lengths))
+        steps.append(plan(lengths, settings, sizes))
         if sys.stderr.isatty():
-            print(
-                f"\rplanned {number} of {len(batches) + 1} steps",
-                end="\n" if number > len(batches) else "",
-                file=sys.stderr,
-            )
-    figures = [own for own, _ in planned[:-1]]
+            end = "\n" if number > len(batches) else ""
+            print(f"\rplanned {number} of {len(batches) + 1} steps", end=end, file=sys.stderr)
 
-    def memory(peaks: list[list[dict[str, int]]]) -> dict:
-        """Of the fullest rank: its parts, and each pipeline rank's total."""
-        fullest = [max(own, key=lambda parts: sum(parts.values())) for own in zip(*peaks)]
-        parts = max(fullest, key=lambda parts: sum(parts.values()))
-        return {
-            "parts_gib": {part: amount / 2**30 for part, amount in parts.items()},
-            "total_gib": sum(parts.values()) / 2**30,
-            "pipeline_rank": fullest.index(parts),
-            "pipeline_ranks_gib": [sum(own.values()) / 2**30 for own in fullest],
-        }
-
+    figures = [step.figures for step in steps[:-1]]
     return {
-        "model": f"{config.model.name} {config.model.flavor}",
-        "parameters": whole,
+        "model": spec.name,
+        "parameters": spec.parameters,
         "ranks": ranks,
-        "replicas": replicas,
-        "stage_layers": [len(own) for own in layers],
+        "replicas": settings.replicas,
+        "stage_layers": [len(layers) for layers in spec.layers],
         "shards": layout.shards,
-        "reshard_after_forward": reshard,
-        "chunk_size": config.chunkflow.chunk_size if config.chunkflow.enable else None,
-        "k": config.chunkflow.k if config.chunkflow.enable else None,
+        "reshard_after_forward": settings.lockstep,
+        "chunk_size": settings.chunk_size if settings.enable else None,
+        "k": settings.k if settings.enable else None,
         "notice": loader.notice,
         "steps": len(batches),
         "mean": {name: sum(own[name] for own in figures) / len(figures) for name in figures[0]},
         "worst": {name: max(own[name] for own in figures) for name in figures[0]},
-        "longest_sequence": planned[-1][0],
-        "memory": memory([peaks for _, peaks in planned[:-1]]),
-        "memory_longest_sequence": memory([planned[-1][1]]),
+        "longest_sequence": steps[-1].figures,
+        "memory": memory([step.peaks for step in steps[:-1]]),
+        "memory_longest_sequence": memory([steps[-1].peaks]),
         "host_gib_per_rank": max(host_bytes(own.values()) for own in sizes) / 2**30,
     }
 
 
-ONE_TOKEN = Group((Chunk((Segment(0, 0, 1),)),))  # what a replica without sequences runs
+def stage_sizes(
+    config, spec: build.ModelSpec, settings: PlanSettings
+) -> tuple[list[dict[int, StageSizes]], Layout]:
+    """Bytes of each pipeline rank's stages, by number, from the shapes of their parameters."""
+    training, recomputing = config.training, config.activation_checkpoint
+    every = {"none": 0, "full": 1, "selective": int(recomputing.selective_ac_option)}[recomputing.mode]
+    layout = Layout(
+        stored=parallel.DTYPES[training.dtype].itemsize,
+        compute=parallel.DTYPES[training.mixed_precision_param].itemsize,
+        reduce=parallel.DTYPES[training.mixed_precision_reduce].itemsize,
+        shards=settings.replicas // config.parallelism.data_parallel_replicate_degree,
+        reshard=settings.lockstep,
+        eight_bit=config.optimizer.name == "AdamW8bit",
+        offload=training.enable_cpu_offload,
+        checkpoint_every=every,
+        slice_tokens=slice_tokens("cuda", spec.args.vocab_size),
+        sends_in_flight=SENDS_IN_FLIGHT if settings.pipeline_ranks > 1 else 0,
+    )
+    sizes = []
+    with torch.device("meta"):
+        for rank in range(settings.pipeline_ranks):
+            models = stages.build_stages(spec.family, spec.args, spec.layers, rank, settings.pipeline_ranks)
+            shapes = {
+                stage: {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+                for stage, model in models.items()
+            }
+            sizes.append({stage: StageSizes(spec.args, own, layout) for stage, own in shapes.items()})
+    return sizes, layout
+
+
+def plan(lengths: list[int], settings: PlanSettings, sizes: list[dict[int, StageSizes]]) -> Step:
+    made = plan_step(lengths, settings)
+    peaks: list[Parts] = [{}] * settings.pipeline_ranks
+    for replica, programs in made.programs.items():
+        for rank, program in enumerate(programs):
+            parts = peak_parts(sizes[rank], made.groups[replica], program)
+            peaks[rank] = max(peaks[rank], parts, key=lambda parts: sum(parts.values()))
+    figures = {
+        "sequences": len(lengths),
+        "tokens": made.tokens,
+        "longest": max(lengths),
+        "chunks": made.chunks,
+        "padding_percent": made.padding_percent,
+        "recomputed_percent": 100 * made.recomputed_chunks / made.chunks,
+        "imbalance_percent": made.imbalance_percent,
+    }
+    if settings.lockstep:
+        figures["template_overhead_percent"] = made.template_overhead_percent
+    if settings.pipeline_ranks > 1:
+        simulations = made.simulations.values()
+        figures["bubble_percent"] = 100 * sum(own.bubble for own in simulations) / settings.replicas
+        figures["idle_percent"] = 100 * sum(own.idle for own in simulations) / settings.replicas
+    return Step(figures, peaks)
+
+
+def memory(peaks_of_steps: list[list[Parts]]) -> dict:
+    """Of the fullest rank: its parts, and each pipeline rank's total."""
+    fullest = [max(own, key=lambda parts: sum(parts.values())) for own in zip(*peaks_of_steps)]
+    parts = max(fullest, key=lambda parts: sum(parts.values()))
+    return {
+        "parts_gib": {part: amount / 2**30 for part, amount in parts.items()},
+        "total_gib": sum(parts.values()) / 2**30,
+        "pipeline_rank": fullest.index(parts),
+        "pipeline_ranks_gib": [sum(own.values()) / 2**30 for own in fullest],
+    }
 
 
 def table(report: dict) -> str:

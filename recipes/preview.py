@@ -1,5 +1,5 @@
-"""Shows the sequences of a config's first step as the model will get them: tokens, which of them have loss,
-where chunks end.
+"""Shows the sequences of a config's first step as the model will get them: tokens, which have loss, chunk
+boundaries.
 
     python recipes/preview.py --job.config_file train_configs/debug_model.toml
 
@@ -12,13 +12,8 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 
-from chunkflow.data.dataloader import ChunkDataLoader
-from chunkflow.data.dataset import open_dataset
-from chunkflow.planning.cost import Cost
-from chunkflow.planning.planner import PlanSettings
-from chunkflow.settings.config import main_config, user_errors
-from chunkflow.training import parallel
-from chunkflow.training.model import model_args, open_tokenizer
+from chunkflow.settings.config import main_config, planned_processes, user_errors
+from chunkflow.training import build, parallel
 
 EDGE = 300  # tokens shown at each end of a longer piece
 # ANSI backgrounds, two of each kind in turn, so that one sees where a token ends: greens with loss, greys
@@ -28,66 +23,40 @@ RULE, RESET = "\33[36m", "\33[0m"
 
 
 def main() -> None:
+    # ---- The first step, for as many replicas as there would be.
     config = main_config(planned=True)
-    training = config.training
-    colours = (
-        sys.stdout.isatty() and not os.environ.get("NO_COLOR") and not config.metrics.disable_color_printing
-    )
-    ranks = int(os.environ.get("NGPU") or 1) * int(os.environ.get("NNODES") or 1)
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    colours = colours and not config.metrics.disable_color_printing
     with user_errors():
-        tokenizer = open_tokenizer(config)
-        _, args = model_args(config, tokenizer.vocab_size if tokenizer else 0)
-        seed = parallel.set_seed(config)
-        dataset = open_dataset(
-            training.dataset, training.dataset_path, tokenizer, vocab_size=args.vocab_size, seed=seed
-        )
-        settings = PlanSettings(
-            Cost.of_model(args),
-            ranks=ranks // config.parallelism.pipeline_parallel_degree,
-            enable=config.chunkflow.enable,
-            chunk_size=config.chunkflow.chunk_size,
-            k=config.chunkflow.k,
-            fill_tails=config.chunkflow.fill_tails,
-            balance=config.chunkflow.balance,
-        )
-        loader = ChunkDataLoader(
-            dataset,
-            settings,
-            rank=0,
-            global_batch_size=training.global_batch_size,
-            seq_len=training.seq_len,
-            overlong=training.overlong,
-            shuffle=training.shuffle,
-            seed=seed,
-        )
-    step = loader.step_at(0)
-    if training.dataset == "synthetic":
-        tokenizer = None  # its ids are no text
+        spec, seed = build.model_spec(config), parallel.set_seed(config.debug)
+        dataset = build.open_data(config.training, spec, seed)
+        replicas = planned_processes() // config.parallelism.pipeline_parallel_degree
+        settings = build.plan_settings(config, spec, replicas)
+        loader = build.open_loader(config.training, dataset, settings, 0, seed)
+        step = loader.step_at(0)
+    tokenizer = None if config.training.dataset == "synthetic" else spec.tokenizer  # its ids are no text
 
-    # Of each sequence, its pieces in order: where they start and end, and in which chunk they lie.
+    # ---- Of each sequence, its pieces in order: where they start and end, and in which chunk they lie.
     pieces = defaultdict(list)
-    for rank, groups in enumerate(step.plan.groups):
+    for replica, groups in enumerate(step.plan.groups):
         for group_number, group in enumerate(groups):
-            for place, chunk in enumerate(group.chunks, start=1):
-                name = (
-                    f"rank {rank}, group {group_number}, chunk {place} of {len(group.chunks)}"
-                    f" ({chunk.tokens:,} tokens)"
-                )
+            for number, chunk in enumerate(group.chunks, start=1):
+                name = f"rank {replica}, group {group_number}, chunk {number} of {len(group.chunks)}"
                 for segment in chunk.segments:
-                    pieces[segment.sequence].append((segment.start, segment.start + segment.length, name))
+                    piece = segment.start, segment.start + segment.length, f"{name} ({chunk.tokens:,} tokens)"
+                    pieces[segment.sequence].append(piece)
 
+    # ---- The pages.
     legend = "".join(painted(["with loss", "without loss"], [True, False], colours))
-    print(
-        f"step 1: {len(step.rows)} sequences, {step.plan.tokens:,} tokens in {step.plan.chunks:,} chunks;"
-        f" {legend}"
-    )
+    tokens = f"{step.plan.tokens:,} tokens in {step.plan.chunks:,} chunks"
+    print(f"step 1: {len(step.rows)} sequences, {tokens}; {legend}")
     for sequence, (row, length) in enumerate(zip(step.rows, step.lengths)):
         tokens, labels = dataset.row(row, length)
         ids = tokens.tolist()
         has_loss = [
             False,
             *(label != -100 for label in labels.tolist()[1:]),
-        ]  # nothing comes before the first token
+        ]  # nothing comes before the first
         cut = f", cut from {dataset.lengths[row]:,}" if dataset.lengths[row] > length else ""
         print(f"\n{dataset.source(row)}: {length:,} tokens{cut}, {sum(has_loss):,} with loss")
         texts = list(tokenizer.pieces(ids)) if tokenizer else [f"{number} " for number in ids]

@@ -98,6 +98,13 @@ class ChunkDataLoader:
                 end for end in range(len(dataset), 0, -1) if not self._dropped(self._row(end - 1))
             )
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that is trained, ever."""
+        if self.overlong == "drop":
+            return max(length for length in self.dataset.lengths if length <= self.seq_len)
+        return min(max(self.dataset.lengths), self.seq_len)
+
     def _check_lengths(self) -> str:
         lengths = self.dataset.lengths
         overlong = [index for index, length in enumerate(lengths) if length > self.seq_len]
@@ -172,8 +179,9 @@ class ChunkDataLoader:
         waited, self._waited = self._waited, 0.0
         return waited
 
-    def step_at(self, cursor: int) -> StepData:
-        """The step that begins after `cursor` sequences: depends on nothing else."""
+    def batch_at(self, cursor: int) -> tuple[list[int], list[int], Ledger, int]:
+        """The global batch that begins after `cursor` sequences: rows of the dataset, their tokens, what was
+        read for it (without what is trained and masked of it), and the cursor behind it."""
         dataset, ledger = self.dataset, Ledger()
         rows, lengths = [], []
         while len(rows) < self.global_batch_size and cursor < self.end:
@@ -187,18 +195,19 @@ class ChunkDataLoader:
             rows.append(row)
             lengths.append(min(length, self.seq_len))
             ledger.truncated += length - lengths[-1]
-        supervised = [dataset.supervised(row, length) for row, length in zip(rows, lengths)]
+        return rows, lengths, ledger, cursor
+
+    def step_at(self, cursor: int) -> StepData:
+        """The step that begins after `cursor` sequences: depends on nothing else."""
+        rows, lengths, ledger, cursor = self.batch_at(cursor)
+        supervised = [self.dataset.supervised(row, length) for row, length in zip(rows, lengths)]
         ledger.trained = sum(supervised)
         ledger.masked = sum(lengths) - ledger.trained
         plan = self.make_plan(lengths)
-        own = sorted(
-            {
-                s.sequence
-                for group in plan.groups[self.replica]
-                for chunk in group.chunks
-                for s in chunk.segments
-            }
+        segments = (
+            s for group in plan.groups[self.replica] for chunk in group.chunks for s in chunk.segments
         )
+        own = sorted({segment.sequence for segment in segments})
         return StepData(
             plan=plan,
             rows=rows,
@@ -208,7 +217,7 @@ class ChunkDataLoader:
             own_targets=sum(supervised[sequence] for sequence in own),
             ledger=ledger,
             cursor=cursor,
-            epoch=(cursor - 1) // len(dataset),
+            epoch=(cursor - 1) // len(self.dataset),
         )
 
     def _dropped(self, row: int) -> bool:

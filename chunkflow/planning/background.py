@@ -22,15 +22,18 @@ class PlanProcess:
     """
 
     def __init__(self, settings: PlanSettings, replica: int):
-        command = [sys.executable, "-m", "chunkflow.planning.background"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._send((settings, replica))
+        self.settings, self.replica = settings, replica
+        self.process: subprocess.Popen | None = None  # started when the first plan is asked for
 
     def _send(self, message) -> None:
         pickle.dump(message, self.process.stdin)
         self.process.stdin.flush()
 
     def __call__(self, lengths: list[int]) -> Plan:
+        if self.process is None:
+            command = [sys.executable, "-m", "chunkflow.planning.background"]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self._send((self.settings, self.replica))
         self._send(lengths)
         answer = pickle.load(self.process.stdout)
         if isinstance(answer, Exception):

@@ -64,9 +64,8 @@ def build_groups(
     """Cuts and packs sequences of the given lengths (tokens, each at least 1) into groups, the longest group
     first.
 
-    `sequences` are the indices of those wanted; None: all. The short sequences are packed by
-    best-fit-decreasing, and by first-fit-decreasing too where that could save a chunk; the fewer chunks
-    count. Ties are broken by index, so that every rank builds the same groups.
+    `sequences` are the indices of those wanted; None: all. The short ones are packed by best-fit-decreasing,
+    ties broken by index, so that every rank builds the same groups.
     """
     tails: list[int] = []  # free tokens behind each long sequence
     cut: list[list[Chunk]] = []
@@ -81,10 +80,6 @@ def build_groups(
         tails.append(-length % chunk_size if fill_tails else 0)
     short.sort()
     bins = _best_fit(short, chunk_size, tails)
-    spare = sum(tails) + (len(bins) - len(tails)) * chunk_size + sum(negative for negative, _ in short)
-    if spare >= chunk_size:  # otherwise no packing needs fewer chunks
-        bins = min(bins, _first_fit(short, chunk_size, tails), key=len)  # on a tie the first, best-fit
-
     groups = []
     for chunks, neighbours in zip(cut, bins):
         last = Chunk(chunks[-1].segments + tuple(Segment(index, 0, lengths[index]) for index in neighbours))
@@ -122,36 +117,4 @@ def _best_fit(short: list[tuple[int, int]], chunk_size: int, tails: list[int]) -
         else:
             by_room[room] = [position]
             insort(rooms, room)
-    return bins
-
-
-def _first_fit(short: list[tuple[int, int]], chunk_size: int, tails: list[int]) -> list[list[int]]:
-    """Puts each sequence into the first bin that has room. A tree of maxima finds that bin in log(bins)
-    steps."""
-    size = 1
-    while size < len(tails) + len(short):
-        size *= 2
-    # a bin not opened yet has all its room: the first fit then opens the next one by itself
-    rooms = tails + [chunk_size] * (size - len(tails))
-    tree = [0] * size + rooms
-    for node in range(size - 1, 0, -1):
-        tree[node] = max(tree[2 * node], tree[2 * node + 1])
-    bins: list[list[int]] = [[] for _ in tails]
-    for negative, index in short:
-        node = 1
-        while node < size:
-            node *= 2
-            if tree[node] < -negative:
-                node += 1
-        position = node - size
-        if position == len(bins):
-            bins.append([])
-        bins[position].append(index)
-        tree[node] += negative
-        while node > 1:
-            node //= 2
-            best = max(tree[2 * node], tree[2 * node + 1])
-            if tree[node] == best:
-                break
-            tree[node] = best
     return bins

@@ -429,7 +429,10 @@ def main_config(
             check_paths(config)
         if check:
             check(config)
-        check_processes(config, _processes(planned or only_check or config.comm.mode == "fake_backend"))
+        planned = planned or only_check or config.comm.mode == "fake_backend"
+        # torchrun says how many there are; a recipe that is run without it is one process
+        there = int(os.environ.get("WORLD_SIZE") or 0) or (planned_processes() if planned else 1)
+        check_processes(config, there)
     except ValueError as error:
         if first:
             print(f"error: {error}", file=sys.stderr)
@@ -469,12 +472,10 @@ def user_errors():
         raise SystemExit(1) from None
 
 
-def _processes(planned: bool) -> int:
-    """torchrun's processes; without it one, or as many as run_train.sh is about to start."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
+def planned_processes() -> int:
+    """NGPU x NNODES of the environment: the processes that run_train.sh is about to start; 1 where unset."""
     count = 1
-    for name in ("NGPU", "NNODES") if planned else ():
+    for name in ("NGPU", "NNODES"):
         text = os.environ.get(name) or "1"
         if not text.isdecimal() or int(text) < 1:
             raise ConfigError(

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from chunkflow.settings import options
+from chunkflow.settings.config import planned_processes
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +84,7 @@ def init_processes(comm: options.Comm, degrees: options.Parallelism) -> Processe
     if fake:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        world_size = int(os.environ.get("NGPU", 1)) * int(os.environ.get("NNODES", 1))
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=planned_processes())
     else:
         timeout = timedelta(seconds=comm.init_timeout_seconds)
         store, rank, world_size = dist.HashStore(), 0, 1

@@ -101,7 +101,6 @@ class Validation:
             f"Validation data: {len(dataset):,} sequences of {settings.dataset}, {sum(dataset.lengths):,}"
             f" tokens, the longest has {max(dataset.lengths):,}"
         )
-        self.longest = min(max(dataset.lengths), training.seq_len)
 
     def due(self, step: int) -> bool:
         return step % self.settings.freq == 0 or step == self.last_step
@@ -109,10 +108,10 @@ class Validation:
     def run(self, step: int, metrics: MetricsLogger, models: Iterable[FSDPModule], runner: Runner) -> None:
         """Measures and logs. `models` and `runner` are this rank's. A collective: all ranks call."""
         metrics.interrupt()
-        total, tokens, targets = LossByPosition(self.longest, self.device), 0, 0
+        total, tokens, targets = LossByPosition(self.loader.longest, self.device), 0, 0
         self.loader.cursor = 0
         for data in islice(self.loader, self.settings.steps if self.settings.steps > 0 else None):
-            batch = LossByPosition(self.longest, self.device)
+            batch = LossByPosition(self.loader.longest, self.device)
             program = data.plan.programs[self.replica][self.pipeline_rank]
             runner.evaluate(program, data.plan.groups[self.replica], data.chunks, batch.take)
             # Over ranks after every batch, as in training: none runs so far ahead that another's collectives
