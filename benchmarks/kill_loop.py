@@ -27,8 +27,8 @@ from tests.helpers.runs import REPO, environment, forks, rows_of, write_rows
 LAYOUTS = {
     "one process": (1, "finetune.py", []),
     "two ranks": (2, "finetune.py", []),
-    "two stages": (2, "finetune_pipeline.py", ["--parallelism.pipeline_parallel_degree=2"]),
-    "two stages x two ranks": (4, "finetune_pipeline.py", ["--parallelism.pipeline_parallel_degree=2"]),
+    "two stages": (2, "finetune.py", ["--parallelism.pipeline_parallel_degree=2"]),
+    "two stages x two ranks": (4, "finetune.py", ["--parallelism.pipeline_parallel_degree=2"]),
 }
 TIMING = {"seconds", "tps", "tflops", "mfu_percent", "memory_gib"}
 

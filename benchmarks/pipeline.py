@@ -9,7 +9,7 @@ chunks of 2K, 4K or 8K tokens, k = 1, 2 or 4. `lmsys` lengths follow LMSys-Chat-
 4K tokens, 0.013 % above 32K, the longest about 300K); in `long_heavy`, one sequence in 20 has 8K to 256K
 tokens. Chunks cost their tokens, or also their attention, as in a model of 7B.
 
-Measured: recipes/finetune_pipeline.py on train_configs/debug_pipeline.toml with longer sequences; seconds of
+Measured: recipes/finetune.py on train_configs/debug_pipeline.toml with longer sequences; seconds of
 a step (the median after the first) and the peak memory of the larger process. Whole sequences keep the
 activations of their longest one on every stage, or recompute them layer by layer.
 """
@@ -134,7 +134,6 @@ def measured(options: argparse.Namespace) -> None:
     environment = {
         "NGPU": "2",
         "CONFIG_FILE": "train_configs/debug_pipeline.toml",
-        "TRAIN_FILE": "recipes/finetune_pipeline.py",
     }
     print(
         f"\n{f'2 processes, sequences of up to {options.seq_len:,}':38}{'seconds a step':>16}{'peak GiB':>10}"

@@ -26,7 +26,7 @@ from tests.helpers.runs import (
 )
 
 LENGTHS = [100, 20, 64, 5, 70, 31, 7, 12, 1, 48]
-FINETUNE, PIPELINE = REPO / "recipes" / "finetune.py", REPO / "recipes" / "finetune_pipeline.py"
+FINETUNE = REPO / "recipes" / "finetune.py"
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_another_layout_goes_on_with_the_next_sample(place):
     others = {
         "one": {},
         "other_chunks": {"more": ["--chunkflow.chunk_size=20", "--chunkflow.k=2"]},
-        "stages": {"recipe": PIPELINE, "processes": 2, "more": ["--parallelism.pipeline_parallel_degree=2"]},
+        "stages": {"recipe": FINETUNE, "processes": 2, "more": ["--parallelism.pipeline_parallel_degree=2"]},
         "three": {"processes": 3, "more": ["--parallelism.fsdp_reshard_after_forward=never"]},
     }
     for name, how in others.items():

@@ -1,4 +1,4 @@
-"""float8 and int8 linear layers and AdamW8bit, through both recipes: they train as well as bfloat16 and
+"""float8 and int8 linear layers and AdamW8bit, through the recipe: they train as well as bfloat16 and
 AdamW, to stated margins.
 
 What they save: AdamW8bit's moments take 2.05 bytes a parameter instead of 8 on the debug model. float8 and
@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from chunkflow.execution.executor import dummy_chunk
+from chunkflow.execution.state import dummy_chunk
 from chunkflow.planning.memory import Layout, StageSizes
 from chunkflow.settings.config import load_config
 from chunkflow.training.converters import check_converters, convert_model, layers_to_convert
@@ -33,7 +33,6 @@ from tests.helpers.distributed import run_ranks
 from tests.helpers.runs import RECIPE, REPO, run, train, write_rows
 
 LENGTHS = [300, 20, 64, 5, 130, 31, 7, 90, 12, 1, 48, 200, 9, 77, 33]
-PIPELINE = REPO / "recipes" / "finetune_pipeline.py"
 STEPS = 6
 # Of the loss, at each of the steps, in which it falls by a tenth. Measured: float8 0.0023, int8 0.0003,
 # AdamW8bit 0.0005.
@@ -94,13 +93,13 @@ def curves(folder, settings):
         "bfloat16": (RECIPE, []),
         "float8 on ranks": (RECIPE, FLOAT8),
         "float8 on whole sequences": (RECIPE, [*FLOAT8, "--chunkflow.no_enable"]),
-        "float8 on stages": (PIPELINE, [*FLOAT8, *STAGES]),
+        "float8 on stages": (RECIPE, [*FLOAT8, *STAGES]),
         "int8 on ranks": (
             RECIPE,
             [*INT8, "--parallelism.fsdp_reshard_after_forward=never", "--activation_checkpoint.mode=full"],
         ),
         "int8 on whole sequences": (RECIPE, [*INT8, "--chunkflow.no_enable"]),
-        "int8 on stages": (PIPELINE, [*INT8, *STAGES, "--checkpoint.last_save_in_hf"]),
+        "int8 on stages": (RECIPE, [*INT8, *STAGES, "--checkpoint.last_save_in_hf"]),
         "AdamW8bit on ranks": (RECIPE, ["--optimizer.name=AdamW8bit"]),
     }
     folders = {name: folder / name.replace(" ", "_") for name in runs}
@@ -358,7 +357,7 @@ def test_refusals(argv, words):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's kernels need no C++ compiler")
-@pytest.mark.parametrize("recipe, options", [(RECIPE, []), (PIPELINE, STAGES)])
+@pytest.mark.parametrize("recipe, options", [(RECIPE, []), (RECIPE, STAGES)])
 def test_no_compiler_is_a_sentence_and_status_2(tmp_path, recipe, options):
     options = ["--check", f"--job.dump_folder={tmp_path}/x", "--optimizer.name=AdamW8bit", *options]
     done = run(tmp_path, *options, processes=2, TRAIN_FILE=str(recipe), CXX="/no/compiler")
@@ -369,5 +368,5 @@ def test_no_compiler_is_a_sentence_and_status_2(tmp_path, recipe, options):
 def test_torchao_is_imported_only_where_it_is_asked_for():
     load = "import runpy, sys; [runpy.run_path(recipe) for recipe in sys.argv[1:]]"
     code = load + "; assert not any(name.startswith('torchao') for name in sys.modules)"
-    command = [sys.executable, "-c", code, str(RECIPE), str(PIPELINE)]
+    command = [sys.executable, "-c", code, str(RECIPE), str(RECIPE)]
     subprocess.run(command, cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)}, check=True)

@@ -3,97 +3,34 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from chunkflow.execution.executor import run_actions
-from chunkflow.planning.cost import Cost
-from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.training import parallel
-from chunkflow.training.model import apply_activation_checkpoint
 from models import families
 from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import join, layout_config, sharded_gradients, small_model
 from tests.helpers.reference import (
     assert_same_gradients,
-    chunk_tensors,
     random_lengths,
     random_sequences,
     whole_sequence_gradients,
 )
-from tests.test_exactness import small_model
-
-
-def settings(**changes):
-    """The part of a config that parallel.py and model.py read."""
-    values = {
-        "reshard": "always",
-        "replicas": 1,
-        "param": "float64",
-        "mode": "none",
-        "offload": False,
-    } | changes
-    return SimpleNamespace(
-        comm=SimpleNamespace(init_timeout_seconds=60, train_timeout_seconds=60, mode="default"),
-        training=SimpleNamespace(
-            mixed_precision_param=values["param"],
-            mixed_precision_reduce="float64" if values["param"] == "float64" else "float32",
-            enable_cpu_offload=values["offload"],
-        ),
-        parallelism=SimpleNamespace(
-            data_parallel_replicate_degree=values["replicas"], fsdp_reshard_after_forward=values["reshard"]
-        ),
-        activation_checkpoint=SimpleNamespace(mode=values["mode"], selective_ac_option="2"),
-    )
-
-
-def sharded_gradients(model, lengths, sequences, mesh, config, k=1, balance="cost", chunk_size=16):
-    """One step of this rank; returns the global loss and whole gradients."""
-    reshard = config.parallelism.fsdp_reshard_after_forward == "always"
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    plan = plan_step(
-        lengths,
-        PlanSettings(
-            Cost.of_model(model.args),
-            ranks=ranks,
-            chunk_size=chunk_size,
-            k=k,
-            balance=balance,
-            lockstep=reshard,
-        ),
-    )
-    targets = sum(int((labels != -100).sum()) for _, labels in sequences)
-    parallel.begin_step(model, reshard)
-    result = run_actions(
-        model,
-        plan.groups[rank],
-        plan.actions[rank],
-        chunk_tensors(plan.groups[rank], sequences),
-        targets,
-        torch.device("cpu"),
-        lambda: parallel.before_last_backward(model),
-    )
-    dist.all_reduce(result.loss_sum)
-    whole = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    assert result.peak_live_chunks <= k
-    return result.loss_sum.item() / targets, whole
 
 
 def cases(replicas):
-    config = settings(replicas=replicas)
-    _, mesh = parallel.init_processes(config)
+    config = layout_config(replicas=replicas)
+    mesh = join(config).mesh
     checked = 0
     for reshard in ("never", "always"):
         for mode in ("none", "full", "selective"):
-            config = settings(replicas=replicas, reshard=reshard, mode=mode)
+            config = layout_config(replicas=replicas, reshard=reshard, mode=mode)
             reference = small_model("llama3")
             model = small_model("llama3")
-            apply_activation_checkpoint(model, config)
-            parallel.apply_fsdp(model, mesh, config, reshard == "always")
+            parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
+            parallel.apply_fsdp(model, mesh, config.training, reshard == "always")
             for seed in range(4 if mode == "none" else 1):
                 rng = random.Random(f"{reshard}/{mode}/{seed}")
                 lengths = random_lengths(rng, 90) if seed else [70]  # one sequence: other ranks have no chunk
@@ -101,7 +38,7 @@ def cases(replicas):
                 loss, expected = whole_sequence_gradients(reference, sequences)
                 balance = rng.choice(["cost", "tokens"])
                 got_loss, got = sharded_gradients(
-                    model, lengths, sequences, mesh, config, rng.choice([1, 2, 9]), balance
+                    model, lengths, sequences, config, rng.choice([1, 2, 9]), balance
                 )
                 assert abs(got_loss - loss) <= 1e-10 * loss
                 assert_same_gradients(got, expected, 1e-10)
@@ -115,7 +52,7 @@ def test_ranks_give_the_gradients_of_one_process(world_size, replicas):
 
 
 def other_precisions():
-    _, mesh = parallel.init_processes(settings())
+    mesh = join().mesh
     lengths = [70, 20, 8, 30]
     sequences = random_sequences(lengths, 96, 0)
     _, expected = whole_sequence_gradients(small_model("llama3"), sequences)
@@ -126,10 +63,10 @@ def other_precisions():
         "offload": {"param": "float32", "offload": True},
     }.items():
         for reshard in ("never", "always"):
-            config = settings(reshard=reshard, **changes)
+            config = layout_config(reshard=reshard, **changes)
             model = small_model("llama3", torch.float32)
-            parallel.apply_fsdp(model, mesh, config, reshard == "always")
-            _, got = sharded_gradients(model, lengths, sequences, mesh, config)
+            parallel.apply_fsdp(model, mesh, config.training, reshard == "always")
+            _, got = sharded_gradients(model, lengths, sequences, config)
             assert all(gradient.dtype == torch.float32 for gradient in got.values())
             errors[name, reshard] = max(float((got[n] - g).norm() / g.norm()) for n, g in expected.items())
     return errors
@@ -143,12 +80,12 @@ def test_precisions_and_offload():
 
 
 def clipped_norms():
-    _, mesh = parallel.init_processes(settings())
+    mesh = join().mesh
     model = small_model("llama3")
-    parallel.apply_fsdp(model, mesh, settings(), False)
+    parallel.apply_fsdp(model, mesh, layout_config().training, False)
     for parameter in model.parameters():
         parameter.grad = parameter.detach().clone()
-    norm = parallel.clip_grad_norm(list(model.parameters()), 1.5)
+    norm = parallel.clip_grad_norm([model], 1.5, mesh)
     after = torch.stack([parameter.grad.full_tensor().norm() for parameter in model.parameters()]).norm()
     return float(norm), float(after)
 
@@ -162,11 +99,11 @@ def test_gradient_clipping_is_global():
 
 
 def start_weights(replicas):
-    _, mesh = parallel.init_processes(settings(replicas=replicas))
+    mesh = join(layout_config(replicas=replicas)).mesh
     family = families["qwen3"]
     with torch.device("meta"):
         model = family.Transformer(family.flavors["debugmodel"])
-    parallel.apply_fsdp(model, mesh, settings(replicas=replicas), True)
+    parallel.apply_fsdp(model, mesh, layout_config(replicas=replicas).training, True)
     model.to_empty(device="cpu")
     parallel.init_weights(model, seed=5)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -200,16 +137,16 @@ def recorded_collectives(reshard):
                 )
             return function(*arguments, **(kwargs or {}))
 
-    config = settings(reshard=reshard)
-    _, mesh = parallel.init_processes(config)
+    config = layout_config(reshard=reshard)
+    mesh = join(config).mesh
     model = small_model("llama3")
-    parallel.apply_fsdp(model, mesh, config, reshard == "always")
+    parallel.apply_fsdp(model, mesh, config.training, reshard == "always")
     recorder = Recorder()
     for seed in range(6):
         lengths = random_lengths(random.Random(seed), 90)
         sequences = random_sequences(lengths, 96, seed)
         with recorder:
-            sharded_gradients(model, lengths, sequences, mesh, config, k=1 + seed % 3)
+            sharded_gradients(model, lengths, sequences, config, k=1 + seed % 3)
     return recorder.calls
 
 

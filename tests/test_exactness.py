@@ -1,52 +1,28 @@
 """The product: loss and every gradient of chunked training equal those of whole sequences."""
 
-import dataclasses
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from chunkflow.execution import executor, loss
+from chunkflow.execution import loss, runner
 from chunkflow.execution.state import KeyValueState
 from chunkflow.planning.chunks import build_groups, whole_sequences
-from chunkflow.planning.planner import live_chunks
 from chunkflow.planning.schedule import Action, Kind, linear_schedule
-from chunkflow.training.parallel import init_weights
-from models import families, llama
+from models import families
+from tests.helpers.layouts import SMALL, small_model
 from tests.helpers.reference import (
     assert_same_gradients,
     chunk_tensors,
     chunked_gradients,
-    naive_cross_entropy,
+    live_chunks,
+    naive_loss,
     random_lengths,
     random_sequences,
+    runner_of,
     whole_sequence_gradients,
 )
-
-SMALL = {
-    "dim": 32,
-    "n_layers": 3,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "head_dim": 8,
-    "hidden_dim": 48,
-    "vocab_size": 96,
-}
-
-
-def small_model(family, dtype=torch.float64, **changes):
-    module = families[family]
-    model = module.Transformer(dataclasses.replace(module.flavors["debugmodel"], **{**SMALL, **changes}))
-    init_weights(model, seed=1)
-    with torch.no_grad():  # larger than a real start, so that attention is far from uniform
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)
-            else:  # norms and biases away from 1 and 0
-                parameter.add_(
-                    0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-                )
-    return model.to(dtype)
 
 
 @pytest.mark.parametrize("family", families)
@@ -71,7 +47,7 @@ def test_chunks_give_the_gradients_of_whole_sequences(family, seed):
     ours, got, result = chunked_gradients(model, sequences, chunks, k)
     assert abs(ours - loss) <= 1e-10 * max(loss, 1e-30)
     assert_same_gradients(got, expected, 1e-10)
-    assert result.peak_live_chunks <= k
+    assert max(result.live_chunks) <= k
     ours, got, _ = chunked_gradients(
         model, sequences, whole_sequences(lengths), 1
     )  # chunkflow.enable = false
@@ -143,17 +119,17 @@ def test_memory_follows_k(k, monkeypatch):
     """Counted from outside: graphs that are alive, and K/V states after the step."""
     states = []
     monkeypatch.setattr(
-        executor, "KeyValueState", lambda group: states.append(KeyValueState(group)) or states[-1]
+        runner, "KeyValueState", lambda group: states.append(KeyValueState(group)) or states[-1]
     )
     model = small_model("qwen3")
     sequences = random_sequences([95, 50, 10], 96, 0)
     groups = build_groups([95, 50, 10], 10)
     _, _, result = chunked_gradients(model, sequences, groups, k)
-    assert result.peak_live_chunks == k == live_chunks(linear_schedule([len(g.chunks) for g in groups], k))
+    assert max(result.live_chunks) == k == live_chunks(linear_schedule([len(g.chunks) for g in groups], k))
     tokens, layers, per_token = 95 + 50, SMALL["n_layers"], 2 * SMALL["n_kv_heads"] * SMALL["head_dim"] * 8
     assert (
         len(states) == 2
-        and result.peak_state_bytes < 2 * 105 * layers * per_token < 2 * tokens * layers * per_token
+        and result.state_bytes < 2 * 105 * layers * per_token < 2 * tokens * layers * per_token
     )
     assert all(not gradients for state in states for gradients in state.gradients.values()), (
         "gradients that nobody took"
@@ -178,7 +154,8 @@ def test_forward_state_skips_what_nobody_reads():
         module.register_forward_hook(lambda module, inputs, output, name=name: calls.append(name))
     groups = build_groups([20], 10)
     tensors = chunk_tensors(groups, random_sequences([20], 96, 0))[0]
-    chunk, chunk.state, chunk.state_only = tensors[0], KeyValueState(groups[0]), True
+    chunk = tensors[0]
+    chunk.state, chunk.end = KeyValueState(groups[0]), None
     with torch.no_grad():
         assert model(chunk.tokens, chunk) is None
     assert (
@@ -204,7 +181,7 @@ def test_the_loss_in_slices_is_that_of_all_logits(at_once, monkeypatch):
     labels = torch.randint(96, (300,))
     labels[::3] = -100
     ours = loss.sliced_cross_entropy(hidden, weight, labels, 0.3 if at_once else None)
-    theirs = naive_cross_entropy(hidden, weight, labels)
+    theirs = naive_loss(hidden, weight, SimpleNamespace(labels=labels))
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
     for a, b in zip(
         torch.autograd.grad(0.3 * ours, (hidden, weight)), torch.autograd.grad(0.3 * theirs, (hidden, weight))
@@ -220,19 +197,17 @@ def test_gradients_made_at_once_are_refused_to_another_backward():
 
 
 @pytest.mark.parametrize("k, expected", [(1, 6), (3, 4)])
-def test_the_head_runs_once_where_backward_comes_next(k, expected, monkeypatch):
+def test_the_head_runs_once_where_backward_comes_next(k, expected):
     """Of 4 dependent and 2 standalone chunks all but the k - 1 that wait; those compute their logits
     twice."""
     told = []
-    monkeypatch.setattr(
-        llama,
-        "sliced_cross_entropy",
-        lambda *inputs: told.append(inputs[3]) or loss.sliced_cross_entropy(*inputs),
-    )
-    chunked_gradients(
-        small_model("llama3"),
-        random_sequences([40, 10, 10], 96, 0, masked=0.0),
-        build_groups([40, 10, 10], 10),
-        k,
-    )
+
+    def loss_sum(hidden, weight, chunk):
+        told.append(chunk.loss_gradient)
+        return loss.loss_sum(hidden, weight, chunk)
+
+    sequences, groups = random_sequences([40, 10, 10], 96, 0, masked=0.0), build_groups([40, 10, 10], 10)
+    actions = linear_schedule([len(group.chunks) for group in groups], k)
+    runner = runner_of(small_model("llama3"), loss=loss_sum)
+    runner.step(actions, groups, chunk_tensors(groups, sequences), 57)
     assert len(told) == 6 and sum(gradient == 1 / 57 for gradient in told) == expected

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from chunkflow.training.model import model_args
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,7 +24,6 @@ from chunkflow.planning.chunks import Chunk, Segment
 from chunkflow.settings.config import ConfigError, load_config
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import stages
-from chunkflow.training.model import model_args
 from models import families
 from tests.helpers.distributed import run_ranks
 from tests.helpers.runs import REPO, environment, run, train, write_rows
@@ -147,7 +147,7 @@ LENGTHS = [300, 20, 64, 5, 130, 31, 7, 90, 12, 2, 48, 200, 9, 77, 33, 15, 6, 260
 LAYOUTS_OF_RUNS = {
     "1 process": {"processes": 1},
     "2 ranks": {"processes": 2},
-    "2 stages": {"processes": 2, "TRAIN_FILE": str(REPO / "recipes" / "finetune_pipeline.py")},
+    "2 stages": {"processes": 2},
 }
 
 

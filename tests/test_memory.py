@@ -11,22 +11,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from chunkflow.execution.executor import run_actions
-from chunkflow.execution.loss import slice_tokens
-from chunkflow.execution.pipeline import SENDS_IN_FLIGHT
+from chunkflow.execution.loss import loss_sum, slice_tokens
+from chunkflow.execution.runner import SENDS_IN_FLIGHT
 from chunkflow.execution.state import KeyValueState
 from chunkflow.planning.chunks import build_groups
 from chunkflow.planning.memory import Layout, StageSizes, peak_parts
 from chunkflow.planning.schedule import linear_schedule
 from chunkflow.settings.config import Config
 from chunkflow.training import parallel
-from chunkflow.training.model import apply_activation_checkpoint
 from chunkflow.training.optimizer import build_optimizer
 from models import families
 from tests.helpers.distributed import run_ranks
-from tests.helpers.reference import chunk_tensors, random_sequences
-from tests.test_data_parallel import settings as data_parallel_settings
-from tests.test_pipeline import Pipeline
+from tests.helpers.layouts import Pipeline, join
+from tests.helpers.reference import chunk_tensors, random_sequences, runner_of
 
 SMALL = {
     "dim": 64,
@@ -85,14 +82,14 @@ def test_activations(family, mode, dtype):
     args, model = small_model(family, dtype)
     config = Config()
     config.activation_checkpoint.mode = mode
-    apply_activation_checkpoint(model, config)
+    parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
     stage = sizes(args, model, dtype, checkpoint_every={"none": 0, "selective": 2, "full": 1}[mode])
     sequences = random_sequences([300, 20, 60], args.vocab_size, 0)
     groups = build_groups([300, 20, 60], 128)
     for group, chunks in zip(groups, chunk_tensors(groups, sequences)):
         state = KeyValueState(group) if len(group.chunks) > 1 else None
         for own, chunk in zip(group.chunks, chunks):
-            chunk.state = state
+            chunk.state, chunk.end = state, loss_sum
             if state and not chunk.index:  # its buffers are not activations
                 with torch.no_grad():
                     model(chunk.tokens, chunk)
@@ -124,7 +121,7 @@ def test_peak_of_a_step(family, lengths, k, mode, dtype):
     args, model = small_model(family, dtype, n_layers=6)
     config = Config()
     config.activation_checkpoint.mode = mode
-    apply_activation_checkpoint(model, config)
+    parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
     stage = sizes(args, model, dtype, reduce=dtype.itemsize, checkpoint_every=int(mode == "full"))
     groups = build_groups(lengths, 256)
     chunks = chunk_tensors(groups, random_sequences(lengths, args.vocab_size, 0))
@@ -139,11 +136,11 @@ def test_peak_of_a_step(family, lengths, k, mode, dtype):
         for tensor in (chunk.tokens, chunk.labels, chunk.positions)
     ]
     with LiveBytes(*model.parameters(), *inputs) as live:
-        result = run_actions(model, groups, actions, chunks, 1, torch.device("cpu"), lambda: None)
+        result = runner_of(model).step(actions, groups, chunks, 1)
     assert 0.9 * sum(parts.values()) < live.peak < 1.02 * sum(parts.values()), (live.peak, parts)
     last = groups[0].chunks[-1].prefix  # whose K/V gradients are all there when the first backward ends
     state = stage.layers * (stage.kv_of_layer * groups[0].tokens + stage.kv_gradient_of_layer * last)
-    assert result.peak_state_bytes == (state if len(groups[0].chunks) > 1 else 0)
+    assert result.state_bytes == (state if len(groups[0].chunks) > 1 else 0)
 
 
 def sharded_step(reshard, ranks, lengths):
@@ -154,10 +151,9 @@ def sharded_step(reshard, ranks, lengths):
     args, model = small_model("qwen2", torch.float32)
     stage = sizes(args, model, torch.bfloat16, shards=ranks, reshard=reshard)
     config = Config()
-    parallel.apply_fsdp(
-        model, init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp_shard",)), config, reshard
-    )
-    optimizer = build_optimizer(model, config)
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp_shard",))
+    parallel.apply_fsdp(model, mesh, config.training, reshard)
+    optimizer = build_optimizer(model, config.optimizer)
     held, modules = {}, [module for module in model.modules() if isinstance(module, FSDPModule)]
 
     def fsdp_parameters():
@@ -167,7 +163,7 @@ def sharded_step(reshard, ranks, lengths):
             for parameter in module._get_fsdp_state()._fsdp_param_group.fsdp_params
         ]
 
-    def before_last_backward():
+    def before_last_backward(model):
         gathered = [output for parameter in fsdp_parameters() for output in parameter.all_gather_outputs]
         sums = [
             p.unsharded_accumulated_grad
@@ -182,7 +178,7 @@ def sharded_step(reshard, ranks, lengths):
     chunks = chunk_tensors(groups, random_sequences(lengths, args.vocab_size, 0))
     actions = linear_schedule([len(group.chunks) for group in groups], 1)
     parallel.begin_step(model, reshard)
-    run_actions(model, groups, actions, chunks, 1, torch.device("cpu"), before_last_backward)
+    runner_of(model, before_last_backward).step(actions, groups, chunks, 1)
     optimizer.step()
 
     def nbytes(tensors):
@@ -220,7 +216,7 @@ def test_what_fsdp_holds():
 def pipeline_peaks():
     """On this rank: (most bytes in a step, parts predicted), for a long sequence, then for many short
     ones."""
-    parallel.init_processes(data_parallel_settings())
+    join()
     mesh = torch.distributed.init_device_mesh("cpu", (2, 1), mesh_dim_names=("pp", "dp_shard"))
     args, whole = small_model("llama3", torch.float64, n_layers=4, tied_embeddings=False)
     pipeline, answers = Pipeline("llama3", mesh, 1, whole), []
@@ -237,7 +233,7 @@ def pipeline_peaks():
     for lengths in ([1200, 300], [256] * 6):
         sequences = random_sequences(lengths, args.vocab_size, 0)
         plan = pipeline.plan(lengths, k=1, chunk_size=256)
-        parts = peak_parts({number: stage}, plan.groups[0], plan.pipeline.program[pipeline.rank])
+        parts = peak_parts({number: stage}, plan.groups[0], pipeline.program(plan))
         for part in ("parameters", "optimizer", "gradients", "gathered_parameters"):
             parts.pop(part)
         pipeline.step(plan, sequences)  # FSDP2 makes the storages that it gathers into
@@ -258,7 +254,7 @@ def pipeline_peaks():
         shards = [parameter._local_tensor for parameter in model.parameters()]
         parallel.begin_step(model, False)
         with LiveBytes(*gathered, *inputs, *shards) as live:
-            pipeline.schedule.step(plan.pipeline.program[pipeline.rank], plan.groups[0], chunks, 1)
+            pipeline.runner.step(pipeline.program(plan), plan.groups[0], chunks, 1)
         answers.append((live.peak, parts))
     return answers
 

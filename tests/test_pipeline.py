@@ -11,19 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti, _PipelineScheduleRuntime
+from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 from torch.distributed.pipelining.stage import _RecvInfo
-from torch.distributed.tensor import DTensor
 
-from chunkflow.execution.pipeline import ChunkStage, StateAwareSchedule
+from chunkflow.execution.loss import loss_sum
+from chunkflow.execution.pipeline_stage import ChunkStage
 from chunkflow.execution.state import KeyValueState
-from chunkflow.planning.cost import Cost
-from chunkflow.planning.pipeline_schedule import StageAction, live_limit
-from chunkflow.planning.pipeline_transfers import torch_csv
-from chunkflow.planning.planner import PipelineSettings, PlanSettings, plan_step
+from chunkflow.planning.pipeline_schedule import live_limit
+from chunkflow.planning.schedule import Action, Kind
 from chunkflow.training import parallel, stages
 from models import families
 from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import Pipeline, join, small_model
 from tests.helpers.reference import (
     assert_same_gradients,
     chunk_tensors,
@@ -31,71 +30,10 @@ from tests.helpers.reference import (
     random_sequences,
     whole_sequence_gradients,
 )
-from tests.test_data_parallel import settings
-from tests.test_exactness import small_model
-
-
-class Pipeline:
-    """This rank's stages of a small model, with the weights of `small_model`, on a ("pp", "dp_shard")
-    mesh."""
-
-    def __init__(self, family, mesh, virtual, whole, dtype=torch.float64):
-        self.mesh, self.whole = mesh, whole
-        self.rank, self.ranks = mesh.get_local_rank("pp"), mesh.size(0)
-        self.replica, self.replicas = mesh.get_local_rank("dp_shard"), mesh.size(1)
-        args, count = whole.args, self.ranks * virtual
-        bounds = [stage * args.n_layers // count for stage in range(count + 1)]
-        self.layers = [range(*pair) for pair in zip(bounds, bounds[1:])]
-        self.models = stages.build_stages(families[family], args, self.layers, self.rank, self.ranks)
-        weights = whole.state_dict()
-        chunk_stages = []
-        for stage, model in self.models.items():
-            model.to(dtype)
-            model.load_state_dict({name: weights[name] for name in model.state_dict()})
-            parallel.apply_fsdp(model, mesh["dp_shard"], settings(), False)
-            chunk_stages.append(
-                ChunkStage(
-                    model,
-                    stage,
-                    count,
-                    torch.device("cpu"),
-                    mesh.get_group("pp"),
-                    dtype,
-                    parallel.before_last_backward,
-                )
-            )
-        self.schedule = StateAwareSchedule(chunk_stages)
-
-    def plan(self, lengths, k, enable=True, balance="cost", chunk_size=16, forward_only=False):
-        costs = stages.stage_costs(self.whole.args, self.layers)
-        pipeline = PipelineSettings(costs, self.ranks, self.replica)
-        cost = Cost.of_model(self.whole.args)
-        options = {"balance": balance, "pipeline": pipeline, "forward_only": forward_only}
-        return plan_step(lengths, PlanSettings(cost, self.replicas, enable, chunk_size, k, **options))
-
-    def step(self, plan, sequences):
-        """Loss of all replicas, this rank's gradients by name, and the counters."""
-        targets = sum(int((labels != -100).sum()) for _, labels in sequences)
-        for model in self.models.values():
-            model.zero_grad()
-            parallel.begin_step(model, False)
-        groups = plan.groups[self.replica]
-        result = self.schedule.step(
-            plan.pipeline.program[self.rank], groups, chunk_tensors(groups, sequences), max(targets, 1)
-        )
-        stages.sum_tied_gradients(self.models, self.mesh, torch.device("cpu"))
-        dist.all_reduce(result.loss_sum)
-        gradients = {}
-        for model in self.models.values():
-            for name, parameter in model.named_parameters():
-                assert isinstance(parameter.grad, DTensor)
-                tied = name == "output.weight" and model.args.tied_embeddings
-                gradients["tok_embeddings.weight" if tied else name] = parameter.grad.full_tensor()
-        return result.loss_sum.item() / max(targets, 1), gradients, result
 
 
 def cases(shape, virtual, seeds):
-    parallel.init_processes(settings())
+    join()
     mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("pp", "dp_shard"))
     checked = 0
     for family in families:
@@ -120,7 +58,11 @@ def cases(shape, virtual, seeds):
                 return live_limit(k, count, stage) + (2 * longest + count if longest > 1 else 0)
 
             for place, stage in enumerate(pipeline.models):
-                assert 1 <= result.live_chunks[place] <= live_limit(k, count, stage)
+                assert (
+                    bool(plan.groups[pipeline.replica])
+                    <= result.live_chunks[place]
+                    <= live_limit(k, count, stage)
+                )
                 assert result.stage_inputs[place] <= (in_flight(stage - 1) if stage else 0)
             arriving = [
                 (in_flight(stage - 1) if stage else 0) + in_flight(stage) for stage in pipeline.models
@@ -138,7 +80,7 @@ def test_stages_give_the_gradients_of_whole_sequences(shape, virtual):
 def tied_steps(shape):
     """Three clipped AdamW steps of a tied model; this rank's norms, and what it holds of the embeddings'
     weight and the others."""
-    parallel.init_processes(settings())
+    join()
     mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("pp", "dp_shard"))
     whole = small_model("qwen3", n_layers=4, tied_embeddings=True)
     pipeline = Pipeline("qwen3", mesh, 1, whole)
@@ -149,7 +91,7 @@ def tied_steps(shape):
     for seed in range(3):
         lengths = random_lengths(random.Random(seed), 130)
         pipeline.step(pipeline.plan(lengths, 1), random_sequences(lengths, 96, seed))
-        norms.append(stages.clip_grad_norm(pipeline.models, 0.5, mesh).item())
+        norms.append(parallel.clip_grad_norm(pipeline.models.values(), 0.5, mesh).item())
         optimizer.step()
     (model,) = pipeline.models.values()
     return norms, {
@@ -176,10 +118,33 @@ def test_tied_embeddings_and_the_gradient_norm_over_stages():
             torch.testing.assert_close(torch.from_numpy(got), weight.detach(), rtol=0, atol=1e-8)
 
 
+def torch_csv(program) -> str:
+    """The actions in the form that torch.distributed.pipelining reads ("compute_only"), a line a rank.
+
+    Its micro-batches are numbered in the order of their forwards, which all stages share. Both kinds of
+    forward are F, and a recompute is part of B, as torch has no words for them: run by torch, every chunk
+    keeps its activations.
+    """
+    first = program[0][0].stage
+    forwards = [entry for entry in program[0] if isinstance(entry, Action) and entry.stage == first]
+    forwards = [entry[1:3] for entry in forwards if entry.kind in (Kind.FORWARD, Kind.FORWARD_STATE)]
+    number = {chunk: place for place, chunk in enumerate(forwards)}
+    lines = []
+    for entries in program:
+        actions = [
+            entry for entry in entries if isinstance(entry, Action) and entry.kind is not Kind.RECOMPUTE
+        ]
+        cells = [
+            f"{a.stage}{'B' if a.kind is Kind.BACKWARD else 'F'}{number[a.group, a.chunk]}" for a in actions
+        ]
+        lines.append(",".join(cells))
+    return "\n".join(lines) + "\n"
+
+
 def by_torchs_own_runtime(virtual, folder):
     """The exported order under torch's runtime, which splits nothing here: chunks and metadata are given one
     by one."""
-    parallel.init_processes(settings())
+    join()
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("pp", "dp_shard"))
     whole = small_model("llama3", n_layers=5)
     pipeline = Pipeline("llama3", mesh, virtual, whole)
@@ -191,7 +156,7 @@ def by_torchs_own_runtime(virtual, folder):
         plan = pipeline.plan(lengths, k)
         (groups,) = plan.groups
         path = folder / f"{k}_{rank}.csv"
-        path.write_text(torch_csv(plan.pipeline.program))
+        path.write_text(torch_csv(plan.programs[0]))
         hidden = torch.empty(16, whole.args.dim, dtype=torch.float64, device="meta", requires_grad=True)
         loss = torch.empty((), dtype=torch.float64, device="meta", requires_grad=True)
         models = stages.build_stages(families["llama3"], whole.args, pipeline.layers, rank, pipeline.ranks)
@@ -209,11 +174,11 @@ def by_torchs_own_runtime(virtual, folder):
             )
             torch_stages.append(stage_of_model)
         chunks = chunk_tensors(groups, sequences)
-        first = plan.pipeline.program[0][0].stage
+        first = plan.programs[0][0][0].stage
         order = [
             entry[1:3]
-            for entry in plan.pipeline.program[0]
-            if isinstance(entry, StageAction) and entry.stage == first and entry.kind.value in "FS"
+            for entry in plan.programs[0][0]
+            if isinstance(entry, Action) and entry.stage == first and entry.kind.value in "FS"
         ]
         states = {
             group: KeyValueState(groups[group])
@@ -222,6 +187,7 @@ def by_torchs_own_runtime(virtual, folder):
         }
         ordered = []
         for group, number in order:
+            chunks[group][number].end = loss_sum
             chunks[group][number].state = states.get(group)  # of all stages of this rank: layers differ
             ordered.append(chunks[group][number])
         runtime = _PipelineScheduleRuntime(
@@ -267,7 +233,7 @@ def test_torchs_own_runtime_gives_the_same_gradients(virtual, tmp_path):
     assert run_ranks(by_torchs_own_runtime, 2, virtual, tmp_path) == [True] * 2
 
 
-# What ChunkStage and StateAwareSchedule rely on, besides what torch documents.
+# What ChunkStage relies on, besides what torch documents.
 PRIVATE_PARTS = {
     (PipelineStage, "forward_one_chunk"): "self, fwd_chunk_id, args, kwargs, save_forward_output",
     (PipelineStage, "backward_one_chunk"): "self, bwd_chunk_id, loss, full_backward, last_backward",
@@ -278,11 +244,6 @@ PRIVATE_PARTS = {
     (PipelineStage, "get_bwd_send_ops"): "self, bwd_chunk_id",
     (PipelineStage, "clear_runtime_states"): "self",
     (PipelineStage, "_setup_forward_send_info"): "self",
-    (
-        PipelineScheduleMulti,
-        "__init__",
-    ): "self, stages, n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec,"
-    " output_merge_spec, use_full_backward, scale_grads, backward_requires_autograd",
     (_RecvInfo, "__init__"): "self, input_name, source, buffer, tensor_meta, is_root_arg",
 }
 
@@ -296,7 +257,7 @@ def test_this_torch_has_the_private_parts_that_the_runtime_uses():
             ", ".join(inspect.signature(getattr(owner, name)).parameters) if hasattr(owner, name) else "gone"
         )
         assert found == expected, f"torch {torch.__version__}: {owner.__name__}.{name} has changed"
-    parallel.init_processes(settings())
+    join()
     try:
         model = small_model("llama3")
         stage = ChunkStage(

@@ -11,17 +11,16 @@ import pytest
 from chunkflow.planning.background import PlanProcess
 from chunkflow.planning.balance import split_layers
 from chunkflow.planning.cost import Cost
-from chunkflow.planning.pipeline_schedule import StageAction
-from chunkflow.planning.planner import PipelineSettings, PlanSettings, plan_step
-from chunkflow.planning.schedule import Kind
+from chunkflow.planning.planner import PlanSettings, plan_step
+from chunkflow.planning.schedule import DUMMY, Action, Kind
 from models import families
 
-STAGES = [Cost(2.0, 0.01), Cost(3.0, 0.02), Cost(2.0, 0.01), Cost(4.0, 0.01)]
+STAGES = (Cost(2.0, 0.01), Cost(3.0, 0.02), Cost(2.0, 0.01), Cost(4.0, 0.01))
 
 
-def settings(replica=0, replicas=2, ranks=2, **changes):
-    pipeline = PipelineSettings(STAGES, ranks, replica)
-    return PlanSettings(Cost(11.0, 0.05), ranks=replicas, chunk_size=50, pipeline=pipeline, **changes)
+def settings(replicas=2, **changes):
+    stages = {"stages": STAGES, "pipeline_ranks": 2}
+    return PlanSettings(Cost(11.0, 0.05), replicas, chunk_size=50, **(stages | changes))
 
 
 @pytest.mark.parametrize("head", [0.0, 0.7, 3.4, 9.0, 40.0])
@@ -51,34 +50,31 @@ def test_each_replica_has_a_program_for_its_own_groups(enable):
     rng = random.Random(0)
     for replicas in (1, 2, 3):
         lengths = [rng.choice([20, 45, 130, 260]) for _ in range(rng.randint(1, 12))]
+        everyone = plan_step(lengths, settings(replicas, enable=enable, k=2))
+        assert list(everyone.programs) == list(everyone.simulations) == list(range(replicas))
         for replica in range(replicas):
-            plan = plan_step(lengths, settings(replica, replicas, enable=enable, k=2))
+            plan = plan_step(lengths, settings(replicas, enable=enable, k=2), [replica])
+            assert plan.programs == {replica: everyone.programs[replica]}
             counts = [len(group.chunks) for group in plan.groups[replica]] or [1]  # without groups, a dummy
             chunks = sum(counts)
-            for rank, entries in enumerate(plan.pipeline.program):
-                backwards = [e for e in entries if isinstance(e, StageAction) and e.kind is Kind.BACKWARD]
-                assert len(backwards) == 2 * chunks and {entry.stage for entry in backwards} == {
-                    rank,
-                    rank + 2,
-                }
-            assert 0 < plan.pipeline.simulation.bubble < 1
-            without = plan_step(
-                lengths, settings(replica, replicas, enable=enable, k=2)._replace(pipeline=None)
+            for rank, program in enumerate(plan.programs[replica]):
+                backwards = [e for e in program if isinstance(e, Action) and e.kind is Kind.BACKWARD]
+                assert len(backwards) == 2 * chunks
+                assert {action.stage for action in backwards} == {rank, rank + 2}
+                assert plan.groups[replica] or {entry.group for entry in program} == {DUMMY}
+            assert 0 < plan.simulations[replica].bubble < 1
+            one_stage = plan_step(
+                lengths, settings(replicas, enable=enable, k=2, stages=(), pipeline_ranks=1)
             )
-            assert (
-                plan.groups == without.groups
-                and plan._replace(actions=without.actions, pipeline=None) == without
-            )
+            same = {"programs": {}, "simulations": {}}
+            assert plan._replace(**same) == one_stage._replace(**same)
 
 
 def test_the_plan_process_makes_the_same_plan_and_tells_what_went_wrong():
     lengths = [130, 260, 20, 45, 50, 50, 7]
-    background = PlanProcess(settings(1), pipeline_rank=1)
+    background = PlanProcess(settings(), replica=1)
     for _ in range(2):
-        plan, expected = background(lengths), plan_step(lengths, settings(1))
-        assert plan.pipeline.program[1] == expected.pipeline.program[1] and plan.pipeline.program[0] == []
-        assert plan.pipeline.simulation == expected.pipeline.simulation._replace(timeline=[])
-        assert plan._replace(pipeline=None) == expected._replace(pipeline=None)
+        assert background(lengths) == plan_step(lengths, settings(), [1])
     with pytest.raises(ZeroDivisionError):
         background([])
     assert background([5]).chunks == 1, "it goes on after an error"

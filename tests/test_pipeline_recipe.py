@@ -1,14 +1,12 @@
-"""recipes/finetune_pipeline.py as its users run it: the curves of recipes/finetune.py on every layout, what
-it leaves, sentences."""
+"""recipes/finetune.py on pipeline stages: the curves of one process on every layout, what it leaves, sentences."""
 
 import json
 
 import pytest
 
-from tests.helpers.runs import REPO, assert_same_curves, run, train, write_rows
+from tests.helpers.runs import assert_same_curves, run, train, write_rows
 
 LENGTHS = [300, 20, 64, 5, 130, 31, 7, 90, 12, 1, 48, 200, 9, 77, 33]
-RECIPE = str(REPO / "recipes" / "finetune_pipeline.py")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +44,7 @@ def test_pipelines_have_the_curve_of_one_process(tmp_path, data, references, nam
         f"--model.name={name}",
         *options,
     ]
-    rows = train(tmp_path, "run", data, *options, processes=processes, TRAIN_FILE=RECIPE)
+    rows = train(tmp_path, "run", data, *options, processes=processes)
     assert_same_curves(rows, references[name], 1e-8, 1e-8)
     for key in ("tokens", "supervised_tokens", "lr", "n_tokens_seen"):
         assert [row[key] for row in rows] == [row[key] for row in references[name]]
@@ -60,7 +58,7 @@ def test_what_a_run_leaves(tmp_path, data):
         "--profiling.enable_profiling",
         "--profiling.profile_freq=2",
     ]
-    rows = train(tmp_path, "run", data, *options, processes=2, TRAIN_FILE=RECIPE)
+    rows = train(tmp_path, "run", data, *options, processes=2)
     assert rows[-1]["loss"] < rows[0]["loss"] < 9
     events = EventAccumulator(str(tmp_path / "run" / "tb"), size_guidance={"images": 0, "scalars": 0})
     events.Reload()
@@ -88,14 +86,13 @@ def test_fake_backend(tmp_path, data, name):
         f"--training.dataset_path={data}",
     ]
     options = ["--parallelism.pipeline_parallel_degree=4", f"--model.name={name}", "--comm.mode=fake_backend"]
-    done = run(tmp_path, *settings, *options, processes=8, TRAIN_FILE=RECIPE, COMM_MODE="fake_backend")
+    done = run(tmp_path, *settings, *options, processes=8, COMM_MODE="fake_backend")
     assert done.returncode == 0 and "Rank 0 of 8 can run this step" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
-        ([], "use recipes/finetune.py"),
         (
             ["--parallelism.pipeline_parallel_degree=2", "--parallelism.fsdp_reshard_after_forward=always"],
             '"default" or "never"',
@@ -119,8 +116,6 @@ def test_fake_backend(tmp_path, data, name):
     ],
 )
 def test_refusals(tmp_path, options, words):
-    done = run(
-        tmp_path, "--check", f"--job.dump_folder={tmp_path}/x", *options, processes=2, TRAIN_FILE=RECIPE
-    )
+    done = run(tmp_path, "--check", f"--job.dump_folder={tmp_path}/x", *options, processes=2)
     assert done.returncode == 2 and done.stdout.count("\n") == 1, done.stdout
     assert done.stdout.startswith("error: parallelism.") and words in done.stdout

@@ -8,7 +8,6 @@ import pytest
 
 from chunkflow.planning.pipeline_schedule import (
     Costs,
-    StageAction,
     equal_stages,
     list_schedule,
     live_limit,
@@ -18,7 +17,7 @@ from chunkflow.planning.pipeline_schedule import (
     state_aware_schedule,
 )
 from chunkflow.planning.pipeline_transfers import Transfer, add_transfers, check_schedule
-from chunkflow.planning.schedule import Kind
+from chunkflow.planning.schedule import Action, Kind
 
 EIGHT = [[1] * 8] * 8
 
@@ -110,7 +109,7 @@ def test_interleaving_reaches_its_shorter_bound_on_equal_chunks():
 def test_several_stages_on_one_rank_need_no_transfer():
     costs = equal_stages([[1, 1, 1], [1]], 3)
     (entries,) = checked_program(state_aware_schedule(costs, 1, 1), costs, 1)
-    assert all(isinstance(entry, StageAction) for entry in entries)
+    assert all(isinstance(entry, Action) for entry in entries)
     assert len(entries) == 3 * (4 + 2 + 4)
 
 
@@ -127,7 +126,7 @@ def test_recompute_starts_before_the_gradient_is_received():
     costs = equal_stages([[1, 1, 1]], 4)
     program = checked_program(state_aware_schedule(costs, 1, 4), costs, 1)
     for rank in range(3):
-        recompute = program[rank].index(StageAction(Kind.RECOMPUTE, 0, 1, rank))
+        recompute = program[rank].index(Action(Kind.RECOMPUTE, 0, 1, rank))
         gradient = program[rank].index(Transfer(False, Kind.BACKWARD, 0, 1, rank + 1, rank + 1))
         assert recompute < gradient
 
@@ -153,7 +152,7 @@ def plan(request):
 
 
 def entries_of(program, kind):
-    """(rank, index) of every Transfer, or every StageAction."""
+    """(rank, index) of every Transfer, or every Action."""
     return [(r, i) for r, own in enumerate(program) for i, entry in enumerate(own) if isinstance(entry, kind)]
 
 
@@ -184,7 +183,7 @@ def test_a_doubled_entry_is_caught(plan):
 
 def test_swapped_actions_of_one_group_and_stage_are_caught(plan):
     program, *rest = plan
-    places = entries_of(program, StageAction)
+    places = entries_of(program, Action)
     swapped = 0
     for rank, one in places:
         for other in (i for r, i in places if r == rank and i > one):
@@ -221,14 +220,14 @@ def test_an_action_before_its_input_and_a_send_before_its_action_are_caught(plan
     program, *rest = plan
     for rank, entries in enumerate(program):
         for index, entry in enumerate(entries):
-            if isinstance(entry, StageAction):
+            if isinstance(entry, Action):
                 continue
             gradient = entry.made_by is Kind.BACKWARD
             stage = entry.stage if entry.send else entry.stage + (-1 if gradient else 1)
             (action,) = (
                 place
                 for place, other in enumerate(entries)
-                if isinstance(other, StageAction)
+                if isinstance(other, Action)
                 and (other.group, other.chunk, other.stage) == (entry.group, entry.chunk, stage)
                 and other.kind in ((Kind.BACKWARD,) if gradient else (Kind.FORWARD, Kind.FORWARD_STATE))
             )
@@ -291,7 +290,7 @@ def test_an_action_on_the_wrong_rank_or_of_no_chunk_is_caught(plan):
 def test_playing_a_schedule_that_cannot_go_on_names_the_action():
     costs = equal_stages([[1], [1]], 2)
     schedule = state_aware_schedule(costs, 1, 2)
-    schedule[0].remove(StageAction(Kind.FORWARD, 1, 0, 0))
+    schedule[0].remove(Action(Kind.FORWARD, 1, 0, 0))
     with pytest.raises(
         ValueError, match="deadlock: rank 0 .* the input of BACKWARD of group 1, chunk 0, stage 0"
     ):

@@ -13,8 +13,9 @@ from chunkflow.data.synthetic import synthetic_lengths
 from chunkflow.planning.balance import assign
 from chunkflow.planning.chunks import build_groups, whole_sequences
 from chunkflow.planning.cost import Cost
-from chunkflow.planning.planner import PlanSettings, live_chunks, plan_step
+from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.schedule import DUMMY, Action, Kind, linear_schedule, lockstep
+from tests.helpers.reference import live_chunks
 
 QWEN_7B = SimpleNamespace(
     dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, head_dim=128, hidden_dim=18944, vocab_size=152064
@@ -139,7 +140,7 @@ def test_slowest_rank_is_within_2_percent_of_the_bound(ranks):
         lengths = synthetic_lengths("lmsys", 256, seed)
         costs = [COST.chunked_training(length, 2048, 1) for length in lengths]
         mean = sum(costs) / ranks
-        slowest = mean * (1 + plan_step(lengths, PlanSettings(COST, ranks=ranks)).imbalance_percent / 100)
+        slowest = mean * (1 + plan_step(lengths, PlanSettings(COST, replicas=ranks)).imbalance_percent / 100)
         assert slowest <= 1.02 * max(mean, max(costs))
         members = assign(costs, ranks)
         assert sorted(index for own in members for index in own) == list(range(256)), (
@@ -156,12 +157,13 @@ def test_plans(seed, lock):
     enable = rng.random() < 0.8
     balance = rng.choice(["cost", "tokens"])
     settings = PlanSettings(
-        COST, ranks=ranks, enable=enable, chunk_size=50, k=k, balance=balance, lockstep=lock
+        COST, replicas=ranks, enable=enable, chunk_size=50, k=k, balance=balance, lockstep=lock
     )
     plan = plan_step(lengths, settings)
     assert plan == plan_step(list(lengths), settings), "the same on every rank"
     sizes = Counter()
-    for groups, actions in zip(plan.groups, plan.actions):
+    everyone = [program for (program,) in plan.programs.values()]
+    for groups, actions in zip(plan.groups, everyone):
         check_actions(actions, [len(group.chunks) for group in groups], k)
         assert any(action.kind is Kind.BACKWARD for action in actions), "every rank reduces gradients"
         for group in groups:
@@ -170,9 +172,7 @@ def test_plans(seed, lock):
                     sizes[s.sequence] += s.length
     assert [sizes[index] for index in range(len(lengths))] == lengths
     assert plan.chunks == sum(len(group.chunks) for groups in plan.groups for group in groups)
-    assert plan.recomputed_chunks == sum(
-        a.kind is Kind.RECOMPUTE for actions in plan.actions for a in actions
-    )
+    assert plan.recomputed_chunks == sum(a.kind is Kind.RECOMPUTE for actions in everyone for a in actions)
     if enable:
         assert plan.padding_percent == pytest.approx(100 * (1 - sum(lengths) / (plan.chunks * 50)))
 

@@ -73,15 +73,12 @@ def test_the_fake_backend_runs_it_at_full_size(name, tmp_path):
     data = write_rows(
         tmp_path / "rows.jsonl", [config.chunkflow.k * config.chunkflow.chunk_size + 100, 300, 200, 100]
     )
-    recipe = "finetune_pipeline.py" if config.parallelism.pipeline_parallel_degree > 1 else "finetune.py"
     options = [
         f"--training.dataset_path={data}",
         "--training.global_batch_size=4",
         f"--job.dump_folder={tmp_path / 'run'}",
     ]
-    environ = dict(
-        CONFIG_FILE=str(PRESETS[name]), TRAIN_FILE=str(REPO / "recipes" / recipe), **comment(name)[0]
-    )
+    environ = {"CONFIG_FILE": str(PRESETS[name])} | comment(name)[0]
     done = run(tmp_path, *options, processes=2, COMM_MODE="fake_backend", **environ)
     said = f"Rank 0 of {environ['NGPU']} can run this step"
     assert done.returncode == 0 and said in done.stdout, done.stdout[-3000:]

@@ -182,7 +182,6 @@ def test_a_step_without_targets_updates_nothing(tmp_path):
     "options, said",
     [
         (["--training.batch_size=3"], "set training.global_batch_size and chunkflow.chunk_size"),
-        (["--parallelism.pipeline_parallel_degree=2"], "recipes/finetune_pipeline.py"),
         (["--model.flavor=8b"], 'did you mean "8B"?'),
         (["--training.seq_len=200000"], "131,072 positions"),
         (["--training.dataset=jsonl", "--training.dataset_path=/no/such.jsonl"], "/no/such.jsonl"),
@@ -211,7 +210,7 @@ def test_a_rank_that_raises_ends_the_job_with_its_own_message(tmp_path, data):
     recipe = tmp_path / "my_recipe.py"
     text = RECIPE.read_text().replace(
         "            garbage.run(step)\n",
-        '            garbage.run(step)\n            assert rank != 1 or step < 2, "rank 1 stumbles"\n',
+        '            garbage.run(step)\n            assert replica != 1 or step < 2, "rank 1 stumbles"\n',
     )
     recipe.write_text(text)
     done = run(

@@ -13,13 +13,12 @@ import pytest
 from chunkflow.planning.chunks import build_groups
 from chunkflow.planning.pipeline_schedule import (
     Costs,
-    StageAction,
     equal_stages,
     lower_bound,
     paper_schedule,
     state_aware_schedule,
 )
-from chunkflow.planning.schedule import Kind
+from chunkflow.planning.schedule import Action, Kind
 from chunkflow.planning.simulate import chrome_trace, in_given_order, main, picture, simulate
 
 EXAMPLE = "--stages 4 --lengths 1,1,2,4 --chunk-size 2"
@@ -173,7 +172,7 @@ def test_a_schedule_that_cannot_go_on_is_an_error():
     with pytest.raises(
         ValueError, match="rank 1 waits for ever for the input of FORWARD of group 0, chunk 0, stage 1"
     ):
-        simulate([[], [StageAction(Kind.FORWARD, 0, 0, 1)]], costs, [1])
+        simulate([[], [Action(Kind.FORWARD, 0, 0, 1)]], costs, [1])
 
 
 def test_random_mixes_are_within_five_percent_of_the_bound_on_average():

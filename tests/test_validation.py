@@ -5,6 +5,7 @@ import json
 import random
 import sys
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -14,39 +15,37 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 from chunkflow.data.dataloader import ChunkDataLoader
-from chunkflow.execution.executor import run_evaluation
 from chunkflow.execution.state import ChunkTensors
 from chunkflow.planning.chunks import Chunk, Segment
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.pipeline_transfers import check_schedule
-from chunkflow.planning.planner import PipelineSettings, PlanSettings, live_chunks, plan_step
+from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.schedule import DUMMY, Kind
 from chunkflow.reporting.metrics import MetricsLogger
 from chunkflow.settings.config import ConfigError, check_paths, load_config
 from chunkflow.training import parallel
-from chunkflow.training.model import apply_activation_checkpoint
 from chunkflow.training.validation import LossByPosition, Validation
 from models import families
 from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import SMALL, Pipeline, join, layout_config, sharded_gradients, small_model
 from tests.helpers.reference import (
     assert_same_gradients,
     chunk_tensors,
+    live_chunks,
     naive_attention,
     random_lengths,
     random_sequences,
+    runner_of,
     whole_sequence_gradients,
 )
-from tests.helpers.runs import REPO, run, train, write_rows
-from tests.test_data_parallel import settings, sharded_gradients
-from tests.test_exactness import SMALL, small_model
-from tests.test_pipeline import Pipeline
+from tests.helpers.runs import run, train, write_rows
 
 CPU = torch.device("cpu")
 EDGES = [0, 1024, 4096, 16384]
 
 
-def naive_losses(hidden_TC, weight_VC, labels_T, loss_gradient):
-    return F.cross_entropy(hidden_TC @ weight_VC.t(), labels_T, reduction="none", ignore_index=-100)
+def naive_losses(hidden_TC, weight_VC, chunk):
+    return F.cross_entropy(hidden_TC @ weight_VC.t(), chunk.labels, reduction="none", ignore_index=-100)
 
 
 def whole_sequence_losses(model, sequences):
@@ -56,12 +55,13 @@ def whole_sequence_losses(model, sequences):
     sums, counts = [0.0] * 3, [0] * 3
     with (
         mock.patch.object(module, "chunk_attention", naive_attention),
-        mock.patch.object(module, "sliced_cross_entropy", naive_losses),
         torch.no_grad(),
     ):
         for tokens, labels in sequences:
             whole = Chunk((Segment(0, 0, len(tokens)),))
-            losses = model(tokens, ChunkTensors(whole, 0, tokens, labels, torch.arange(len(tokens))))
+            chunk = ChunkTensors(whole, 0, tokens, labels, torch.arange(len(tokens)))
+            chunk.end = naive_losses
+            losses = model(tokens, chunk)
             for place, (start, end) in enumerate(zip(EDGES, EDGES[1:])):
                 sums[place] += losses[start:end].sum().item()
                 counts[place] += int((labels[start:end] != -100).sum())
@@ -97,22 +97,22 @@ def test_losses_and_memory_on_one_stage(family):
         plan = plan_step(
             lengths, PlanSettings(Cost.of_model(model.args), chunk_size=chunk_size, forward_only=True)
         )
-        (groups,), (actions,) = plan.groups, plan.actions
+        (groups,), ((program,),) = plan.groups, plan.programs.values()
         losses, saved = LossByPosition(max(lengths), CPU), []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
         ):
             tensors = chunk_tensors(groups, sequences)
-            result = run_evaluation(model, groups, actions, tensors, CPU, losses.take)
+            result = runner_of(model).evaluate(program, groups, tensors, losses.take)
         assert_same_losses(losses, whole_sequence_losses(model, sequences))
         assert not saved and all(parameter.grad is None for parameter in model.parameters()), (
             "no activations, no gradients"
         )
-        assert plan.recomputed_chunks == live_chunks(actions) == 0
+        assert plan.recomputed_chunks == live_chunks(program) == 0
         # K/V of one group in fp64, no gradients: 2 x tokens x G x D of each layer
         longest = max((group.tokens for group in groups if len(group.chunks) > 1), default=0)
         assert (
-            result.peak_state_bytes
+            result.state_bytes
             == 8 * 2 * longest * SMALL["n_kv_heads"] * SMALL["head_dim"] * SMALL["n_layers"]
         )
         assert all(chunk.state is None for group in tensors for chunk in group), (
@@ -161,7 +161,7 @@ def test_every_sequence_comes_once(overlong, expected):
     loader = ChunkDataLoader(
         Lengths([5, 2, 40, 3, 7, 1, 50, 8, 60, 99]),
         PlanSettings(Cost(1.0, 0.0), chunk_size=4, forward_only=True),
-        rank=0,
+        replica=0,
         global_batch_size=4,
         seq_len=10,
         overlong=overlong,
@@ -194,21 +194,19 @@ def test_all_of_the_data_or_so_many_batches(tmp_path, steps, tokens):
     )
     with mock.patch.dict("os.environ", {"CHUNKFLOW_CACHE": str(tmp_path / "cache")}):
         model = small_model("llama3", torch.float32, vocab_size=2048)
-        validation = Validation(
-            config, PlanSettings(Cost.of_model(model.args), chunk_size=16), 0, None, 2048, 0, CPU
+        processes = join(config)
+        plan, spec = (
+            PlanSettings(Cost.of_model(model.args), chunk_size=16),
+            SimpleNamespace(tokenizer=None, args=model.args),
         )
+        validation = Validation(config, spec, plan, processes, 0)
     assert [step for step in range(1, 8) if validation.due(step)] == [3, 6, 7]
-    device, mesh = parallel.init_processes(config)
     try:
-        parallel.apply_fsdp(model, mesh, config, False)
-        metrics, generator = MetricsLogger(config, device, torch.float32), torch.get_rng_state()
+        parallel.apply_fsdp(model, processes.mesh, config.training, False)
+        metrics, generator = MetricsLogger(config, processes.device, torch.float32), torch.get_rng_state()
         with mock.patch("chunkflow.training.validation.plan_step", wraps=plan_step) as planned:
             for step in (3, 6):
-                validation.run(
-                    step, metrics, [model], lambda data, take: run_evaluation(
-                        model, data.plan.groups[0], data.plan.actions[0], data.chunks, device, take
-                    ),
-                )  # fmt: skip
+                validation.run(step, metrics, [model], runner_of(model))
             assert planned.call_count <= 3, "plans are made once"
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters()), (
             "parameters are shards again"
@@ -230,10 +228,10 @@ def on_ranks():
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
     rank, ranks, checked = dist.get_rank(), dist.get_world_size(), 0
     for reshard in ("never", "always"):
-        config = settings(reshard=reshard, mode="full" if reshard == "always" else "none")
+        config = layout_config(reshard=reshard, mode="full" if reshard == "always" else "none")
         reference, model = small_model("llama3"), small_model("llama3")
-        apply_activation_checkpoint(model, config)
-        parallel.apply_fsdp(model, mesh, config, reshard == "always")
+        parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
+        parallel.apply_fsdp(model, mesh, config.training, reshard == "always")
         trained = random_sequences([70, 9, 33], 96, 7)
         _, expected = whole_sequence_gradients(reference, trained)
         for seed in range(4):
@@ -245,21 +243,20 @@ def on_ranks():
                 "forward_only": True,
             }
             plan = plan_step(lengths, PlanSettings(Cost.of_model(model.args), ranks, **options))
-            assert reshard == "never" or len(set(map(len, plan.actions))) == 1
+            assert reshard == "never" or len({len(program) for (program,) in plan.programs.values()}) == 1
             for parameter in model.parameters():
                 parameter.grad = torch.full_like(parameter, 3.0)
             losses = LossByPosition(max(lengths), CPU)
             groups = plan.groups[rank]
-            run_evaluation(
-                model, groups, plan.actions[rank], chunk_tensors(groups, sequences), CPU, losses.take
-            )
+            (program,) = plan.programs[rank]
+            runner_of(model).evaluate(program, groups, chunk_tensors(groups, sequences), losses.take)
             model.reset_iter_state()
             dist.all_reduce(losses.figures)
             assert_same_losses(losses, whole_sequence_losses(reference, sequences))
             assert all((parameter.grad.to_local() == 3).all() for parameter in model.parameters())
             model.zero_grad()
             checked += 1
-        _, got = sharded_gradients(model, [70, 9, 33], trained, mesh, config)
+        _, got = sharded_gradients(model, [70, 9, 33], trained, config)
         assert_same_gradients(got, expected, 1e-10)
     return checked
 
@@ -278,10 +275,8 @@ def on_stages(shape, virtuals):
             plan = pipeline.plan(lengths, 1, chunk_size=(16, 200)[seed % 2], forward_only=True)
             losses = LossByPosition(max(lengths), CPU)
             groups = plan.groups[pipeline.replica]
-            program = plan.pipeline.program[pipeline.rank]
-            result = pipeline.schedule.evaluate(
-                program, groups, chunk_tensors(groups, sequences), losses.take
-            )
+            program = pipeline.program(plan)
+            result = pipeline.runner.evaluate(program, groups, chunk_tensors(groups, sequences), losses.take)
             for model in pipeline.models.values():
                 model.reset_iter_state()
             dist.all_reduce(losses.figures)
@@ -291,9 +286,8 @@ def on_stages(shape, virtuals):
                 and max(result.stage_inputs) <= 2
                 and result.receive_buffers <= 2 * virtual
             )
-            for stage in pipeline.schedule._stages:
+            for stage in pipeline.stages:
                 assert not stage.fwd_cache and not stage.args_recv_info and not stage.bwd_cache
-            assert not pipeline.schedule.states and not pipeline.schedule.in_flight
             longest = max((group.tokens for group in groups if len(group.chunks) > 1), default=0)
             own_layers = sum(len(model.layers) for model in pipeline.models.values())
             assert (
@@ -306,7 +300,7 @@ def on_stages(shape, virtuals):
 
 
 def on_layouts(*shapes):
-    parallel.init_processes(settings())
+    join()
     try:
         ranks = on_ranks() if dist.get_world_size() < 4 else 0
         return ranks + sum(on_stages(shape, virtuals) for shape, virtuals in shapes)
@@ -327,9 +321,10 @@ def test_programs_of_stages_are_checked_and_in_step(ranks, stages):
     lengths = [70, 9, 33, 20, 12, 1]
     cost = Cost(1.0, 0.01)
     # the first stages are much cheaper than the last: they must not run ahead
-    pipeline = PipelineSettings([Cost(1.0, 0.01)] * (stages - 1) + [Cost(50.0, 0.01)], ranks, 0)
-    plan = plan_step(lengths, PlanSettings(cost, chunk_size=16, pipeline=pipeline, forward_only=True))
-    program, counts = plan.pipeline.program, [len(group.chunks) for group in plan.groups[0]]
+    costs = (Cost(1.0, 0.01),) * (stages - 1) + (Cost(50.0, 0.01),)
+    options = {"stages": costs, "pipeline_ranks": ranks, "forward_only": True}
+    plan = plan_step(lengths, PlanSettings(cost, chunk_size=16, **options))
+    program, counts = plan.programs[0], [len(group.chunks) for group in plan.groups[0]]
     check_schedule(program, counts, 1, stages)
     for rank, entries in enumerate(program):
         for index in range(len(entries)):
@@ -348,9 +343,10 @@ def test_programs_of_stages_are_checked_and_in_step(ranks, stages):
 
 def test_ranks_without_chunks_still_take_part():
     for lockstep, expected in ((False, [5, 1, 1]), (True, [5, 5, 5])):
-        actions = plan_step(
+        plan = plan_step(
             [70], PlanSettings(Cost(1.0, 0.0), 3, chunk_size=16, lockstep=lockstep, forward_only=True)
-        ).actions
+        )
+        actions = [program for (program,) in plan.programs.values()]
         assert list(map(len, actions)) == expected
         assert {action.kind for own in actions for action in own} == {Kind.EVALUATE}
         assert all(action.group == DUMMY for action in actions[1])
@@ -456,16 +452,15 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "recipe, options",
-    [("finetune.py", []), ("finetune_pipeline.py", ["--parallelism.pipeline_parallel_degree=2"])],
+    "options", [[], ["--parallelism.pipeline_parallel_degree=2"]], ids=["two ranks", "two stages"]
 )
-def test_recipes_validate_and_train_on_unchanged(tmp_path, data, recipe, options):
+def test_recipes_validate_and_train_on_unchanged(tmp_path, data, options):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     rows, valid = data
     options = ["--training.mixed_precision_param=float32", "--training.steps=3", *options]
     validate = ["--validation.enable", f"--validation.dataset_path={valid}", "--validation.freq=2"]
-    environ = {"processes": 2, "TRAIN_FILE": str(REPO / "recipes" / recipe)}
+    environ = {"processes": 2}
     plain = train(tmp_path, "plain", rows, *options, "--metrics.no_enable_tensorboard", **environ)
     validated = train(tmp_path, "validated", rows, *options, *validate, **environ)
     for name in ("loss", "grad_norm", "tokens", "n_tokens_seen"):

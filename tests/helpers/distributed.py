@@ -38,7 +38,7 @@ def run_ranks(function, world_size: int, *arguments, seconds: float = 180) -> li
     # Ranks are forked from a process that has imported torch, once for all tests, and nothing else.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["chunkflow.execution.pipeline", "chunkflow.storage.checkpoint", "tests.helpers.reference"]
+        ["chunkflow.execution.pipeline_stage", "chunkflow.storage.checkpoint", "tests.helpers.reference"]
     )
     results = context.Queue()
     processes = [

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import random
 import sys
+from itertools import accumulate
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
-from chunkflow.execution.executor import run_actions
+from chunkflow.execution.loss import loss_sum
+from chunkflow.execution.runner import Runner
+from chunkflow.execution.stage import WholeModel
 from chunkflow.execution.state import ChunkTensors
 from chunkflow.planning.chunks import Chunk, Group, Segment
-from chunkflow.planning.schedule import linear_schedule
+from chunkflow.planning.schedule import DUMMY, Kind, linear_schedule
 
 
 def naive_attention(q_THD, k_TGD, v_TGD, chunk, layer):
@@ -27,8 +30,8 @@ def naive_attention(q_THD, k_TGD, v_TGD, chunk, layer):
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(future, float("-inf")).softmax(-1), v_THD)
 
 
-def naive_cross_entropy(hidden_TC, weight_VC, labels_T, loss_gradient=None):
-    return F.cross_entropy(hidden_TC @ weight_VC.t(), labels_T, reduction="sum", ignore_index=-100)
+def naive_loss(hidden_TC, weight_VC, chunk):
+    return F.cross_entropy(hidden_TC @ weight_VC.t(), chunk.labels, reduction="sum", ignore_index=-100)
 
 
 def random_sequences(lengths, vocabulary, seed, masked=0.3):
@@ -72,28 +75,36 @@ def whole_sequence_gradients(model, sequences):
     targets = sum(int((labels != -100).sum()) for _, labels in sequences)
     model.zero_grad()
     total = 0.0
-    with (
-        mock.patch.object(module, "chunk_attention", naive_attention),
-        mock.patch.object(module, "sliced_cross_entropy", naive_cross_entropy),
-    ):
+    with mock.patch.object(module, "chunk_attention", naive_attention):
         for tokens, labels in sequences:
             whole = Chunk((Segment(0, 0, len(tokens)),))
-            loss = model(tokens, ChunkTensors(whole, 0, tokens, labels, torch.arange(len(tokens)))) / max(
-                targets, 1
-            )
+            chunk = ChunkTensors(whole, 0, tokens, labels, torch.arange(len(tokens)))
+            chunk.end = naive_loss
+            loss = model(tokens, chunk) / max(targets, 1)
             loss.backward()
             total += loss.item()
     return total, gradients(model)
 
 
+def runner_of(model, before_last_backward=lambda model: None, loss=loss_sum) -> Runner:
+    """Runs the whole model on this process."""
+    return Runner([WholeModel(model, before_last_backward)], torch.device("cpu"), loss)
+
+
 def chunked_gradients(model, sequences, groups, k, actions=None):
-    """The same by the plan's groups and schedule; returns loss, gradients and the executor's counters."""
+    """The same by the plan's groups and schedule; returns loss, gradients and the runner's counters."""
     targets = sum(int((labels != -100).sum()) for _, labels in sequences)
     model.zero_grad()
     actions = actions or linear_schedule([len(group.chunks) for group in groups], k)
-    tensors = chunk_tensors(groups, sequences)
-    result = run_actions(model, groups, actions, tensors, max(targets, 1), torch.device("cpu"), lambda: None)
+    result = runner_of(model).step(actions, groups, chunk_tensors(groups, sequences), max(targets, 1))
     return result.loss_sum.item() / max(targets, 1), gradients(model), result
+
+
+def live_chunks(actions) -> int:
+    """The most chunks that hold activations at once while these actions run on one stage (dummies aside)."""
+    change = {Kind.FORWARD: 1, Kind.RECOMPUTE: 1, Kind.BACKWARD: -1}
+    real = [change.get(action.kind, 0) for action in actions if action.group != DUMMY]
+    return max(accumulate(real), default=0)
 
 
 def assert_same_gradients(ours, theirs, tolerance):
