@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import statistics
 import time
 from types import SimpleNamespace
@@ -19,12 +20,17 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from step import make_model, tensors
 
 from chunkflow.data.synthetic import synthetic_lengths
+from chunkflow.execution.runner import Runner
+from chunkflow.execution.stage import WholeModel
 from chunkflow.planning.chunks import build_groups
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.schedule import DUMMY, Action, Kind, linear_schedule
+from chunkflow.settings.options import Config
+from chunkflow.training import parallel
 
 QWEN_7B = SimpleNamespace(
     dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, head_dim=128, hidden_dim=18944, vocab_size=152064
@@ -56,11 +62,10 @@ def simulate(steps: int) -> None:
                     len(g.chunks) for own in usual for g in build_groups(lengths, CHUNK_SIZE, sequences=own)
                 )
                 begin = time.perf_counter()
-                plan = plan_step(lengths, PlanSettings(cost, ranks=ranks, chunk_size=CHUNK_SIZE))
+                settings = PlanSettings(cost, replicas=ranks, chunk_size=CHUNK_SIZE)
+                plan = plan_step(lengths, settings, [0])
                 seconds = time.perf_counter() - begin
-                lock = plan_step(
-                    lengths, PlanSettings(cost, ranks=ranks, chunk_size=CHUNK_SIZE, lockstep=True)
-                )
+                lock = plan_step(lengths, settings._replace(lockstep=True), [0])
                 row = (
                     100 * (max(sum(costs[i] for i in own) for own in usual) / mean - 1),
                     100 * (1 - sum(lengths) / (chunks * CHUNK_SIZE)),
@@ -79,33 +84,25 @@ def simulate(steps: int) -> None:
             )
 
 
-def measure(rank: int, port: int, arguments) -> None:
-    from step import make_model, tensors
-
-    from chunkflow.execution.executor import run_actions
-    from chunkflow.training import parallel
-
+def measure(rank: int, port: int, arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    config = SimpleNamespace(
-        comm=SimpleNamespace(init_timeout_seconds=300, mode="default"),
-        parallelism=SimpleNamespace(data_parallel_replicate_degree=1, pipeline_parallel_degree=1),
-        training=SimpleNamespace(
-            mixed_precision_param="float32", mixed_precision_reduce="float32", enable_cpu_offload=False
-        ),
-    )
-    device, mesh = parallel.init_processes(config)
+    config = Config()
+    config.training.mixed_precision_param = "float32"
+    processes = parallel.init_processes(config.comm, config.parallelism)
     ways = ["same count", "balanced, never", "balanced, always"]
-    models = {}
+    models, runners = {}, {}
     for reshard in (False, True):
-        models[reshard] = make_model(torch.float32)
-        parallel.apply_fsdp(models[reshard], mesh, config, reshard)
+        models[reshard] = model = make_model("float32")
+        parallel.apply_fsdp(model, processes.data_mesh, config.training, reshard)
+        runners[reshard] = Runner([WholeModel(model, parallel.before_last_backward)], processes.device)
     cost = Cost.of_model(models[False].args)
     seconds = {way: [] for way in ways}
     lengths_of_all = synthetic_lengths("lmsys", arguments.sequences * (arguments.runs + 1), 0)
     for run in range(arguments.runs + 1):
         lengths = [
-            min(x, 16384) for x in lengths_of_all[run * arguments.sequences : (run + 1) * arguments.sequences]
+            min(x, arguments.longest)
+            for x in lengths_of_all[run * arguments.sequences : (run + 1) * arguments.sequences]
         ]
         for way in ways:
             reshard = way.endswith("always")
@@ -114,22 +111,15 @@ def measure(rank: int, port: int, arguments) -> None:
                 actions = linear_schedule([len(g.chunks) for g in groups], 1)
                 actions = actions or [Action(Kind.FORWARD, DUMMY, 0), Action(Kind.BACKWARD, DUMMY, 0)]
             else:
-                plan = plan_step(lengths, PlanSettings(cost, ranks=2, chunk_size=1024, lockstep=reshard))
-                groups, actions = plan.groups[rank], plan.actions[rank]
+                settings = PlanSettings(cost, replicas=2, chunk_size=1024, lockstep=reshard)
+                plan = plan_step(lengths, settings, [rank])
+                groups, (actions,) = plan.groups[rank], plan.programs[rank]
             model, data = models[reshard], tensors(groups, 2048)
             dist.barrier()
             start = time.perf_counter()
             parallel.begin_step(model, reshard)
             model.zero_grad()
-            run_actions(
-                model,
-                groups,
-                actions,
-                data,
-                sum(lengths),
-                device,
-                lambda: parallel.before_last_backward(model),
-            )
+            runners[reshard].step(actions, groups, data, sum(lengths))
             dist.barrier()
             if run:
                 seconds[way].append(time.perf_counter() - start)
@@ -154,10 +144,14 @@ def main():
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--longest", type=int, default=16384, help="measured: longer ones are cut to this")
     parser.add_argument("--runs", type=int, default=8)
     arguments = parser.parse_args()
     if arguments.measure:
-        torch.multiprocessing.spawn(measure, args=(29517, arguments), nprocs=2)
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        torch.multiprocessing.spawn(measure, args=(port, arguments), nprocs=2)
     else:
         simulate(arguments.steps)
 

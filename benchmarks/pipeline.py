@@ -122,6 +122,7 @@ def measured(options: argparse.Namespace) -> None:
     common = [
         f"--training.steps={options.train_steps}",
         f"--training.seq_len={options.seq_len}",
+        f"--training.global_batch_size={options.sequences}",
         "--training.mixed_precision_param=float32",
         "--metrics.no_enable_tensorboard",
     ]
@@ -161,6 +162,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-steps", type=int, default=6, help="measured steps (6); 0: none")
+    parser.add_argument("--sequences", type=int, default=4, help="measured, in a step (4)")
     parser.add_argument(
         "--seq-len", type=int, default=16384, help="longest measured sequence, tokens (16384)"
     )

@@ -24,7 +24,6 @@ import dataclasses
 import multiprocessing
 import statistics
 import time
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -32,12 +31,14 @@ from attention import one_call
 from torch.distributed.fsdp import FSDPModule
 
 from chunkflow.data.synthetic import synthetic_lengths
-from chunkflow.execution.executor import run_actions
+from chunkflow.execution.runner import Runner, StepResult
+from chunkflow.execution.stage import WholeModel
 from chunkflow.execution.state import ChunkTensors
 from chunkflow.planning.chunks import build_groups, whole_sequences
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.schedule import linear_schedule
 from chunkflow.reporting.metrics import peak_memory, reset_peak_memory
+from chunkflow.settings.options import Config
 from chunkflow.training import parallel
 from models import llama
 
@@ -45,22 +46,14 @@ CPU = torch.device("cpu")
 
 
 def make_model(precision: str, **changes) -> llama.Transformer:
-    """`precision`: a dtype for everything, or "recipe"."""
+    """`precision`: a dtype for everything, or "recipe": bf16 with fp32 sums, under FSDP2."""
     model = llama.Transformer(dataclasses.replace(llama.flavors["debugmodel"], **changes))
     if precision == "recipe":
-        config = SimpleNamespace(
-            comm=SimpleNamespace(init_timeout_seconds=300, mode="default"),
-            parallelism=SimpleNamespace(data_parallel_replicate_degree=1),
-            training=SimpleNamespace(
-                mixed_precision_param="bfloat16", mixed_precision_reduce="float32", enable_cpu_offload=False
-            ),
-        )
-        _, mesh = parallel.init_processes(config)
-        parallel.apply_fsdp(model, mesh, config, reshard=False)
-        parallel.init_weights(model, 0)
-        return model
+        config = Config()
+        processes = parallel.init_processes(config.comm, config.parallelism)
+        parallel.apply_fsdp(model, processes.data_mesh, config.training, reshard=False)
     parallel.init_weights(model, 0)
-    return model.to(getattr(torch, precision))
+    return model if precision == "recipe" else model.to(getattr(torch, precision))
 
 
 def sizes(dim: int, layers: int, vocabulary: int) -> dict[str, int]:
@@ -93,14 +86,15 @@ def tensors(groups, vocabulary: int) -> list[list[ChunkTensors]]:
     ]
 
 
-def step(model, groups, data, k: int):
+def step(model, groups, data, k: int) -> StepResult:
     actions = linear_schedule([len(group.chunks) for group in groups], k)
     model.zero_grad()
     sharded = isinstance(model, FSDPModule)
     if sharded:
         parallel.begin_step(model, reshard=False)
-    before_last = (lambda: parallel.before_last_backward(model)) if sharded else (lambda: None)
-    return run_actions(model, groups, actions, data, sum(group.tokens for group in groups), CPU, before_last)
+    before_last = parallel.before_last_backward if sharded else lambda model: None
+    runner = Runner([WholeModel(model, before_last)], CPU)
+    return runner.step(actions, groups, data, sum(group.tokens for group in groups))
 
 
 def bare_kernels(args: llama.ModelArgs, groups, k: int, dtype: torch.dtype, clock) -> float:
@@ -212,12 +206,12 @@ def measure_memory(longest: int, chunk_size: int | None, results) -> None:
     reset_peak_memory(CPU)
     before = peak_memory(CPU).active_gib
     result = step(model, groups, data, 1)
-    results.put((1024 * (peak_memory(CPU).active_gib - before), result.peak_state_bytes / 2**20))
+    results.put((1024 * (peak_memory(CPU).active_gib - before), result.state_bytes / 2**20))
 
 
 def compare_memory(arguments) -> None:
     context = multiprocessing.get_context("spawn")
-    for longest in (4096, 8192, 16384, 32768, 65536):
+    for longest in arguments.memory_lengths:
         figures = []
         for chunk_size in (arguments.chunk_size, None) if longest <= 16384 else (arguments.chunk_size,):
             results = context.Queue()
@@ -250,6 +244,7 @@ def main():
     parser.add_argument("--precision", default="recipe", choices=("recipe", "float32", "float64"))
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds instead of wall time")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory-lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     compare_memory(arguments) if arguments.memory else compare_time(arguments)

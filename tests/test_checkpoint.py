@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kill_loop import LAYOUTS, TIMING, KillLoop, outcome
+from tests.helpers.kill_loop import LAYOUTS, TIMING, KillLoop, outcome
 from tests.helpers.runs import (
     REPO,
     assert_same_curves,
