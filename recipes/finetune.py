@@ -22,10 +22,10 @@ from chunkflow.data.dataset import open_dataset
 from chunkflow.execution.executor import run_actions, run_evaluation
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings
-from chunkflow.reporting.metrics import GarbageCollection, MetricsLogger, init_logger
+from chunkflow.reporting.metrics import MetricsLogger
 from chunkflow.reporting.pictures import plan_figure
 from chunkflow.reporting.profiling import profiler
-from chunkflow.settings.config import ConfigError, main_config, to_toml, user_errors
+from chunkflow.settings.config import ConfigError, to_toml
 from chunkflow.storage import checkpoint
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import parallel
@@ -34,6 +34,7 @@ from chunkflow.training.model import apply_activation_checkpoint, apply_compile,
 from chunkflow.training.optimizer import build_optimizer, check_optimizer, set_learning_rate
 from chunkflow.training.preemption import StopRequest
 from chunkflow.training.progress import Progress
+from chunkflow.training.start import GarbageCollection, init_logger, main_config, user_errors
 from chunkflow.training.validation import Validation
 
 logger = logging.getLogger(__name__)

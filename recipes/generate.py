@@ -24,11 +24,11 @@ from torch.hub import tqdm  # the real one where it is installed, else torch's s
 from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.execution.state import ChunkTensors, KeyValueState
 from chunkflow.planning.chunks import Chunk, Group, Segment
-from chunkflow.settings.config import load_config
 from chunkflow.storage import hf_weights as hf
 from chunkflow.storage.checkpoint import load_model_weights
 from chunkflow.training import parallel
 from chunkflow.training.model import model_args, open_tokenizer, positions
+from chunkflow.training.start import read_config
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
     own, keys = parser.parse_known_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        config = load_config(keys)
+        config = read_config(keys)
         check_numbers(own)
         tokenizer = open_tokenizer(config)
         if tokenizer is None:

@@ -10,7 +10,6 @@ object. Memory is arithmetic for CUDA, not measured.
 
 import argparse
 import json
-import os
 import sys
 from itertools import groupby
 
@@ -24,10 +23,11 @@ from chunkflow.planning.chunks import Chunk, Group, Segment
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.memory import PARTS, Layout, StageSizes, host_bytes, peak_parts
 from chunkflow.planning.planner import PipelineSettings, PlanSettings, plan_step
-from chunkflow.settings.config import ConfigError, main_config, user_errors
+from chunkflow.settings.config import ConfigError
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import parallel, stages
 from chunkflow.training.model import model_args, open_tokenizer
+from chunkflow.training.start import main_config, user_errors, world_size
 
 # What each step is measured by: name in JSON, line in the table, format.
 FIGURES = {
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 def predict(config, steps: int) -> dict:
     """Everything that is printed, as one JSON object. Bytes are GiB."""
     training, pipeline_ranks = config.training, config.parallelism.pipeline_parallel_degree
-    ranks = int(os.environ.get("NGPU") or 1) * int(os.environ.get("NNODES") or 1)
+    ranks = world_size(planned=True)
     replicas = ranks // pipeline_ranks  # data-parallel ranks, each of them a pipeline
     tokenizer = open_tokenizer(config)
     family, args = model_args(config, tokenizer.vocab_size if tokenizer else 0)

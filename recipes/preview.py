@@ -16,9 +16,9 @@ from chunkflow.data.dataloader import ChunkDataLoader
 from chunkflow.data.dataset import open_dataset
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings
-from chunkflow.settings.config import main_config, user_errors
 from chunkflow.training import parallel
 from chunkflow.training.model import model_args, open_tokenizer
+from chunkflow.training.start import main_config, user_errors, world_size
 
 EDGE = 300  # tokens shown at each end of a longer piece
 # ANSI backgrounds, two of each kind in turn, so that one sees where a token ends: greens with loss, greys
@@ -33,7 +33,7 @@ def main() -> None:
     colours = (
         sys.stdout.isatty() and not os.environ.get("NO_COLOR") and not config.metrics.disable_color_printing
     )
-    ranks = int(os.environ.get("NGPU") or 1) * int(os.environ.get("NNODES") or 1)
+    ranks = world_size(planned=True)
     with user_errors():
         tokenizer = open_tokenizer(config)
         _, args = model_args(config, tokenizer.vocab_size if tokenizer else 0)

@@ -24,6 +24,7 @@ from chunkflow.settings.config import ConfigError, load_config
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import stages
 from chunkflow.training.model import model_args
+from chunkflow.training.start import read_config
 from models import families
 from tests.helpers.distributed import run_ranks
 from tests.helpers.runs import REPO, environment, run, train, write_rows
@@ -719,7 +720,7 @@ def test_old_rotary_buffers_and_copies_of_tied_embeddings(copy):
 def test_a_folder_without_weights_starts_random_unless_they_are_asked_for(copy, caplog):
     caplog.set_level("INFO")
     (copy / "model.safetensors").unlink()
-    config = load_config([f"--model.hf_assets_path={copy}", "--training.seq_len=100"])
+    config = read_config([f"--model.hf_assets_path={copy}", "--training.seq_len=100"])
     assert hf.weights_folder(config) == "" and "parameters start random" in caplog.text
     hf.check(config, *model_args(config, 0))
     config.checkpoint.initial_load_in_hf = True
@@ -730,13 +731,13 @@ def test_a_folder_without_weights_starts_random_unless_they_are_asked_for(copy, 
 def test_weights_that_could_run_code_are_not_passed_over(copy):
     (copy / "model.safetensors").unlink()
     (copy / "pytorch_model.bin").touch()
-    config = load_config([f"--model.hf_assets_path={copy}"])
+    config = read_config([f"--model.hf_assets_path={copy}"])
     with pytest.raises(ValueError, match="pytorch_model.bin: weights are read from safetensors only"):
         hf.weights_folder(config)
 
 
 def test_the_folder_decides_and_the_config_overrides_its_angles(copy):
-    config = load_config(
+    config = read_config(
         [
             f"--model.hf_assets_path={copy}",
             "--model.name=llama3",

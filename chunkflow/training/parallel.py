@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from chunkflow.training import start
+
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -48,8 +50,7 @@ def init_processes(config, pipeline_ranks: int = 1) -> tuple[torch.device, Devic
     if fake:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        world_size = int(os.environ.get("NGPU", 1)) * int(os.environ.get("NNODES", 1))
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=start.world_size(planned=True))
     else:
         timeout = timedelta(seconds=config.comm.init_timeout_seconds)
         store, rank, world_size = dist.HashStore(), 0, 1
