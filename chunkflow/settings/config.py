@@ -65,7 +65,8 @@ SECTIONS = {name[:end] for name in KEYS for end, letter in enumerate(name) if le
 def load_config(argv: list[str]) -> Config:
     """The config of a command line: its overrides, over the file of --job.config_file, over the defaults.
 
-    ConfigError for all that the file and the command line alone can tell. --help prints all keys and exits.
+    ConfigError for all that these alone can tell; model.hf_assets_path is not opened. --help prints all keys
+    and exits.
     """
     overrides = _parse_command_line(argv)
     path = overrides.get("job.config_file", "")
