@@ -22,12 +22,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from chunkflow.execution.loss import loss_sum
 from chunkflow.execution.runner import Runner
 from chunkflow.planning.simulate import picture
-from chunkflow.reporting.metrics import GarbageCollection, MetricsLogger, init_logger
+from chunkflow.reporting.metrics import MetricsLogger
 from chunkflow.reporting.pictures import plan_figure
 from chunkflow.reporting.profiling import profiler
 from chunkflow.reporting.step_figures import gather_over_ranks, rank_figures, step_scalars
 from chunkflow.reporting.timeline import gather_timeline, write_timelines
-from chunkflow.settings.config import main_config, to_toml, user_errors
+from chunkflow.settings.config import to_toml
 from chunkflow.storage import checkpoint
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import build, parallel, stages
@@ -35,6 +35,7 @@ from chunkflow.training.converters import convert_model
 from chunkflow.training.optimizer import build_optimizer, set_learning_rate
 from chunkflow.training.preemption import StopRequest
 from chunkflow.training.progress import Progress
+from chunkflow.training.start import GarbageCollection, init_logger, main_config, user_errors
 from chunkflow.training.validation import Validation
 
 logger = logging.getLogger(__name__)

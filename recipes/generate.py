@@ -22,13 +22,14 @@ from torch import nn
 from torch.hub import tqdm  # the real one where it is installed, else torch's small stand-in
 
 from chunkflow.data.tokenizer import Tokenizer
+from chunkflow.execution.loss import last_logits
 from chunkflow.execution.state import ChunkTensors, KeyValueState
 from chunkflow.planning.chunks import Chunk, Group, Segment
-from chunkflow.settings.config import load_config
 from chunkflow.storage import hf_weights as hf
 from chunkflow.storage.checkpoint import load_model_weights
 from chunkflow.training import parallel
-from chunkflow.training.model import model_args, open_tokenizer, positions
+from chunkflow.training.build import check_cuda_dtype, model_args, open_tokenizer, positions
+from chunkflow.training.start import read_config
 
 
 def main() -> None:
@@ -63,9 +64,9 @@ def main() -> None:
     own, keys = parser.parse_known_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        config = load_config(keys)
+        config = read_config(keys)
         check_numbers(own)
-        tokenizer = open_tokenizer(config)
+        tokenizer = open_tokenizer(config.model)
         if tokenizer is None:
             raise ValueError(
                 f"{config.model.hf_assets_path} has no tokenizer: set model.tokenizer_path to the model's own"
@@ -141,14 +142,8 @@ def load_model(
     """The whole model in training.mixed_precision_param, with the weights of --checkpoint, else of the
     config's folder."""
     dtype = config.training.mixed_precision_param
-    if device.type == "cuda" and dtype != "bfloat16":
-        raise ValueError(
-            f"training.mixed_precision_param = {dtype} cannot be used on CUDA, whose variable-length"
-            " attention computes in"
-            ' bfloat16: set "bfloat16"'
-        )
-    config.training.seq_len = 1  # the prompt decides, here
-    family, args = model_args(config, tokenizer.vocab_size)
+    check_cuda_dtype(config.training)
+    family, args = model_args(config.model, 1, tokenizer.vocab_size)  # the prompt decides on the length, here
     total = prompt_tokens + own.max_new_tokens
     if total > positions(args) and config.model.rope_scaling is None:
         raise ValueError(
@@ -211,13 +206,13 @@ def generate(
                 device
             )
             chunk.state = state
-            chunk.state_only = end < len(prompt)
+            chunk.end = last_logits if end >= len(prompt) else None
             logits_V = model(chunk.tokens, chunk)
             if end <= len(prompt):
                 bar.update(end - start)
             if end == len(prompt):
                 bar.close()
-            if not chunk.state_only:
+            if chunk.end:
                 tokens.append(sample(logits_V[:vocab_size], own.temperature, own.top_p, generator))
                 yield tokens[-1]
 

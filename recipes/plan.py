@@ -20,9 +20,9 @@ from chunkflow.execution.loss import slice_tokens
 from chunkflow.execution.runner import SENDS_IN_FLIGHT
 from chunkflow.planning.memory import PARTS, Layout, StageSizes, host_bytes, peak_parts
 from chunkflow.planning.planner import PlanSettings, plan_step
-from chunkflow.settings.config import main_config, planned_processes, user_errors
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import build, parallel, stages
+from chunkflow.training.start import main_config, user_errors, world_size
 
 # What each step is measured by: name in JSON, line in the table, format.
 FIGURES = {
@@ -76,7 +76,7 @@ def predict(config, count: int) -> dict:
     """Everything that is printed, as one JSON object. Memory is in GiB."""
     # ---- Data and plan settings are those of the training recipe.
     training, pipeline_ranks = config.training, config.parallelism.pipeline_parallel_degree
-    ranks = planned_processes()
+    ranks = world_size(planned=True)
     spec, seed = build.model_spec(config), parallel.set_seed(config.debug)
     dataset = build.open_data(training, spec, seed)
     settings = build.plan_settings(config, spec, ranks // pipeline_ranks)

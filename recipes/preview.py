@@ -12,8 +12,8 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 
-from chunkflow.settings.config import main_config, planned_processes, user_errors
 from chunkflow.training import build, parallel
+from chunkflow.training.start import main_config, user_errors, world_size
 
 EDGE = 300  # tokens shown at each end of a longer piece
 # ANSI backgrounds, two of each kind in turn, so that one sees where a token ends: greens with loss, greys
@@ -30,7 +30,7 @@ def main() -> None:
     with user_errors():
         spec, seed = build.model_spec(config), parallel.set_seed(config.debug)
         dataset = build.open_data(config.training, spec, seed)
-        replicas = planned_processes() // config.parallelism.pipeline_parallel_degree
+        replicas = world_size(planned=True) // config.parallelism.pipeline_parallel_degree
         settings = build.plan_settings(config, spec, replicas)
         loader = build.open_loader(config.training, dataset, settings, 0, seed)
         step = loader.step_at(0)

@@ -13,14 +13,13 @@ from chunkflow.settings.config import (
     KEYS,
     ConfigError,
     answer,
-    check_paths,
     check_processes,
+    flat,
     help_text,
     load_config,
-    main_config,
     to_toml,
-    user_errors,
 )
+from chunkflow.training.start import check_paths, main_config, user_errors, world_size
 
 # DESIGN section 5: every section and key with its default (None: unset), and whether this version has it.
 CONTRACT = {
@@ -181,8 +180,7 @@ def toml(folder: Path, text: str) -> str:
 
 
 def test_defaults_are_the_contract():
-    config = load_config([])
-    assert {key: get(config, key) for key in KEYS} == CONTRACT
+    assert flat(load_config([])) == CONTRACT
 
 
 def test_precedence_command_line_over_file_over_default(tmp_path):
@@ -432,6 +430,11 @@ def test_saved_config_loads_as_an_equal_one(tmp_path):
     assert dataclasses.replace(config, debug=load_config([]).debug) != config
 
 
+def test_flat_has_the_value_of_every_key():
+    values = flat(load_config(["--training.steps=3", "--quantize.linear.float8.emulate"]))
+    assert values == CONTRACT | {"training.steps": 3, "quantize.linear.float8.emulate": True}
+
+
 def test_help_has_every_key_default_and_document_line(capsys):
     with pytest.raises(SystemExit) as end:
         load_config(["--training.steps=3", "--help"])
@@ -552,6 +555,20 @@ def test_main_config(no_torchrun, monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == "", "one rank speaks"
 
 
+def test_world_size(no_torchrun, monkeypatch):
+    assert (world_size(), world_size(planned=True)) == (1, 1)
+    monkeypatch.setenv("NGPU", "4")
+    monkeypatch.setenv("NNODES", "2")
+    assert (world_size(), world_size(planned=True)) == (1, 8)
+    monkeypatch.setenv("NGPU", "")
+    assert world_size(planned=True) == 2
+    monkeypatch.setenv("NGPU", "0")
+    with pytest.raises(ConfigError, match="NGPU = 0 in the environment is not a whole number of at least 1"):
+        world_size(planned=True)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert (world_size(), world_size(planned=True)) == (3, 3)
+
+
 def test_wrong_data_ends_rank_0_with_its_sentence(no_torchrun, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end, user_errors():
         raise ValueError("data.jsonl:3: wrong")
@@ -564,7 +581,7 @@ def test_wrong_data_ends_rank_0_with_its_sentence(no_torchrun, monkeypatch, caps
 def test_settings_are_read_without_torch():
     root = Path(__file__).parent.parent
     code = (
-        "import sys; from chunkflow.settings.config import load_config; load_config([]); assert 'torch'"
+        "import sys; from chunkflow.training.start import read_config; read_config([]); assert 'torch'"
         " not in sys.modules"
     )
     subprocess.run(

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from chunkflow.training.model import model_args
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +23,8 @@ from chunkflow.planning.chunks import Chunk, Segment
 from chunkflow.settings.config import ConfigError, load_config
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import stages
+from chunkflow.training.build import model_args
+from chunkflow.training.start import read_config
 from models import families
 from tests.helpers.distributed import run_ranks
 from tests.helpers.runs import REPO, environment, run, train, write_rows
@@ -719,24 +720,24 @@ def test_old_rotary_buffers_and_copies_of_tied_embeddings(copy):
 def test_a_folder_without_weights_starts_random_unless_they_are_asked_for(copy, caplog):
     caplog.set_level("INFO")
     (copy / "model.safetensors").unlink()
-    config = load_config([f"--model.hf_assets_path={copy}", "--training.seq_len=100"])
+    config = read_config([f"--model.hf_assets_path={copy}", "--training.seq_len=100"])
     assert hf.weights_folder(config) == "" and "parameters start random" in caplog.text
-    hf.check(config, *model_args(config, 0))
+    hf.check(config, *model_args(config.model, config.training.seq_len, 0))
     config.checkpoint.initial_load_in_hf = True
     with pytest.raises(ValueError, match="model.safetensors cannot be read: name a folder with"):
-        hf.check(config, *model_args(config, 0))
+        hf.check(config, *model_args(config.model, config.training.seq_len, 0))
 
 
 def test_weights_that_could_run_code_are_not_passed_over(copy):
     (copy / "model.safetensors").unlink()
     (copy / "pytorch_model.bin").touch()
-    config = load_config([f"--model.hf_assets_path={copy}"])
+    config = read_config([f"--model.hf_assets_path={copy}"])
     with pytest.raises(ValueError, match="pytorch_model.bin: weights are read from safetensors only"):
         hf.weights_folder(config)
 
 
 def test_the_folder_decides_and_the_config_overrides_its_angles(copy):
-    config = load_config(
+    config = read_config(
         [
             f"--model.hf_assets_path={copy}",
             "--model.name=llama3",
@@ -745,22 +746,22 @@ def test_the_folder_decides_and_the_config_overrides_its_angles(copy):
         ]
     )
     assert (config.model.name, config.model.flavor) == ("qwen2", copy.name)
-    family, args = model_args(config, 100)
+    family, args = model_args(config.model, config.training.seq_len, 100)
     assert family is families["qwen2"] and (args.dim, args.vocab_size, args.rope_theta) == (64, 2048, 20000.0)
     with pytest.raises(ValueError, match="the tokenizer has 2,049 tokens"):
-        model_args(config, 2049)
+        model_args(config.model, config.training.seq_len, 2049)
     config.training.seq_len = 513
     with pytest.raises(ValueError, match="beyond the 512 positions"):
-        model_args(config, 100)
+        model_args(config.model, config.training.seq_len, 100)
     config.model.rope_theta, config.model.rope_scaling = 1e6, {"rope_type": "linear", "factor": 2.0}
-    _, args = model_args(config, 100)
+    _, args = model_args(config.model, config.training.seq_len, 100)
     assert (args.rope_theta, args.rope_scaling) == (1e6, {"rope_type": "linear", "factor": 2.0})
     # Qwen's way to extend: YaRN is turned on, max_position_embeddings stays.
     config.model.rope_theta = config.model.rope_scaling = None
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
     rewrite(copy, rope_parameters=None, rope_theta=1e6, rope_scaling=yarn)
     config.training.seq_len = 2048
-    _, args = model_args(config, 100)
+    _, args = model_args(config.model, config.training.seq_len, 100)
     assert (args.rope_theta, args.rope_scaling, args.max_positions) == (1e6, yarn, 512)
 
 

@@ -20,15 +20,14 @@ from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.reporting import metrics
 from chunkflow.reporting.metrics import (
-    GarbageCollection,
     MetricsLogger,
-    init_logger,
     keep_rows,
     peak_flops,
     peak_memory,
     reset_peak_memory,
 )
 from chunkflow.settings.config import load_config
+from chunkflow.training.start import GarbageCollection, init_logger
 
 CPU = torch.device("cpu")
 PLAN = plan_step(

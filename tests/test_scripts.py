@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 RECIPE = """
 import json, os, sys
 import chunkflow
-from chunkflow.settings.config import main_config
+from chunkflow.training.start import main_config
 
 config = main_config()
 rank = os.environ.get("RANK", "")

@@ -22,8 +22,9 @@ from chunkflow.planning.pipeline_transfers import check_schedule
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.schedule import DUMMY, Kind
 from chunkflow.reporting.metrics import MetricsLogger
-from chunkflow.settings.config import ConfigError, check_paths, load_config
+from chunkflow.settings.config import ConfigError, load_config
 from chunkflow.training import parallel
+from chunkflow.training.start import check_paths
 from chunkflow.training.validation import LossByPosition, Validation
 from models import families
 from tests.helpers.distributed import run_ranks

@@ -1,58 +1,60 @@
-"""What to say to keys and values that users know from torchtitan, from its older versions, or from the
-documentation's future.
+"""Answers to keys and values of torchtitan, of its older versions, and of this project's documentation that
+are not admitted here.
 
-Each entry ends a sentence that begins with the key (or with `key = value`). A section's name answers all of
-its keys.
+An answer completes a sentence that begins with the key, or with `key = value`. The answer to a section holds
+for all of its keys that have none. Keys with a common answer stand in one string, with spaces between.
 """
 
-from __future__ import annotations
-
-# Keys and sections that are planned but not in this version. Looked up first: delete an entry when its key
-# arrives.
-LATER: dict[str, str] = {
+# Keys and sections that are planned but not in this version: delete an entry when its key arrives. They are
+# looked up before ANSWERS.
+_LATER = {
     "chunkflow.kv_offload": "is not available in this version: K/V state stays on the device, remove the key",
     "chunkflow.keep_attention": "is not available in this version: a recomputed chunk repeats its attention,"
     " remove the key",
-    "lora": "is not available in this version: all parameters are trained, remove the section",
-    "peft": "is not available in this version: all parameters are trained, remove the section",
+    "lora peft": "is not available in this version: all parameters are trained, remove the section",
 }
 
-_NO_TENSOR_PARALLEL = (
-    "is not there yet: long sequences are split into chunks instead; use"
-    " data_parallel_shard_degree for large models"
-)
-_NO_CONTEXT_PARALLEL = (
-    "is not there yet: a long sequence is split over chunks in time, set chunkflow.chunk_size and chunkflow.k"
-)
-_NO_EXPERTS = "is not used: there are no mixture-of-experts models here, remove the key"
-_CHUNKS_ARE_MICROBATCHES = (
-    "is not used: chunks are the micro-batches, set training.global_batch_size and chunkflow.chunk_size"
-)
-_OWN_SCHEDULE = "is not used: stages run the state-aware schedule, made anew for every step, remove the key"
-_EVEN_STAGES = "is not used: remove it, layers are spread evenly over the stages"
-_LOADER_THREAD = "is not used: one thread prepares the next step while this one runs, remove the section"
-
-# torchtitan's keys that have no place here.
-ANSWERS: dict[str, str] = {
+# Keys and sections of torchtitan that are not used here.
+_ANSWERS = {
+    "job.use_for_integration_test model.print_after_conversion training.gc_debug training.enable_fp8_linear"
+    " parallelism.enable_compiled_autograd activation_checkpoint.early_stop activation_checkpoint.debug"
+    " quantize.linear.float8.force_recompute_fp8_weight_in_bwd": "is not used: remove the key",
+    "training.tensor_parallel_degree training.enable_loss_parallel parallelism.tensor_parallel_degree"
+    " parallelism.disable_loss_parallel parallelism.enable_async_tensor_parallel"
+    " experimental.enable_async_tensor_parallel": "is not there yet: long sequences are split into chunks"
+    " instead; use data_parallel_shard_degree for large models",
+    "training.context_parallel_degree parallelism.context_parallel_degree"
+    " parallelism.context_parallel_load_balancer parallelism.context_parallel_rotate_method"
+    " experimental.context_parallel_degree": "is not there yet: a long sequence is split over chunks in time,"
+    " set chunkflow.chunk_size and chunkflow.k",
+    "parallelism.pipeline_parallel_expert_parallel_overlap parallelism.expert_parallel_degree"
+    " parallelism.expert_tensor_parallel_degree parallelism.expert_parallel_comm_backend"
+    " activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns quantize.grouped_mm"
+    " debug.moe_force_load_balance": "is not used: there are no mixture-of-experts models here, remove the"
+    " key",
+    "parallelism.pipeline_parallel_microbatch_size parallelism.pipeline_parallel_microbatches"
+    " experimental.pipeline_parallel_microbatches": "is not used: chunks are the micro-batches, set"
+    " training.global_batch_size and chunkflow.chunk_size",
+    "parallelism.module_fqns_per_model_part parallelism.pipeline_parallel_split_points"
+    " parallelism.pipeline_parallel_first_stage_less_layers"
+    " parallelism.pipeline_parallel_last_stage_less_layers experimental.pipeline_parallel_split_points": "is"
+    " not used: remove it, layers are spread evenly over the stages",
+    "training.dataloader validation.dataloader": "is not used: one thread prepares the next step while this"
+    " one runs, remove the section",
     "job.save_config_file": "is not used: the resolved config is always saved as config.toml in"
     " job.dump_folder",
     "job.custom_config_module": "is not used: copy a recipe, edit it, and start it with"
     " TRAIN_FILE=my_recipe.py ./run_train.sh",
     "job.print_args": "was renamed: set job.print_config",
-    "job.use_for_integration_test": "is not used: remove the key",
-    "profiling.profiler_active": "is not used: one step is traced every profiling.profile_freq steps",
-    "profiling.profiler_warmup": "is not used: one step is traced every profiling.profile_freq steps",
-    "profiling.enable_memory_snapshot": "is not used: peak memory of every logged step is in metrics.jsonl,"
-    " remove the key",
-    "profiling.save_memory_snapshot_folder": "is not used: peak memory of every logged step is in"
-    " metrics.jsonl, remove the key",
-    "metrics.save_for_all_ranks": "is not used: rank 0 writes figures that are reduced over all ranks"
-    " already",
-    "metrics.rank_0_only": "is not used: rank 0 writes figures that are reduced over all ranks already",
+    "profiling.profiler_active profiling.profiler_warmup": "is not used: one step is traced every"
+    " profiling.profile_freq steps",
+    "profiling.enable_memory_snapshot profiling.save_memory_snapshot_folder": "is not used: peak memory of"
+    " every logged step is in metrics.jsonl, remove the key",
+    "metrics.save_for_all_ranks metrics.rank_0_only": "is not used: rank 0 writes figures that are reduced"
+    " over all ranks already",
     "metrics.enable_wandb": "is not used: set metrics.enable_tensorboard, or read metrics.jsonl in"
     " job.dump_folder",
     "metrics.enable_color_printing": "was turned round: set metrics.disable_color_printing",
-    "model.print_after_conversion": "is not used: remove the key",
     "model.norm_type": "is not used: each model has its own normalisation, remove the key",
     "model.use_flex_attn": "is not used: attention is exact within each sequence on every device, remove the"
     " key",
@@ -63,12 +65,10 @@ ANSWERS: dict[str, str] = {
     "optimizer.fused": 'was replaced: set optimizer.implementation = "fused"',
     "lr_scheduler.total_steps": "is not used: the schedule ends at training.steps, set that",
     "lr_scheduler.lr_min": "was replaced: set lr_scheduler.min_lr_factor, a share of optimizer.lr",
-    "training.local_batch_size": "is not used: set training.global_batch_size and chunkflow.chunk_size",
-    "training.batch_size": "is not used: set training.global_batch_size and chunkflow.chunk_size",
+    "training.local_batch_size training.batch_size": "is not used: set training.global_batch_size and"
+    " chunkflow.chunk_size",
     "training.gradient_accumulation_steps": "is not used: set training.global_batch_size, chunks accumulate"
     " by themselves",
-    "training.gc_debug": "is not used: remove the key",
-    "training.dataloader": _LOADER_THREAD,
     "training.warmup_steps": "has moved: set lr_scheduler.warmup_steps",
     "training.seed": "has moved: set debug.seed",
     "training.deterministic": "has moved: set debug.deterministic",
@@ -79,28 +79,8 @@ ANSWERS: dict[str, str] = {
     "training.data_parallel_shard_degree": "has moved: set parallelism.data_parallel_shard_degree",
     "training.data_parallel_replicate_degree": "has moved: set parallelism.data_parallel_replicate_degree",
     "training.fsdp_reshard_after_forward": "has moved: set parallelism.fsdp_reshard_after_forward",
-    "training.tensor_parallel_degree": _NO_TENSOR_PARALLEL,
-    "training.context_parallel_degree": _NO_CONTEXT_PARALLEL,
-    "training.enable_loss_parallel": _NO_TENSOR_PARALLEL,
-    "training.enable_fp8_linear": "is not used: remove the key",
-    "parallelism.tensor_parallel_degree": _NO_TENSOR_PARALLEL,
-    "parallelism.disable_loss_parallel": _NO_TENSOR_PARALLEL,
-    "parallelism.enable_async_tensor_parallel": _NO_TENSOR_PARALLEL,
-    "parallelism.enable_compiled_autograd": "is not used: remove the key",
-    "parallelism.module_fqns_per_model_part": _EVEN_STAGES,
-    "parallelism.pipeline_parallel_split_points": _EVEN_STAGES,
-    "parallelism.pipeline_parallel_first_stage_less_layers": _EVEN_STAGES,
-    "parallelism.pipeline_parallel_last_stage_less_layers": _EVEN_STAGES,
-    "parallelism.pipeline_parallel_schedule_csv": _OWN_SCHEDULE,
-    "parallelism.pipeline_parallel_microbatch_size": _CHUNKS_ARE_MICROBATCHES,
-    "parallelism.pipeline_parallel_microbatches": _CHUNKS_ARE_MICROBATCHES,
-    "parallelism.pipeline_parallel_expert_parallel_overlap": _NO_EXPERTS,
-    "parallelism.context_parallel_degree": _NO_CONTEXT_PARALLEL,
-    "parallelism.context_parallel_load_balancer": _NO_CONTEXT_PARALLEL,
-    "parallelism.context_parallel_rotate_method": _NO_CONTEXT_PARALLEL,
-    "parallelism.expert_parallel_degree": _NO_EXPERTS,
-    "parallelism.expert_tensor_parallel_degree": _NO_EXPERTS,
-    "parallelism.expert_parallel_comm_backend": _NO_EXPERTS,
+    "parallelism.pipeline_parallel_schedule_csv": "is not used: stages run the state-aware schedule, made"
+    " anew for every step, remove the key",
     "checkpoint.enable_checkpoint": "was renamed: set checkpoint.enable",
     "checkpoint.interval_type": "is not used: checkpoint.interval counts steps",
     "checkpoint.model_weights_only": "was renamed: set checkpoint.last_save_model_only",
@@ -114,63 +94,43 @@ ANSWERS: dict[str, str] = {
     "checkpoint.create_seed_checkpoint": "is not used: initial weights depend on debug.seed alone, whatever"
     " the layout",
     "checkpoint.load_only": "is not used: set checkpoint.interval to more than training.steps",
-    "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": _NO_EXPERTS,
-    "activation_checkpoint.early_stop": "is not used: remove the key",
-    "activation_checkpoint.memory_budget": "is not used: chunkflow.chunk_size and chunkflow.k bound the"
-    " activations",
-    "activation_checkpoint.visualize_memory_budget_pareto": "is not used: chunkflow.chunk_size and"
-    " chunkflow.k bound the activations",
-    "activation_checkpoint.preserve_rng_state": "is not used: nothing in the models is random, remove the"
-    " key",
-    "activation_checkpoint.determinism_check": "is not used: nothing in the models is random, remove the key",
-    "activation_checkpoint.debug": "is not used: remove the key",
+    "activation_checkpoint.memory_budget activation_checkpoint.visualize_memory_budget_pareto": "is not used:"
+    " chunkflow.chunk_size and chunkflow.k bound the activations",
+    "activation_checkpoint.preserve_rng_state activation_checkpoint.determinism_check": "is not used: nothing"
+    " in the models is random, remove the key",
     "quantize.linear.float8.enable_fsdp_float8_all_gather": "is not used: layers are gathered in"
     " training.mixed_precision_param and cast for each product, remove the key",
     "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": "is not used: it belongs to float8"
     " all-gathers, which are not there, remove the key",
-    "quantize.linear.float8.force_recompute_fp8_weight_in_bwd": "is not used: remove the key",
     "quantize.linear.mx": "is not used: MX formats are not supported, remove the section",
-    "quantize.grouped_mm": _NO_EXPERTS,
     "float8": 'has moved: add "float8" to model.converters and use quantize.linear.float8',
     "comm.trace_buf_size": "is not used: set TORCH_FR_BUFFER_SIZE in the environment for PyTorch's flight"
     " recorder",
-    "comm.save_traces_folder": "is not used: set TORCH_FR_DUMP_TEMP_FILE in the environment for PyTorch's"
-    " flight recorder",
-    "comm.save_traces_file_prefix": "is not used: set TORCH_FR_DUMP_TEMP_FILE in the environment for"
-    " PyTorch's flight recorder",
+    "comm.save_traces_folder comm.save_traces_file_prefix": "is not used: set TORCH_FR_DUMP_TEMP_FILE in the"
+    " environment for PyTorch's flight recorder",
     "memory_estimation": "is not used: NGPU=8 python recipes/plan.py --job.config_file X.toml predicts a"
     " rank's memory, by part",
     "fault_tolerance": "is not used: replicas that come and go are not supported, remove the section",
     "experimental.pipeline_parallel_degree": "has moved: set parallelism.pipeline_parallel_degree",
-    "experimental.pipeline_parallel_split_points": _EVEN_STAGES,
     "experimental.pipeline_parallel_schedule": "has moved: set parallelism.pipeline_parallel_schedule",
-    "experimental.pipeline_parallel_microbatches": _CHUNKS_ARE_MICROBATCHES,
-    "experimental.context_parallel_degree": _NO_CONTEXT_PARALLEL,
-    "experimental.enable_async_tensor_parallel": _NO_TENSOR_PARALLEL,
     "experimental": "is not used: copy a recipe, edit it, and start it with TRAIN_FILE=my_recipe.py"
     " ./run_train.sh",
     "validation.local_batch_size": "is not used: validation packs sequences into chunks of"
     " chunkflow.chunk_size",
     "validation.seq_len": "is not used: training.seq_len counts for validation too",
-    "validation.dataloader": _LOADER_THREAD,
     "debug.deterministic_warn_only": "is not used: set debug.deterministic",
-    "debug.moe_force_load_balance": _NO_EXPERTS,
 }
 
 # Values, as `key=value`, or `key=*` for any value that is not admitted.
-VALUE_ANSWERS: dict[str, str] = {
-    "optimizer.name=AdamW4bit": "is not there, since torchao 0.18 cannot shard its state: set optimizer.name"
-    ' = "AdamW8bit"',
-    "optimizer.name=AdamWFp8": "is not there, since torchao 0.18 cannot shard its state: set optimizer.name ="
-    ' "AdamW8bit"',
-    "model.converters=quantize.linear.float8": 'was renamed: set model.converters = ["float8"]',
-    "model.converters=mx": 'is not there, MX formats are not supported: choose "float8" or "int8"',
-    "model.converters=quantize.linear.mx": 'is not there, MX formats are not supported: choose "float8" or'
-    ' "int8"',
+_VALUE_ANSWERS = {
+    "optimizer.name=AdamW4bit optimizer.name=AdamWFp8": "is not there, since torchao 0.18 cannot shard its"
+    ' state: set optimizer.name = "AdamW8bit"',
     "optimizer.name=Adam": 'is not there: set optimizer.name = "AdamW" and optimizer.weight_decay = 0',
+    "model.converters=quantize.linear.float8": 'was renamed: set model.converters = ["float8"]',
+    "model.converters=mx model.converters=quantize.linear.mx": "is not there, MX formats are not supported:"
+    ' choose "float8" or "int8"',
     "activation_checkpoint.mode=memory_budget": "is not there: chunkflow.chunk_size and chunkflow.k bound the"
-    " activations,"
-    ' set "none", "selective" or "full"',
+    ' activations, set "none", "selective" or "full"',
     "compile.components=loss": "is not compiled, head and loss run in slices of tokens: set"
     ' compile.components = ["model"]',
     "checkpoint.exclude_from_loading=lr_scheduler": "is not saved: the rate follows the step, remove the"
@@ -179,12 +139,18 @@ VALUE_ANSWERS: dict[str, str] = {
     " checkpoint.initial_load_path to start at step 1",
     "comm.mode=local_tensor": 'is not there: set "fake_backend" to check a large layout in one process',
     "training.dtype=bfloat16": 'is not admitted, since small updates would be lost: keep "float32" and'
-    " compute in bfloat16 with"
-    " training.mixed_precision_param",
+    " compute in bfloat16 with training.mixed_precision_param",
     "validation.dataset=*": 'is not one of "python_stdlib", "jsonl", "synthetic" (hub names are not read):'
-    " write the data as JSONL,"
-    ' set validation.dataset = "jsonl" and validation.dataset_path',
+    ' write the data as JSONL, set validation.dataset = "jsonl" and validation.dataset_path',
     "training.dataset=*": 'is not one of "python_stdlib", "jsonl", "synthetic" (hub names, parquet and'
-    " mixtures are not read yet):"
-    ' write the data as JSONL, set training.dataset = "jsonl" and training.dataset_path',
+    " mixtures are not read yet): write the data as JSONL,"
+    ' set training.dataset = "jsonl" and training.dataset_path',
 }
+
+
+def _each(answers: dict[str, str]) -> dict[str, str]:
+    """The same table with one key an entry."""
+    return {key: answer for keys, answer in answers.items() for key in keys.split()}
+
+
+LATER, ANSWERS, VALUE_ANSWERS = map(_each, (_LATER, _ANSWERS, _VALUE_ANSWERS))

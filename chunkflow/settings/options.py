@@ -1,9 +1,5 @@
-"""All settings there are: one dataclass a section, one field a key, with its default, its line for --help and
-its rule.
-
-`config.training.steps` is `[training] steps` in TOML and `--training.steps` on the command line. A section
-may hold sections.
-"""
+"""All settings: one dataclass a section, one field a key, with its default, its line for --help and its rule.
+`config.training.steps` is `[training] steps` in TOML and `--training.steps` on the command line."""
 
 from __future__ import annotations
 
@@ -37,16 +33,16 @@ def option(
     entries: dict[str, type] | None = None,
     **more: Any,
 ) -> Any:
-    """A key: its default (a list is copied), the line that --help shows, and which values it admits.
+    """A key's field: its default, its line for --help, and the values that it admits.
 
-    `choices`: of a string, or of each entry of a list. `entries`: what a table may hold, and of which type.
+    `choices`: admitted strings, or entries of a list. `entries`: admitted names of a table, with their types.
     """
     metadata = {"doc": doc, "rule": rule, "choices": choices, "entries": entries}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata, **more)
-    return field(default=default, metadata=metadata, **more)
+    default = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**default, metadata=metadata, **more)
 
 
+DATASETS = ("python_stdlib", "jsonl", "synthetic")
 ROPE_SCALING = {
     "rope_type": str,
     "factor": float,
@@ -64,7 +60,7 @@ ROPE_SCALING = {
 
 @dataclass
 class Job:
-    # Where the settings came from is not one of them: a saved config loads as an equal one.
+    # compare=False: a saved config, loaded from its file, equals the config that was saved
     config_file: str = option("", "TOML file with the settings below (command line only)", compare=False)
     dump_folder: str = option("./outputs", "folder for everything that the run leaves")
     description: str = option("default job", "one line for the log")
@@ -92,9 +88,7 @@ class Model:
 
 @dataclass
 class Training:
-    dataset: str = option(
-        "python_stdlib", "where sequences come from", choices=("python_stdlib", "jsonl", "synthetic")
-    )
+    dataset: str = option("python_stdlib", "where sequences come from", choices=DATASETS)
     dataset_path: str = option("", 'jsonl: file, folder or glob; synthetic: "lmsys" or "llama3_sft"')
     global_batch_size: int = option(16, "sequences per optimizer step over all ranks", AT_LEAST_1)
     seq_len: int = option(8192, "longest admissible sequence, tokens", AT_LEAST_1)
@@ -285,9 +279,7 @@ class Validation:
         False, "measure the loss of other data while training, forward only, in the same chunks"
     )
     dataset: str | None = option(
-        None,
-        "where its sequences come from; unset: training.dataset",
-        choices=("python_stdlib", "jsonl", "synthetic"),
+        None, "where its sequences come from; unset: training.dataset", choices=DATASETS
     )
     dataset_path: str = option("", "as training.dataset_path; synthetic: other sequences than training's")
     freq: int = option(10, "steps between validations; the last step is always followed by one", AT_LEAST_1)

@@ -36,7 +36,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from chunkflow.settings.config import KEYS, Config, ConfigError
+from chunkflow.settings.config import Config, ConfigError, flat
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import parallel
 from chunkflow.training.optimizer import optimizer_tensors
@@ -572,7 +572,7 @@ class Checkpoints:
             "complete": complete,
             "torch": torch.__version__,
             "ranks": dist.get_world_size(),
-            "config": {name: _setting(self.config, name) for name in KEYS},
+            "config": flat(self.config),
             "model": self.identity,
             "data": self.loader.identity,
             "excluded": self.excluded,

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from chunkflow.settings import options
-from chunkflow.settings.config import planned_processes
+from chunkflow.training.start import world_size
 
 logger = logging.getLogger(__name__)
 
@@ -84,17 +84,17 @@ def init_processes(comm: options.Comm, degrees: options.Parallelism) -> Processe
     if fake:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=planned_processes())
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size(planned=True))
     else:
         timeout = timedelta(seconds=comm.init_timeout_seconds)
-        store, rank, world_size = dist.HashStore(), 0, 1
+        store, rank, count = dist.HashStore(), 0, 1
         if "RANK" in os.environ:
             # torchrun's restarts share one store: without a prefix, ranks would look for those of the attempt
             # that crashed.
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+            store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
             store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=count)
     rank, count = dist.get_rank(), dist.get_world_size()
     pipeline_ranks, replicated = degrees.pipeline_parallel_degree, degrees.data_parallel_replicate_degree
     replicas = count // pipeline_ranks

@@ -1,0 +1,150 @@
+"""How a recipe starts: its checked config, error messages instead of tracebacks, the log, garbage collection.
+Torch is imported only where it is needed, so that a mistyped key is answered at once."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+from chunkflow.settings.config import ConfigError, check_processes, load_config, show, to_toml
+from chunkflow.settings.options import Config
+
+logger = logging.getLogger(__name__)
+
+
+def main_config(
+    argv: list[str] | None = None, check: Callable | None = None, planned: bool = False
+) -> Config:
+    """The first line of a recipe: the checked config, or `error: ...` on stderr and exit status 2.
+
+    `check(config)` adds the recipe's rules: it raises ValueError with one sentence. With --check on the
+    command line nothing but the checks runs. `planned` is that of world_size.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    only_check = "--check" in argv
+    try:
+        config = read_config([argument for argument in argv if argument != "--check"])
+        if _is_rank_0():  # one process looks at the file system
+            check_paths(config)
+        if check:
+            check(config)
+        planned = planned or only_check or config.comm.mode == "fake_backend"
+        check_processes(config, world_size(planned))
+    except ValueError as error:
+        if _is_rank_0():
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if only_check:
+        print("config and paths are good")
+        gc.freeze()  # a second less: the interpreter then ends without a collection over all of torch
+        raise SystemExit(0)
+    if _is_rank_0() and config.job.print_config:
+        print(to_toml(config))
+    return config
+
+
+def read_config(argv: list[str]) -> Config:
+    """The config of a command line; model.hf_assets_path decides on model.name and model.flavor. ValueError
+    for wrong settings, or a config.json of that folder that cannot be used."""
+    config = load_config(argv)
+    if folder := config.model.hf_assets_path:
+        from chunkflow.storage.hf_weights import model_of
+
+        config.model.name, _ = model_of(folder)
+        config.model.flavor = Path(folder).expanduser().resolve().name
+    return config
+
+
+def world_size(planned: bool = False) -> int:
+    """The number of processes: torchrun's; without torchrun one or, if `planned`, NGPU x NNODES: for a
+    process that stands for as many (--check, recipes that only plan, the fake backend). ConfigError where
+    these are no whole numbers of at least 1."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    count = 1
+    for name in ("NGPU", "NNODES") if planned else ():
+        text = os.environ.get(name) or "1"
+        if not text.isdecimal() or int(text) < 1:
+            rule = "is not a whole number of at least 1"
+            raise ConfigError(f"{name} = {text} in the environment {rule}: set {name}=1")
+        count *= int(text)
+    return count
+
+
+def check_paths(config: Config) -> None:
+    """ValueError unless the named files exist and job.dump_folder can be written. Leaves no file behind."""
+    tokenizer = config.model.tokenizer_path
+    if tokenizer and not Path(tokenizer).exists():
+        raise ConfigError(
+            f"model.tokenizer_path = {show(tokenizer)} does not exist: name a tokenizer.json, a sentencepiece"
+            " model, or a folder with one"
+        )
+    for name in ("training", "validation") if config.validation.enable else ("training",):
+        section = getattr(config, name)
+        if section.dataset == "jsonl":
+            from chunkflow.data.dataset import jsonl_files
+
+            jsonl_files(section.dataset_path, name)
+    folder = Path(config.job.dump_folder).absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    try:
+        tempfile.TemporaryDirectory(dir=folder).cleanup()
+    except OSError as error:
+        raise ConfigError(
+            f"job.dump_folder = {show(config.job.dump_folder)} cannot be written ({folder}:"
+            f" {error.strerror}): name another folder"
+        ) from None
+
+
+@contextmanager
+def user_errors():
+    """Turns ValueError and OSError (of data, model or disk) into `error: ...` on stderr and exit status 1.
+    Ranks other than 0 raise the error, which may be theirs alone: torchrun then reports it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if not _is_rank_0():
+            raise
+        sentence = str(error)
+        if isinstance(error, OSError):
+            sentence = f"{error.filename or 'a file'} cannot be read or written: {error.strerror}"
+        print(f"error: {sentence}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def init_logger() -> None:
+    """Logs to stdout, one line a record, in torchtitan's format."""
+    format = "[chunkflow] %(asctime)s - %(name)s - %(levelname)s - %(message)s"
+    logging.basicConfig(level=logging.INFO, format=format, stream=sys.stdout, force=True)
+    os.environ["KINETO_LOG_LEVEL"] = "5"  # silences the profiler's messages
+
+
+class GarbageCollection:
+    """Collects on all ranks at the same steps, so that none waits for another's collection within a step."""
+
+    def __init__(self, every_steps: int):
+        self.every_steps = every_steps
+        gc.disable()
+        self._collect("Initial GC collection", 2)
+        gc.freeze()  # later collections, and the end of the process, then pass over all of torch
+
+    def run(self, step: int) -> None:
+        if step > 1 and step % self.every_steps == 0:
+            self._collect("Performing periodic GC collection", 1)
+
+    def _collect(self, reason: str, generation: int) -> None:
+        start = time.perf_counter()
+        gc.collect(generation)
+        logger.info(f"[GC] {reason} took {time.perf_counter() - start:.2f} seconds")
+
+
+def _is_rank_0() -> bool:
+    return os.environ.get("RANK", "0") == "0"
