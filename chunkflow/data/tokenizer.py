@@ -6,7 +6,7 @@ is ever unknown) and was trained on the sources of Python's own library. Trainin
 at random, and is repeated by
 
     import sentencepiece, tokenize
-    from chunkflow.data.dataset import python_files
+    from chunkflow.data.rows import python_files
 
     with open("python_2048.model", "wb") as model:
         sentencepiece.SentencePieceTrainer.train(

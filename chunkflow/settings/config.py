@@ -391,9 +391,8 @@ def check_paths(config: Config) -> None:
     )
     for name, section in sections.items():
         if section.dataset == "jsonl":
-            from chunkflow.data.dataset import (
-                jsonl_files,
-            )  # here, since it imports torch: a mistyped key is answered at once
+            # here, since it imports torch: a mistyped key is answered at once
+            from chunkflow.data.rows import jsonl_files
 
             jsonl_files(section.dataset_path, name)
     folder = Path(config.job.dump_folder).absolute()
