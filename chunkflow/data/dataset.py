@@ -2,10 +2,9 @@
 
 Every dataset has `len(dataset)`; `dataset.lengths`, a list of tokens per sequence; `dataset.row(index,
 length)`, tokens and labels of the first `length` tokens, as int64 tensors; `dataset.supervised(index,
-length)`, how many targets those have; `dataset.source(index)`, "FILE:LINE"; `dataset.identity`, a dict of
-what the sequences depend on; `dataset.changed_file()`, a file that changed since it was read, or "". Labels
-are aligned with tokens (the label of a token is the token itself or -100: no loss); the shift by one happens
-in the dataloader.
+length)`, how many targets those have; `dataset.source(index)`, "FILE:LINE"; `dataset.identity`, all that
+the sequences depend on. Labels are aligned with tokens (the label of a token is the token itself or -100: no
+loss); the shift by one happens in the dataloader.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ from chunkflow.execution.loss import IGNORE
 
 logger = logging.getLogger(__name__)
 
-# To be raised whenever the same files and tokenizer give other tokens, or other files in the cache.
-CACHE_FORMAT = 2
+CACHE_FORMAT = 2  # to be raised when the same rows and tokenizer give other tokens, or other cache files
 BATCH_CHARACTERS = 1 << 20  # tokenised at once; bounds the memory that tokenising takes
 
 
@@ -76,11 +74,12 @@ def open_dataset(
         files, read = rows.jsonl_files(path, section), rows.jsonl_rows
     else:
         raise ValueError(f'{section}.dataset is "{name}": choose "python_stdlib", "jsonl" or "synthetic"')
-    stamps = _stamps(files)
+    stamps = {path: _stamp(path) for path in files}
     content = _content_digest(files)
     key = json.dumps([CACHE_FORMAT, name, tokenizer.digest if tokenizer else None, content])
-    parent = Path(cache_dir).expanduser() if cache_dir else _default_cache_folder()
-    folder = parent / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    cache_dir = cache_dir or os.environ.get("CHUNKFLOW_CACHE") or f"{user_cache}/chunkflow"
+    folder = Path(cache_dir).expanduser() / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     meta = _read_meta(folder) or _build_once(folder, files, read, tokenizer, vocab_size)
     if meta["rows"] == 0:
         raise ValueError(
@@ -109,7 +108,9 @@ def open_dataset(
 class TokenDataset:
     """The sequences of a token cache: memory-mapped files, which the processes of a machine share."""
 
-    def __init__(self, folder: Path, files: list[str], identity: dict[str, object], stamps: dict[str, tuple]):
+    def __init__(
+        self, folder: Path, files: list[str], identity: dict[str, object], stamps: dict[str, tuple | None]
+    ):
         self._files, self._stamps = files, stamps
         self.identity = identity
         self._tokens = _map(folder / "tokens.bin", torch.int32)
@@ -148,16 +149,11 @@ class TokenDataset:
 
 
 def _map(path: Path, dtype: torch.dtype) -> torch.Tensor:
-    """A file as a tensor that must not be written to.
-
-    torch.from_file maps with write permission, for which Linux wants the file to fit into memory.
-    """
+    """A file as a tensor that must not be written to."""
+    # Not torch.from_file: it maps with write permission, which Linux refuses to files larger than memory.
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=dtype)
-
-
-# ------------------------------------------------------------------------------------------------------ files
 
 
 def _content_digest(files: list[str]) -> str:
@@ -175,28 +171,16 @@ def _content_digest(files: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _stamps(files: list[str]) -> dict[str, tuple]:
-    """Size, time of change and inode of each file: they tell that it was written to, without reading it."""
-    stamps = {}
-    for path in files:
-        with suppress(OSError):  # a missing file is reported when it is read
-            status = os.stat(path)
-            stamps[path] = status.st_size, status.st_mtime_ns, status.st_ino
-    return stamps
+def _stamp(path: str) -> tuple | None:
+    """Size, time of change and inode of a file: they tell that it was written to, without reading it."""
+    with suppress(OSError):  # a missing file is reported when it is read
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns, status.st_ino
+    return None
 
 
-def _changed(stamps: dict[str, tuple]) -> str:
-    now = _stamps(list(stamps))
-    return next((path for path, stamp in stamps.items() if now.get(path) != stamp), "")
-
-
-# ------------------------------------------------------------------------------------------------ token cache
-
-
-def _default_cache_folder() -> Path:
-    if os.environ.get("CHUNKFLOW_CACHE"):
-        return Path(os.environ["CHUNKFLOW_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "chunkflow"
+def _changed(stamps: dict[str, tuple | None]) -> str:
+    return next((path for path, stamp in stamps.items() if _stamp(path) != stamp), "")
 
 
 def _read_meta(folder: Path) -> dict | None:
@@ -262,10 +246,8 @@ def _batches(all_rows: Iterable[rows.Row]) -> Iterator[list[rows.Row]]:
     yield batch
 
 
-def _tokenised(
-    batch: list[rows.Row], tokenizer: Tokenizer | None
-) -> Iterator[tuple[rows.Row, list[int], list[int]]]:
-    """Each row with its tokens and labels."""
+def _tokenised(batch: list[rows.Row], tokenizer: Tokenizer | None) -> Iterator[tuple]:
+    """Each row with its tokens and its labels, two lists of integers."""
     texts = [content for row in batch for content, _ in row.spans if isinstance(content, str)]
     encoded = iter(tokenizer.encode_batch(texts) if texts else [])
     chats = [row.chat for row in batch if row.chat]
@@ -330,7 +312,5 @@ def _write_cache(
 def _sync(path: Path) -> None:
     """Makes a file's content, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)

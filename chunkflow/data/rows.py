@@ -28,6 +28,7 @@ FORMS_SENTENCE = (
     ' {"input_ids"[, "labels"]}'
 )
 
+ID_RULES = {"input_ids": "a token id is at least 0", "labels": "a label is a token id, or -100 for no loss"}
 Span = tuple[str | list[int], bool]  # text or token ids, and whether there is loss on them
 
 
@@ -43,9 +44,6 @@ class Row(NamedTuple):
     size: int = 0  # bytes in the file
 
 
-# ------------------------------------------------------------------------------------------------------ files
-
-
 def python_files() -> list[str]:
     """The source files of Python's standard library, without installed packages and tests, sorted by their
     path in it."""
@@ -58,11 +56,8 @@ def python_files() -> list[str]:
 
 
 def jsonl_files(path: str, section: str = "training") -> list[str]:
-    """The files that `path`, the dataset_path of a config section, names, sorted: one *.jsonl file, those of
-    a folder at any depth, or those that match a pattern.
-
-    Raises ValueError if there are none, or one is of another kind.
-    """
+    """The sorted files that `path`, the dataset_path of a config section, names: a *.jsonl file, those of a
+    folder at any depth, or those that match a pattern. ValueError if there are none, or others."""
     if not path:
         raise ValueError(
             f"{section}.dataset_path is empty: set it to a *.jsonl file, a folder of them, or a pattern"
@@ -89,9 +84,6 @@ def jsonl_files(path: str, section: str = "training") -> list[str]:
     return sorted(files)
 
 
-# ------------------------------------------------------------------------------------------------------- rows
-
-
 def python_rows(files: list[str], tokenizer: Tokenizer, vocab_size: int) -> Iterator[Row]:
     """One row for each source file, with loss on all of it."""
     for index, path in enumerate(files):
@@ -114,12 +106,11 @@ def jsonl_rows(files: list[str], tokenizer: Tokenizer | None, vocab_size: int) -
                     content = line.removeprefix(BOM_UTF8).rstrip() if number == 1 else line.rstrip()
                     if not content:
                         continue
-                    source = f"{path}:{number}"
                     try:
                         row = _read_row(_parse_object(content), tokenizer, vocab_size)
                     except ValueError as error:
-                        raise ValueError(f"{source}: {error}") from None
-                    yield row._replace(source=source, file=index, line=number, size=len(line))
+                        raise ValueError(f"{path}:{number}: {error}") from None
+                    yield row._replace(source=f"{path}:{number}", file=index, line=number, size=len(line))
         except OSError as error:
             raise unreadable(path, error) from None
 
@@ -173,18 +164,14 @@ def _read_row(row: dict, tokenizer: Tokenizer | None, vocab_size: int) -> Row:
         return Row(_text_spans(checked_text(row["text"], "text"), tokenizer))
     if form == "prompt":
         prompt, completion = (checked_text(row[key], key) for key in ("prompt", "completion"))
-        return Row([(prompt, False), (completion, True), (_ids(tokenizer.eos_id), True)])
+        return Row([(prompt, False), *_text_spans(completion, tokenizer)[1:]])  # no BOS
     chat = read_messages(row, form)
     return Row([], chat=tokenizer.chat.turns(chat)) if tokenizer.chat else Row(plain_spans(chat))
 
 
 def _text_spans(text: str, tokenizer: Tokenizer) -> list[Span]:
-    return [(_ids(tokenizer.bos_id), True), (text, True), (_ids(tokenizer.eos_id), True)]
-
-
-def _ids(special: int | None) -> list[int]:
-    """BOS or EOS, if the tokenizer has it."""
-    return [] if special is None else [special]
+    bos, eos = ([] if special is None else [special] for special in (tokenizer.bos_id, tokenizer.eos_id))
+    return [(bos, True), (text, True), (eos, True)]
 
 
 def _read_ids(row: dict, vocab_size: int) -> Row:
@@ -213,12 +200,7 @@ def _checked_ids(ids, name: str, vocab_size: int) -> list[int]:
         if token >= vocab_size:
             raise ValueError(f"{name}[{index}]: {beyond_vocabulary(token, vocab_size)}")
         if token < 0 and (token != IGNORE or name != "labels"):
-            rule = (
-                "a label is a token id, or -100 for no loss"
-                if name == "labels"
-                else "a token id is at least 0"
-            )
-            raise ValueError(f"{name}[{index}] is {token}: {rule}, correct it")
+            raise ValueError(f"{name}[{index}] is {token}: {ID_RULES[name]}, correct it")
     return ids
 
 
