@@ -465,7 +465,6 @@ BUILT_IN = {
     "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>"
     "\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n«A<|eot_id|>»<|start_header_id|>ipython<|end_header_id|>"
     "\n\nT<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n«B<|eot_id|>»",
-    "mistral": "<s>[INST] S\n\nQ [/INST]« A </s>»[TOOL_RESULTS] T[/TOOL_RESULTS]« B</s>»",
 }
 
 

@@ -1,11 +1,9 @@
-"""Sequences made up on the spot: real length statistics, and content that only long-range attention can
-predict.
+"""Generated sequences: published length statistics, and content that only long-range attention can predict.
 
-The lengths follow two published mixtures (ChunkFlow, section 2; Llama 3, table 7), so that plans and
-throughput can be studied without the data. The content is a look-up task. Its first tokens, the header, state
-facts: key j has value v_j, each key once, one token a fact. Every later token asks for a key of the header,
-and its target is the answer. Answers never stand in the input, so no local pattern helps: a position 200,000
-tokens into a sequence still has to attend to its start.
+The lengths follow two published mixtures (ChunkFlow, section 2; Llama 3, table 7), to study plans and speed
+without the data. The content is a look-up task. The first tokens, the header, state facts: key j has value
+v_j, each key once, one token a fact. Every later token asks for a key, and its target is the value, which
+stands nowhere else: a position 200,000 tokens into a sequence still has to attend to the header.
 """
 
 from __future__ import annotations
@@ -32,22 +30,20 @@ MIXTURES = {
 
 
 def synthetic_lengths(mix: str, count: int, seed: int) -> list[int]:
-    """`count` lengths (tokens) of mixture "lmsys" or "llama3_sft", the same for the same seed; imports no
-    torch.
+    """`count` lengths (tokens) of mixture "lmsys" or "llama3_sft", which follow from the seed.
 
     One length is drawn in each of `count` equal shares of the mixture, then all are shuffled: a hundred
-    thousand have the published statistics whatever the seed.
+    thousand have the published statistics with any seed. ValueError for another mixture.
     """
     if mix not in MIXTURES:
         raise ValueError(
             f'training.dataset_path is "{mix}": the synthetic dataset is "lmsys" or "llama3_sft", choose one'
         )
-    shares = [share for share, _ in MIXTURES[mix]]
-    logarithms = [log(length) for _, length in MIXTURES[mix]]
+    shares, logarithms = zip(*((share, log(length)) for share, length in MIXTURES[mix]))
     generator = random.Random(f"{mix}/{seed}")
     lengths = []
-    for rank in range(count):
-        share = (rank + generator.random()) / count
+    for index in range(count):
+        share = (index + generator.random()) / count
         right = min(bisect_right(shares, share), len(shares) - 1)
         part = (share - shares[right - 1]) / (shares[right] - shares[right - 1])
         lengths.append(round(exp(logarithms[right - 1] + part * (logarithms[right] - logarithms[right - 1]))))
@@ -56,7 +52,7 @@ def synthetic_lengths(mix: str, count: int, seed: int) -> list[int]:
 
 
 class SyntheticDataset:
-    """`count` sequences of mixture `mix`, each made when it is asked for, from (seed, index) alone."""
+    """`count` sequences of mixture `mix`, each generated on request, from (seed, index) alone."""
 
     def __init__(self, mix: str, *, vocab_size: int, seed: int, count: int = DEFAULT_COUNT):
         if vocab_size < VOCABULARY:
@@ -65,21 +61,16 @@ class SyntheticDataset:
                 f" uses {VOCABULARY}: choose a model (model.flavor) with at least as many"
             )
         self.lengths = synthetic_lengths(mix, count, seed)
-        self._mix = mix
-        self._seed = seed
-
-    @property
-    def identity(self) -> dict[str, object]:
-        """What the sequences depend on."""
-        return {
+        self._mix, self._seed = mix, seed
+        self.identity: dict[str, object] = {  # all that the sequences depend on
             "training.dataset": "synthetic",
-            "training.dataset_path": self._mix,
-            "sequences": len(self.lengths),
-            "its seed": self._seed,
+            "training.dataset_path": mix,
+            "sequences": count,
+            "its seed": seed,
         }
 
     def changed_file(self) -> str:
-        return ""
+        return ""  # there are no files
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -88,9 +79,8 @@ class SyntheticDataset:
         return f"synthetic/{self._mix}:{index + 1}"
 
     def row(self, index: int, length: int):
-        """Tokens and labels (int64, aligned) of the first `length` tokens: -100 on the header and the first
-        query."""
-        import torch  # here, since planning uses the lengths of this module and does without torch
+        """The first `length` tokens and their labels (int64, aligned): -100 on the header and first query."""
+        import torch  # here, so that plans of synthetic lengths can be made without it
 
         full = self.lengths[index]
         generator = torch.Generator()
@@ -102,7 +92,7 @@ class SyntheticDataset:
         asked = torch.randint(header, (full - header,), generator=generator)  # which fact of the header
         tokens = torch.cat([keys * VALUES + values, QUERY + keys[asked]])
         labels = torch.full_like(tokens, -100)
-        labels[header + 1 :] = ANSWER + values[asked[:-1]]  # behind each query its answer
+        labels[header + 1 :] = ANSWER + values[asked[:-1]]  # after each query its answer
         return tokens[:length], labels[:length]
 
     def supervised(self, index: int, length: int) -> int:

@@ -1,12 +1,11 @@
-"""Text <-> token ids, by a tokenizer.json of Hugging Face or a sentencepiece model, and the chat template
-that belongs to it.
+"""Text <-> token ids, by a tokenizer.json of Hugging Face or a sentencepiece model, with its chat template.
 
-The shipped sentencepiece model, `python_2048.model`, has 2048 ids (256 of them single bytes, so that nothing
-is ever unknown) and was trained on the sources of Python's own library. Training takes seconds, draws nothing
-at random, and is repeated by
+The shipped sentencepiece model, `python_2048.model`, has 2048 ids, 256 of them single bytes, so that it can
+encode any text. It was trained on the source files of Python's standard library. Training takes seconds, uses
+no random numbers, and is repeated by
 
     import sentencepiece, tokenize
-    from chunkflow.data.dataset import python_files
+    from chunkflow.data.rows import python_files
 
     with open("python_2048.model", "wb") as model:
         sentencepiece.SentencePieceTrainer.train(
@@ -27,15 +26,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from chunkflow.data.chat import (
-    BUILT_IN,
-    NOTHING,
-    ChatTemplate,
-    Messages,
-    RenderedChat,
-    built_in_template,
-    plain_spans,
-)
+from chunkflow.data.chat import ChatTemplate, Messages, RenderedChat, any_of, built_in_template, plain_spans
 
 SHIPPED_MODEL = Path(__file__).with_name("python_2048.model")
 SPACE_MARK = "\u2581"  # "▁", which sentencepiece writes for a space
@@ -44,18 +35,19 @@ REMEDY = (
     "set model.tokenizer_path to a tokenizer.json, a sentencepiece model (tokenizer.model), or a folder"
     " with one of them"
 )
+EncodedChat = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters [start, end) of each
 
 
 class Tokenizer:
-    """A tokenizer, from a file, or from a folder with a tokenizer.json (which counts first) or a
-    tokenizer.model; "": the shipped one.
+    """A tokenizer from a file, or from a folder with a tokenizer.json (preferred) or a tokenizer.model; "":
+    the shipped one.
 
-    Beside it may lie a tokenizer_config.json (bos_token, eos_token, chat_template, special tokens), a
-    special_tokens_map.json, an added_tokens.json, and a chat_template.jinja, which wins over chat_template,
-    as in transformers.
+    Also read from the file's folder: tokenizer_config.json (bos_token, eos_token, chat_template, special
+    tokens), special_tokens_map.json, added_tokens.json, and chat_template.jinja, which wins over
+    chat_template, as in transformers.
 
-    `vocab_size`: one more than the largest id. `bos_id` and `eos_id`: None where there is none. `chat`: the
-    model's own chat template, else the built-in one that its special tokens are made for, else None: plain
+    `vocab_size`: one more than the largest id. `bos_id` and `eos_id`: None if there is none. `chat`: the
+    template of the folder, else the built-in one that the special tokens are made for, else None: plain
     ChatML. `digest` changes with all that changes the tokens of a row.
 
     Raises ValueError, one sentence with the file, for whatever cannot be read.
@@ -79,99 +71,87 @@ class Tokenizer:
         tokens = {name: text for name, text in (self._codec.tokens | named).items() if text is not None}
         self.bos_id: int | None = self._id(tokens, "bos_token", config)
         self.eos_id: int | None = self._id(tokens, "eos_token", config)
-        templates, origin = _templates(file, settings)
-        if templates:
-            self.chat = ChatTemplate(templates, tokens, list(special), origin)
-        else:
-            self.chat = built_in_template(tokens, list(special))
-        self._named = {number: text for text, number in special.items()}
-        parts = [hashlib.blake2b(content).hexdigest(), special, tokens, templates, BUILT_IN]
+        sources, origin = _templates(file, settings)
+        chat = ChatTemplate(sources, tokens, special, origin) if sources else None
+        self.chat = chat or built_in_template(tokens, special)
+        self._special_texts = {number: text for text, number in special.items()}
+        templates = self.chat.sources if self.chat else None
+        parts = [hashlib.blake2b(content).hexdigest(), special, tokens, templates]
         self.digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
     def _id(self, tokens: dict[str, str], name: str, config: Path) -> int | None:
-        if name not in tokens:
-            return None
-        number = self._codec.special.get(tokens[name], self._codec.id(tokens[name]))
-        if number is None:
+        text = tokens.get(name)
+        number = None if text is None else self._codec.special.get(text, self._codec.id(text))
+        if number is None and text is not None:
             raise ValueError(
-                f'{config}: {name} is "{tokens[name]}", which the tokenizer does not have: correct one of the'
-                " two"
+                f'{config}: {name} is "{text}", which the tokenizer does not have: correct one of the two'
             )
         return number
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text` alone: no BOS, no EOS.
-
-        A tokenizer.json takes the text of a special token for that token, as in transformers; sentencepiece
-        for mere text.
-        """
+        """The ids of `text`, without BOS and EOS. In it, the text of a special token is that token for a
+        tokenizer.json, as in transformers, and ordinary text for sentencepiece."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, computed on all cores."""
+        """`encode` of each text, on all cores."""
         return self._codec.encode_batch(texts)
 
-    def encode_chats(self, chats: list[RenderedChat]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """The ids of each rendered chat, special tokens in it found, and the characters [start, end) of each
-        id."""
+    def encode_chats(self, chats: list[RenderedChat]) -> list[EncodedChat]:
+        """The ids of each rendered chat, special tokens included, and the characters of each id."""
         return self._codec.encode_chats(chats)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`; BOS and EOS leave no trace in it."""
+        """The text of `ids`, without BOS and EOS."""
         return self._codec.decode([number for number in ids if number not in (self.bos_id, self.eos_id)])
 
     def question(self, content: str) -> tuple[list[int], list[int]]:
-        """The ids of a user's message and of what follows it up to where the assistant writes, by the chat
-        template; and those that end the assistant's turn there: none where the template puts no special token
-        behind it."""
+        """The ids of a user's message and of the request for an answer, by the chat template; and the
+        ids that end the answer, none if the template ends it without a special token."""
         question, answer = {"role": "user", "content": content}, {"role": "assistant", "content": "answer"}
         if self.chat is None:
             spans = plain_spans(Messages("messages", [question, answer], [False, False], None))
             *prompt, _, end, _ = self.encode_batch([text for text, _ in spans])
             return sum(prompt, []), end
-        texts = self.chat.render([question], add_generation_prompt=True), self.chat.render([question, answer])
-        behind_answer = texts[1].rpartition(answer["content"])[2]
-        (prompt, _), (end, _) = self.encode_chats(
-            [RenderedChat(text, [], "messages") for text in (texts[0], behind_answer)]
-        )
-        return prompt, [number for number in end if number in self._named][:1]
+        asked = self.chat.render([question], add_generation_prompt=True)
+        after_answer = self.chat.render([question, answer]).rpartition(answer["content"])[2]
+        chats = [RenderedChat(text, [], "messages") for text in (asked, after_answer)]
+        (prompt, _), (end, _) = self.encode_chats(chats)
+        return prompt, [number for number in end if number in self._special_texts][:1]
 
-    def stream(self, ids: Iterable[int], behind: list[int]) -> Iterator[str]:
-        """The text of `ids` as they come, behind the ids `behind`. A character of several ids comes with the
-        last of them."""
-        window, told = behind, len(self.decode(behind))
+    def stream(self, ids: Iterable[int], previous: list[int]) -> Iterator[str]:
+        """The text of `ids`, which follow the ids `previous`, as they come. A character of several ids comes
+        with the last of them."""
+        window, emitted = previous, len(self.decode(previous))
         for number in ids:
             window = [*window, number]
             text = self.decode(window)
             if text.endswith("\ufffd") and len(window) <= 8:
                 continue
-            yield text[told:]
-            window, told = [number], len(self.decode([number]))
-        yield self.decode(window)[told:]
+            yield text[emitted:]
+            window, emitted = [number], len(self.decode([number]))
+        yield self.decode(window)[emitted:]
 
     def pieces(self, ids: list[int]) -> Iterator[str]:
         """What each id adds to the text, special tokens by their names. A character of several ids comes with
         the last."""
-        start = told = (
-            # decoded anew from `start`, since a token may read otherwise behind another; told: what was
-            # yielded
-            0
-        )
-        for place, number in enumerate(ids):
-            if number in self._named:
-                start, told = place, place + 1
-                yield self._named[number]
+        # decoded again from `start`, since a token may read otherwise after another; `done` ids are yielded
+        start = done = 0
+        for index, number in enumerate(ids):
+            if number in self._special_texts:
+                yield self._special_texts[number]
+                start, done = index, index + 1
                 continue
-            before, text = self._codec.decode(ids[start:told]), self._codec.decode(ids[start : place + 1])
-            if text.endswith("\ufffd") and place + 1 < len(ids) and place - told < 8:
+            before, text = self._codec.decode(ids[start:done]), self._codec.decode(ids[start : index + 1])
+            if text.endswith("\ufffd") and index + 1 < len(ids) and index - done < 8:
                 yield ""
                 continue
             yield text[len(before) :]
-            start, told = told, place + 1
+            start, done = done, index + 1
 
 
 class HuggingFaceCodec:
-    """A tokenizer.json, by the package tokenizers."""
+    """A tokenizer.json, read by the package tokenizers."""
 
     tokens: dict[str, str] = {}  # it does not say which token is BOS or EOS
 
@@ -181,8 +161,7 @@ class HuggingFaceCodec:
         except ImportError:
             raise ValueError(
                 f"{file}: a tokenizer.json is read by the package tokenizers, which is not installed: pip"
-                " install"
-                " 'chunkflow[hf]', or set model.tokenizer_path to a sentencepiece model"
+                " install 'chunkflow[hf]', or set model.tokenizer_path to a sentencepiece model"
             ) from None
         try:
             self._model = tokenizers.Tokenizer.from_str(content.decode())
@@ -191,19 +170,16 @@ class HuggingFaceCodec:
             raise ValueError(
                 f"{file}: this file is not a tokenizer.json of Hugging Face ({reason}): {REMEDY}"
             ) from None
-        # A file may bring along the settings of its last use. BOS and EOS are added by who wants them; and
-        # the post-processor, which would add them, also cuts white space off the offsets.
+        # A file may hold the settings of its last use. The post-processor would add BOS and EOS, and it also
+        # cuts white space off the offsets.
         self._model.no_truncation()
         self._model.no_padding()
         self._model.post_processor = None
-        vocabulary = self._model.get_vocab(with_added_tokens=True)
-        if not vocabulary:
+        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not self.vocab_size:
             raise ValueError(f"{file}: this tokenizer has no tokens: {REMEDY}")
-        self.vocab_size = max(vocabulary.values()) + 1
-        added = self._model.get_added_tokens_decoder()
-        self.special: dict[str, int] = {
-            token.content: number for number, token in sorted(added.items()) if token.special
-        }
+        added = sorted(self._model.get_added_tokens_decoder().items())
+        self.special: dict[str, int] = {token.content: number for number, token in added if token.special}
 
     def id(self, text: str) -> int | None:
         return self._model.token_to_id(text)
@@ -211,7 +187,7 @@ class HuggingFaceCodec:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._model.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def encode_chats(self, chats: list[RenderedChat]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    def encode_chats(self, chats: list[RenderedChat]) -> list[EncodedChat]:
         encodings = self._model.encode_batch([chat.text for chat in chats], add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
@@ -227,28 +203,22 @@ class SentencePieceCodec:
             self._model = SentencePieceProcessor(model_proto=content)
         except RuntimeError:
             content = b""
-        if not content:  # an empty file is taken for no file by sentencepiece
+        if not content:  # sentencepiece reports no error for an empty file
             raise ValueError(f"{file}: this file is not a sentencepiece model: {REMEDY}")
-        self._size = self._model.get_piece_size()
-        control = {
-            self._model.id_to_piece(number): number
-            for number in range(self._size)
-            if self._model.is_control(number)
-        }
+        model, size = self._model, self._model.get_piece_size()
+        control = {model.id_to_piece(number): number for number in range(size) if model.is_control(number)}
         self.special: dict[str, int] = control | added
-        self.vocab_size = max([self._size - 1, *added.values()]) + 1
-        self._texts = {number: text for text, number in self.special.items()}
-        named = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}
-        self.tokens = {name: self._model.id_to_piece(number) for name, number in named.items() if number >= 0}
-        longest_first = sorted(self.special, key=len, reverse=True)
-        self._special = re.compile(f"({'|'.join(map(re.escape, longest_first)) or NOTHING})")
-        # Sentencepiece takes a real "▁" for a space and gives back a space (its issue 863). A model that has
-        # bytes can spell the real one, in three ids. Not so a model that puts a space in front of every text:
-        # it would add one behind too.
-        spelled = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        has_bytes = self._model.decode(spelled) == SPACE_MARK
-        adds_space = self._model.encode("a", out_type=str)[0].startswith(SPACE_MARK)
-        self._space_mark_ids = spelled if has_bytes and not adds_space else None
+        self.vocab_size = max([size - 1, *added.values()]) + 1
+        self._special_texts = {number: text for text, number in self.special.items()}
+        self._special = re.compile(f"({any_of(self.special)})")
+        named = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
+        self.tokens = {name: model.id_to_piece(number) for name, number in named.items() if number >= 0}
+        # Sentencepiece reads a real "▁" as a space and returns a space (its issue 863). A model with bytes
+        # can spell the real one in three ids, unless it puts a space in front of every text: it would then
+        # add a space after the "▁" too.
+        spelled = [model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        adds_space = model.encode("a", out_type=str)[0].startswith(SPACE_MARK)
+        self._space_mark_ids = spelled if model.decode(spelled) == SPACE_MARK and not adds_space else None
         self._continuing = _without_added_space(content) if adds_space else None
 
     def id(self, text: str) -> int | None:
@@ -266,16 +236,14 @@ class SentencePieceCodec:
             batch.append(ids)
         return batch
 
-    def encode_chats(self, chats: list[RenderedChat]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Text between special tokens and the cuts of a chat is tokenised by itself: a token never reaches
-        over a cut."""
+    def encode_chats(self, chats: list[RenderedChat]) -> list[EncodedChat]:
         return [self._encode_chat(chat) for chat in chats]
 
-    def _encode_chat(self, chat: RenderedChat) -> tuple[list[int], list[tuple[int, int]]]:
-        ids, offsets = [], []
+    def _encode_chat(self, chat: RenderedChat) -> EncodedChat:
+        """Text between special tokens and cuts is encoded by itself, so that no token crosses a cut."""
+        ids, offsets, start = [], [], 0
         bounds = [0, *chat.cuts, len(chat.text)]
         for first, last in zip(bounds, bounds[1:]):
-            start = first
             for part in self._special.split(chat.text[first:last]):
                 if part in self.special:
                     new = [self.special[part]]
@@ -291,8 +259,8 @@ class SentencePieceCodec:
     def decode(self, ids: list[int]) -> str:
         parts, model, run = [], self._model, []
         for number in ids:
-            if number in self._texts:
-                parts += [model.decode(run), self._texts[number]]
+            if number in self._special_texts:
+                parts += [model.decode(run), self._special_texts[number]]
                 model, run = self._continuing or model, []
             else:
                 run.append(number)
@@ -300,7 +268,7 @@ class SentencePieceCodec:
 
 
 def _without_added_space(content: bytes) -> SentencePieceProcessor:
-    """The model for text that continues: it puts no space in front."""
+    """The model for text that follows other text: it puts no space in front."""
     from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which tensorboard brings
 
     model = sentencepiece_model_pb2.ModelProto.FromString(content)
@@ -308,22 +276,17 @@ def _without_added_space(content: bytes) -> SentencePieceProcessor:
     return SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
-# ------------------------------------------------------------------------------------------------- the folder
-
-
 def _tokenizer_file(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (path / name).is_file():
-            return path / name
-    raise ValueError(
-        f"{path}: there is neither a tokenizer.json nor a tokenizer.model in this folder: {REMEDY}"
-    )
+    found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+    if path.is_dir() and not found:
+        raise ValueError(
+            f"{path}: there is neither a tokenizer.json nor a tokenizer.model in this folder: {REMEDY}"
+        )
+    return found[0] if found else path
 
 
 def _read_json(file: Path) -> dict:
-    """The object in a JSON file; empty where there is no such file."""
+    """The object in a JSON file; empty if there is no such file."""
     if not file.exists():
         return {}
     try:
@@ -346,23 +309,20 @@ def _token_text(value, name: str, file: Path) -> str | None:
 
 def _added_tokens(file: Path, settings: dict) -> dict[str, int]:
     """Text -> id of the tokens that a folder adds to a sentencepiece model."""
-    config, other = file.with_name("tokenizer_config.json"), file.with_name("added_tokens.json")
-    added = dict(_read_json(other))
+    config, added = file.with_name("tokenizer_config.json"), _read_json(file.with_name("added_tokens.json"))
     for number, token in (settings.get("added_tokens_decoder") or {}).items():
         text = _token_text(token, f"added_tokens_decoder.{number}", config)
         added[text] = int(number) if number.isdecimal() else number
     for text, number in added.items():
         if type(number) is not int or number < 0 or not text:
-            raise ValueError(
-                f"{config}: the added token {json.dumps(text)} has the id {json.dumps(number)}: write a token"
-                " id"
-            )
+            given = f"the added token {json.dumps(text)} has the id {json.dumps(number)}"
+            raise ValueError(f"{config}: {given}: write a token id")
     return added
 
 
 def _templates(file: Path, settings: dict) -> tuple[dict[str, str], str]:
-    """The chat templates of a folder by name, none where it has none, and what to call them in errors."""
-    jinja = file.with_name("chat_template.jinja")
+    """The chat templates of a folder by name, if it has any, and what to call them in errors."""
+    jinja, config = file.with_name("chat_template.jinja"), file.with_name("tokenizer_config.json")
     if jinja.exists():
         try:
             return {"default": jinja.read_bytes().decode()}, f"the chat template {jinja}"
@@ -370,17 +330,15 @@ def _templates(file: Path, settings: dict) -> tuple[dict[str, str], str]:
             raise ValueError(
                 f"{jinja}: the chat template cannot be read ({error}): repair it, or take it away"
             ) from None
-    given, config = settings.get("chat_template"), file.with_name("tokenizer_config.json")
-    origin = f"the chat template of {config}"
+    given = settings.get("chat_template")
+    if given is None or given == []:
+        return {}, ""
     if isinstance(given, list) and all(isinstance(entry, dict) for entry in given):
-        given = {entry.get("name"): entry.get("template") for entry in given}
-    elif given is not None:
-        given = {"default": given}
-    if given is None or given == {}:
-        return {}, origin
-    if "default" not in given or not all(isinstance(text, str) for pair in given.items() for text in pair):
+        templates = {entry.get("name"): entry.get("template") for entry in given}
+    else:
+        templates = {"default": given}
+    all_text = all(isinstance(text, str) for pair in templates.items() for text in pair)
+    if not all_text or "default" not in templates:
         rule = 'it must be a string, or a list of {"name", "template"} with a "default"'
-        raise ValueError(
-            f"{config}: chat_template is {json.dumps(settings['chat_template'])[:60]}: {rule}, correct it"
-        )
-    return given, origin
+        raise ValueError(f"{config}: chat_template is {json.dumps(given)[:60]}: {rule}, correct it")
+    return templates, f"the chat template of {config}"
