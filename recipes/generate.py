@@ -22,6 +22,7 @@ from torch import nn
 from torch.hub import tqdm  # the real one where it is installed, else torch's small stand-in
 
 from chunkflow.data.tokenizer import Tokenizer
+from chunkflow.execution.loss import last_logits
 from chunkflow.execution.state import ChunkTensors, KeyValueState
 from chunkflow.planning.chunks import Chunk, Group, Segment
 from chunkflow.settings.config import load_config
@@ -29,6 +30,7 @@ from chunkflow.storage import hf_weights as hf
 from chunkflow.storage.checkpoint import load_model_weights
 from chunkflow.training import parallel
 from chunkflow.training.model import model_args, open_tokenizer, positions
+from models.hf_config import end_tokens
 
 
 def main() -> None:
@@ -122,7 +124,7 @@ def encode(own: argparse.Namespace, config, tokenizer: Tokenizer) -> tuple[list[
             raise ValueError(
                 f"--prompt-file = {own.prompt_file} cannot be read ({error}): name a file of UTF-8 text"
             ) from None
-    ends = hf.end_tokens(config.model.hf_assets_path) if config.model.hf_assets_path else []
+    ends = end_tokens(config.model.hf_assets_path) if config.model.hf_assets_path else []
     stops = [[number] for number in {tokenizer.eos_id, *ends} if number is not None]
     if own.chat:
         prompt, end_of_turn = tokenizer.question(text)
@@ -211,13 +213,13 @@ def generate(
                 device
             )
             chunk.state = state
-            chunk.state_only = end < len(prompt)
+            chunk.end = None if end < len(prompt) else last_logits
             logits_V = model(chunk.tokens, chunk)
             if end <= len(prompt):
                 bar.update(end - start)
             if end == len(prompt):
                 bar.close()
-            if not chunk.state_only:
+            if chunk.end:
                 tokens.append(sample(logits_V[:vocab_size], own.temperature, own.top_p, generator))
                 yield tokens[-1]
 

@@ -12,7 +12,7 @@ from chunkflow.planning.chunks import build_groups, whole_sequences
 from chunkflow.planning.planner import live_chunks
 from chunkflow.planning.schedule import Action, Kind, linear_schedule
 from chunkflow.training.parallel import init_weights
-from models import families, llama
+from models import families
 from tests.helpers.reference import (
     assert_same_gradients,
     chunk_tensors,
@@ -20,6 +20,7 @@ from tests.helpers.reference import (
     naive_cross_entropy,
     random_lengths,
     random_sequences,
+    whole_sequence,
     whole_sequence_gradients,
 )
 
@@ -178,7 +179,7 @@ def test_forward_state_skips_what_nobody_reads():
         module.register_forward_hook(lambda module, inputs, output, name=name: calls.append(name))
     groups = build_groups([20], 10)
     tensors = chunk_tensors(groups, random_sequences([20], 96, 0))[0]
-    chunk, chunk.state, chunk.state_only = tensors[0], KeyValueState(groups[0]), True
+    chunk, chunk.state = tensors[0], KeyValueState(groups[0])
     with torch.no_grad():
         assert model(chunk.tokens, chunk) is None
     assert (
@@ -203,8 +204,10 @@ def test_the_loss_in_slices_is_that_of_all_logits(at_once, monkeypatch):
     weight = torch.randn(96, 16, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(96, (300,))
     labels[::3] = -100
-    ours = loss.sliced_cross_entropy(hidden, weight, labels, 0.3 if at_once else None)
-    theirs = naive_cross_entropy(hidden, weight, labels)
+    chunk = whole_sequence(labels, labels, loss.loss_sum)
+    chunk.loss_gradient = 0.3 if at_once else None
+    ours = loss.loss_sum(hidden, weight, chunk)
+    theirs = naive_cross_entropy(hidden, weight, chunk)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
     for a, b in zip(
         torch.autograd.grad(0.3 * ours, (hidden, weight)), torch.autograd.grad(0.3 * theirs, (hidden, weight))
@@ -214,7 +217,9 @@ def test_the_loss_in_slices_is_that_of_all_logits(at_once, monkeypatch):
 
 def test_gradients_made_at_once_are_refused_to_another_backward():
     hidden, weight = torch.randn(5, 16, requires_grad=True), torch.randn(96, 16, requires_grad=True)
-    made_for_a_third = loss.sliced_cross_entropy(hidden, weight, torch.arange(5), 1 / 3)
+    chunk = whole_sequence(torch.arange(5), torch.arange(5), loss.loss_sum)
+    chunk.loss_gradient = 1 / 3
+    made_for_a_third = loss.loss_sum(hidden, weight, chunk)
     with pytest.raises(RuntimeError, match="another gradient than its forward was told"):
         made_for_a_third.backward()
 
@@ -225,9 +230,9 @@ def test_the_head_runs_once_where_backward_comes_next(k, expected, monkeypatch):
     twice."""
     told = []
     monkeypatch.setattr(
-        llama,
-        "sliced_cross_entropy",
-        lambda *inputs: told.append(inputs[3]) or loss.sliced_cross_entropy(*inputs),
+        executor,
+        "loss_sum",
+        lambda *inputs: told.append(inputs[2].loss_gradient) or loss.loss_sum(*inputs),
     )
     chunked_gradients(
         small_model("llama3"),

@@ -34,6 +34,7 @@ from tests.helpers.reference import (
     naive_attention,
     random_lengths,
     random_sequences,
+    whole_sequence,
     whole_sequence_gradients,
 )
 from tests.helpers.runs import REPO, run, train, write_rows
@@ -45,8 +46,8 @@ CPU = torch.device("cpu")
 EDGES = [0, 1024, 4096, 16384]
 
 
-def naive_losses(hidden_TC, weight_VC, labels_T, loss_gradient):
-    return F.cross_entropy(hidden_TC @ weight_VC.t(), labels_T, reduction="none", ignore_index=-100)
+def naive_losses(hidden_TC, weight_VC, chunk):
+    return F.cross_entropy(hidden_TC @ weight_VC.t(), chunk.labels, reduction="none", ignore_index=-100)
 
 
 def whole_sequence_losses(model, sequences):
@@ -54,14 +55,9 @@ def whole_sequence_losses(model, sequences):
     functions."""
     module = sys.modules[type(model).__module__]
     sums, counts = [0.0] * 3, [0] * 3
-    with (
-        mock.patch.object(module, "chunk_attention", naive_attention),
-        mock.patch.object(module, "sliced_cross_entropy", naive_losses),
-        torch.no_grad(),
-    ):
+    with mock.patch.object(module, "chunk_attention", naive_attention), torch.no_grad():
         for tokens, labels in sequences:
-            whole = Chunk((Segment(0, 0, len(tokens)),))
-            losses = model(tokens, ChunkTensors(whole, 0, tokens, labels, torch.arange(len(tokens))))
+            losses = model(tokens, whole_sequence(tokens, labels, naive_losses))
             for place, (start, end) in enumerate(zip(EDGES, EDGES[1:])):
                 sums[place] += losses[start:end].sum().item()
                 counts[place] += int((labels[start:end] != -100).sum())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from chunkflow.execution.loss import IGNORE
+from chunkflow.execution.loss import IGNORE, loss_sum, token_losses
 from chunkflow.execution.state import ChunkTensors, KeyValueState
 from chunkflow.planning.chunks import Chunk, Group, Segment
 from chunkflow.planning.schedule import DUMMY, Action, Kind
@@ -49,6 +49,7 @@ def run_actions(
         if group == DUMMY:
             if kind is Kind.FORWARD:
                 dummy = dummy_chunk().to(device)
+                dummy.end = loss_sum
                 dummies.append(model(dummy.tokens, dummy))
             else:
                 dummies.pop().backward()
@@ -69,13 +70,14 @@ def run_actions(
             if group not in states:
                 states[group] = KeyValueState(groups[group])
             chunk.state = states[group]
-        chunk.state_only = kind is Kind.FORWARD_STATE
+        state_only = kind is Kind.FORWARD_STATE
+        chunk.end = None if state_only else loss_sum
         chunk.loss_gradient = (
             1 / targets if following[index] == Action(Kind.BACKWARD, group, number) else None
         )
-        with torch.set_grad_enabled(not chunk.state_only):
+        with torch.set_grad_enabled(not state_only):
             loss = model(chunk.tokens, chunk)
-        if not chunk.state_only:
+        if not state_only:
             losses[group, number] = loss
             result.loss_sum += loss.detach()
             result.peak_live_chunks = max(result.peak_live_chunks, len(losses))
@@ -101,7 +103,7 @@ def run_evaluation(
     state = None
     for _, group, number in actions:
         chunk = (dummy_chunk() if group == DUMMY else chunks[group][number]).to(device)
-        chunk.each_loss = True
+        chunk.end = token_losses
         if group != DUMMY and len(chunks[group]) > 1:
             state = KeyValueState(groups[group]) if number == 0 else state
             chunk.state = state

@@ -1,5 +1,7 @@
-"""Head and cross-entropy, in slices of tokens: neither all logits nor, while other chunks run, anything
-weight-sized is held. And the head for a single token, in slices of the vocabulary.
+"""What a chunk may end in (`ChunkTensors.end`): functions of its last hidden states and the head's weight.
+
+Head and cross-entropy run in slices of tokens: neither all logits nor, while other chunks run, anything
+weight-sized is held. The head of a single token runs in slices of the vocabulary.
 
 Where a chunk's backward is the very next action, its forward makes the head's gradients too, from the same
 logits; otherwise backward computes the logits again.
@@ -11,6 +13,8 @@ from __future__ import annotations
 
 import torch
 
+from chunkflow.execution.state import ChunkTensors
+
 IGNORE = -100  # the label of a position that has no target
 # Logits of one slice: on a CPU 4 MiB in fp32, which a cache holds; on CUDA 256 MiB, which fill the device.
 # Fewer tokens than the least do not pay, whatever the vocabulary: each slice adds to a weight-sized gradient.
@@ -18,23 +22,18 @@ _SLICE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 _LEAST_TOKENS = 512
 
 
-def sliced_cross_entropy(
-    hidden_TC: torch.Tensor,
-    weight_VC: torch.Tensor,
-    labels_T: torch.Tensor,
-    loss_gradient: float | None = None,
-) -> torch.Tensor:
+def loss_sum(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor:
     """The SUM of the cross-entropies of all positions that have a target: 0-dim, in at least fp32.
 
-    `labels_T` are targets, already shifted; -100 means none. Logits are computed in at least fp32, a slice at
-    a time. `loss_gradient`: backward comes next and will send this to the loss, so gradients are made at
-    once; None: in backward, from logits that are computed again.
+    Logits are computed in at least fp32, a slice at a time. Gradients are made at once where
+    `chunk.loss_gradient` tells what backward will send to the loss; else (None) in backward, from logits that
+    are computed again.
     """
-    return _SlicedCrossEntropy.apply(hidden_TC, weight_VC, labels_T, loss_gradient)
+    return _SlicedCrossEntropy.apply(hidden_TC, weight_VC, chunk.labels, chunk.loss_gradient)
 
 
 @torch.no_grad()
-def token_losses(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+def token_losses(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor:
     """The cross-entropy of each position, (T,), in at least fp32, 0 where there is no target; without a
     graph."""
     compute = torch.promote_types(hidden_TC.dtype, torch.float32)
@@ -42,20 +41,18 @@ def token_losses(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels_T: tor
     losses_T = torch.empty(hidden_TC.size(0), dtype=compute, device=hidden_TC.device)
     for piece in _slices(hidden_TC.size(0), weight_VC):
         logits_SV = head.logits(hidden_TC[piece])
-        labels_S = labels_T[piece]
+        labels_S = chunk.labels[piece]
         target_S = logits_SV.gather(1, labels_S.clamp(min=0).unsqueeze(1)).squeeze(1)
         losses_T[piece] = torch.where(labels_S == IGNORE, 0, logits_SV.logsumexp(-1) - target_S)
     return losses_T
 
 
-def token_logits(hidden_C: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
-    """The logits of one token, (V,), in at least fp32: a slice of the vocabulary at a time, as narrow weights
-    are widened."""
-    compute = torch.promote_types(hidden_C.dtype, torch.float32)
+def last_logits(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor:
+    """The logits that follow the last token, (V,), in at least fp32: a slice of the vocabulary at a time, as
+    narrow weights are widened."""
+    compute = torch.promote_types(hidden_TC.dtype, torch.float32)
     rows = max(128, _SLICE_ELEMENTS[weight_VC.device.type] // weight_VC.size(1))
-    return torch.cat(
-        [_Head(part_SC, compute).logits(hidden_C.unsqueeze(0))[0] for part_SC in weight_VC.split(rows)]
-    )
+    return torch.cat([_Head(part_SC, compute).logits(hidden_TC[-1:])[0] for part_SC in weight_VC.split(rows)])
 
 
 class _SlicedCrossEntropy(torch.autograd.Function):

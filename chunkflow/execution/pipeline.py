@@ -26,6 +26,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 from torch.distributed.pipelining.stage import _RecvInfo
 
 from chunkflow.execution.executor import dummy_chunk
+from chunkflow.execution.loss import loss_sum, token_losses
 from chunkflow.execution.state import ChunkTensors, KeyValueState
 from chunkflow.planning.chunks import Chunk, Group, Segment
 from chunkflow.planning.pipeline_schedule import StageAction, Timed
@@ -93,8 +94,8 @@ class ChunkStage(PipelineStage):
         (operation,) = self.get_bwd_send_ops(index) if gradient else self.get_fwd_send_ops(index)
         return dist.isend(operation.tensor, operation.peer, group=operation.group), operation.tensor
 
-    def forward(self, index: int, chunk: ChunkTensors) -> torch.Tensor | None:
-        with torch.set_grad_enabled(not (chunk.state_only or chunk.each_loss)):
+    def forward(self, index: int, chunk: ChunkTensors, kind: Kind) -> torch.Tensor | None:
+        with torch.set_grad_enabled(kind not in (Kind.FORWARD_STATE, Kind.EVALUATE)):
             return self.forward_one_chunk(index, (chunk.tokens,), {"chunk": chunk}, save_forward_output=False)
 
     def backward(self, index: int, loss: torch.Tensor | None, last: bool) -> None:
@@ -254,7 +255,7 @@ class StateAwareSchedule(PipelineScheduleMulti):
             self.leaving.append(stage.send(gradient, index))
             if self.take:
                 self._forget(stage, transfer.group, transfer.chunk, index)
-            elif not gradient and self.in_flight[transfer.stage, index].state_only:
+            elif not gradient and self.in_flight[transfer.stage, index].end is None:
                 stage.forget_output(index)
             return
         place = self.places[transfer.stage + (-1 if gradient else 1)]
@@ -278,17 +279,17 @@ class StateAwareSchedule(PipelineScheduleMulti):
             self._evaluate(place, stage, group, number, index)
         else:
             chunk = self._chunk(stage, group, number)
-            chunk.state_only = kind is Kind.FORWARD_STATE
+            chunk.end = None if kind is Kind.FORWARD_STATE else loss_sum
             chunk.loss_gradient = (
                 1 / self.targets if following == action._replace(kind=Kind.BACKWARD) else None
             )
-            self._forward(place, index, chunk)
+            self._forward(place, index, chunk, kind)
         self.result.clock.marks.append((action, start, self.result.clock.now()))
 
-    def _forward(self, place: int, index: int, chunk: ChunkTensors) -> None:
+    def _forward(self, place: int, index: int, chunk: ChunkTensors, kind: Kind) -> None:
         stage, result = self._stages[place], self.result
-        output = stage.forward(index, chunk)
-        if chunk.state_only:
+        output = stage.forward(index, chunk, kind)
+        if kind is Kind.FORWARD_STATE:
             if stage.is_last:
                 stage.forget_output(index)
             return
@@ -301,8 +302,8 @@ class StateAwareSchedule(PipelineScheduleMulti):
     def _evaluate(self, place: int, stage_index: int, group: int, number: int, index: int) -> None:
         stage, result = self._stages[place], self.result
         chunk = self._chunk(stage_index, group, number)
-        chunk.each_loss = True
-        output = stage.forward(index, chunk)
+        chunk.end = token_losses
+        output = stage.forward(index, chunk, Kind.EVALUATE)
         if self.states:
             result.state_bytes = max(result.state_bytes, sum(state.bytes() for state in self.states.values()))
         if stage.is_last:

@@ -9,6 +9,7 @@ dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -20,12 +21,14 @@ class ChunkTensors:
     """One chunk as the model sees it.
 
     tokens, labels, positions: (T,) int64. `labels[t]` is the target of position t (already shifted), -100
-    where there is none; no labels at all (None): the model continues the chunk instead of learning from it.
-    `lengths` are the tokens of each segment; the first one attends to `prefix` earlier tokens of its
-    sequence. `index` is the chunk's place in its group. The executor sets, before each forward, `state` (None
-    for a standalone chunk), `state_only` (FORWARD_STATE: only this chunk's K/V are wanted), `each_loss`
-    (EVALUATE: the loss of each token, without a graph, is wanted in place of their sum), and `loss_gradient`:
-    what the chunk's backward will send to its loss, where that backward is the very next action (else None).
+    where there is none. No labels at all (None) will do for an `end` that reads none. `lengths` are the
+    tokens of each segment; the first one attends to `prefix` earlier tokens of its sequence. `index` counts
+    the chunks of a group.
+
+    Set before each forward: `state`, None for a standalone chunk; `end`, which turns the last hidden states
+    (T, C), the head's weight (V, C) and this chunk into the model's output, such as loss_sum of
+    chunkflow.execution.loss (None: only the chunk's keys and values are wanted, FORWARD_STATE);
+    `loss_gradient`, what backward will send to the loss, where that backward is the very next action.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class ChunkTensors:
         self.lengths = [segment.length for segment in chunk.segments]
         self.tokens, self.labels, self.positions = tokens, labels, positions
         self.state: KeyValueState | None = None
-        self.state_only = self.each_loss = False
+        self.end: Callable[[torch.Tensor, torch.Tensor, ChunkTensors], torch.Tensor] | None = None
         self.loss_gradient: float | None = None
         # Cumulative lengths of queries and of keys, for variable-length attention on CUDA.
         self.ends = list(accumulate(self.lengths, initial=0))

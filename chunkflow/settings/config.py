@@ -81,9 +81,8 @@ def load_config(argv: list[str]) -> Config:
         setattr(_section(config, section), name, value)
     _check_combinations(config, values)
     if config.model.hf_assets_path:
-        from chunkflow.storage.hf_weights import (
-            model_of,
-        )  # here, since it imports torch: a mistyped key is answered at once
+        # Here, since it imports torch: a mistyped key is answered at once.
+        from models.hf_config import model_of
 
         try:
             config.model.name, _ = model_of(config.model.hf_assets_path)

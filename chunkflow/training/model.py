@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from chunkflow.data.tokenizer import Tokenizer
-from chunkflow.storage.hf_weights import model_of
+from chunkflow.execution.rotary import rope_type
 from models import families
+from models.hf_config import model_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,13 @@ def model_args(config, vocab_size: int):
     ValueError where name, flavor, positions or vocabulary don't fit.
     """
     settings = config.model
+    if settings.name not in families:
+        names = ", ".join(f'"{name}"' for name in families)
+        near = difflib.get_close_matches(settings.name, families, n=1)
+        raise ValueError(
+            f'model.name = "{settings.name}" is not admitted: choose one of {names}'
+            + (f' (did you mean "{near[0]}"?)' if near else "")
+        )
     family: ModuleType = families[settings.name]
     if settings.hf_assets_path:
         _, args = model_of(settings.hf_assets_path)
@@ -70,7 +78,7 @@ def positions(args) -> int:
     scaling = args.rope_scaling or {}
     extended = (
         scaling.get("original_max_position_embeddings", 0) * scaling["factor"]
-        if args.rope_type == "yarn"
+        if rope_type(scaling) == "yarn"
         else 0
     )
     return max(args.max_positions, int(extended))
