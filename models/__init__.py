@@ -1,4 +1,4 @@
-"""Model definitions, one self-contained file a family: copy one to make another."""
+"""Model definitions, one self-contained file a family: copy one, and give it a name here, to make another."""
 
 from models import llama, qwen2, qwen3
 

@@ -4,8 +4,7 @@ unpermuted.
 There is no batch dimension: the model gets one chunk. A pipeline stage is this model with layers and ends
 deleted.
 
-Shape suffixes: T tokens of the chunk, C model width, H query heads, G key/value heads, N either of these, D
-head dimension, R = D / 2 rotated pairs.
+Shape suffixes: T tokens of the chunk, C model width, H query heads, G key/value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -18,14 +17,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from chunkflow.execution.attention import chunk_attention, store_keys_values
+from chunkflow.execution.norm import RMSNorm
+from chunkflow.execution.rotary import Rotary, rope_type, rotary_frequencies
 from chunkflow.execution.state import ChunkTensors
 
-# rope_type -> the keys of rope_scaling that have no default
-ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor",),
+# Names in Hugging Face's files; `defaults`: what transformers takes for keys that a config.json leaves out.
+HUGGING_FACE = {
+    "model_type": "qwen3",
+    "architecture": "Qwen3ForCausalLM",
+    "defaults": {
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "use_sliding_window": False,
+        "max_window_layers": 28,
+    },
+    "modules": {"attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"},
 }
 
 
@@ -48,44 +55,19 @@ class ModelArgs:
     tied_embeddings: bool = False
 
     def __post_init__(self):
-        if self.rope_type not in ROPE_KEYS:
-            raise ValueError(
-                f"rope_scaling has rope_type {self.rope_type!r}: use one of {', '.join(ROPE_KEYS)}"
-            )
-        for key in ROPE_KEYS[self.rope_type]:
-            if not isinstance(self.rope_scaling.get(key), (int, float)) or self.rope_scaling[key] <= 0:
-                raise ValueError(f"rope_scaling {self.rope_scaling} needs {key!r}, a number above 0: set it")
-
-    @property
-    def rope_type(self) -> str:
-        scaling = self.rope_scaling or {}
-        return scaling.get("rope_type", scaling.get("type", "default"))  # "type" in older files
+        rope_type(self.rope_scaling)  # refuses what rotary positions cannot do
 
 
+_tied = {"tied_embeddings": True}
+# dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim
 flavors = {
-    "debugmodel": ModelArgs(
-        dim=256,
-        n_layers=4,
-        n_heads=4,
-        n_kv_heads=2,
-        head_dim=128,
-        hidden_dim=688,
-        vocab_size=2048,
-        max_positions=131072,
-        tied_embeddings=True,
-    ),
-    "0.6B": ModelArgs(
-        dim=1024, n_layers=28, n_heads=16, n_kv_heads=8, head_dim=128, hidden_dim=3072, tied_embeddings=True
-    ),
-    "1.7B": ModelArgs(
-        dim=2048, n_layers=28, n_heads=16, n_kv_heads=8, head_dim=128, hidden_dim=6144, tied_embeddings=True
-    ),
-    "4B": ModelArgs(
-        dim=2560, n_layers=36, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=9728, tied_embeddings=True
-    ),
-    "8B": ModelArgs(dim=4096, n_layers=36, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=12288),
-    "14B": ModelArgs(dim=5120, n_layers=40, n_heads=40, n_kv_heads=8, head_dim=128, hidden_dim=17408),
-    "32B": ModelArgs(dim=5120, n_layers=64, n_heads=64, n_kv_heads=8, head_dim=128, hidden_dim=25600),
+    "debugmodel": ModelArgs(256, 4, 4, 2, 128, 688, vocab_size=2048, max_positions=131072, **_tied),
+    "0.6B": ModelArgs(1024, 28, 16, 8, 128, 3072, **_tied),
+    "1.7B": ModelArgs(2048, 28, 16, 8, 128, 6144, **_tied),
+    "4B": ModelArgs(2560, 36, 32, 8, 128, 9728, **_tied),
+    "8B": ModelArgs(4096, 36, 32, 8, 128, 12288),
+    "14B": ModelArgs(5120, 40, 40, 8, 128, 17408),
+    "32B": ModelArgs(5120, 64, 64, 8, 128, 25600),
 }
 
 
@@ -102,40 +84,37 @@ class Transformer(nn.Module):
     def forward(self, x: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor | None:
         """One chunk through this stage. x: tokens (T,) where there are embeddings, else hidden states (T, C).
 
-        Returns hidden states (T, C), or with an output head the sum of token losses (0-dim, at least fp32),
-        or each of them (T,) for `chunk.each_loss`; for a chunk without labels, which is to be continued, the
-        last token's logits (vocabulary, at least fp32). Where only the chunk's keys and values are wanted
-        (`chunk.state_only`), nobody reads what follows those of the last layer: None.
+        Returns hidden states (T, C) or, with an output head, what `chunk.end` makes of them and the head's
+        weight. Without an end only the chunk's keys and values are wanted: None.
         """
         x_TC = x if self.tok_embeddings is None else self.tok_embeddings(x)
-        rotary = Rotary(self.args, chunk.positions, torch.promote_types(x_TC.dtype, torch.float32))
-        keys_values_only = self.output is not None and chunk.end is None
-        last = list(self.layers)[-1] if self.layers else None
-        for name, layer in self.layers.items():
-            x_TC = layer(x_TC, rotary, chunk, int(name), keys_values_only=keys_values_only and name == last)
+        args, device = self.args, chunk.positions.device
+        angles = args.head_dim, args.rope_theta, args.rope_scaling, args.max_positions
+        compute = torch.promote_types(x_TC.dtype, torch.float32)
+        rotary = Rotary(rotary_frequencies(*angles, device), chunk.positions, compute)
+        ends_early = self.output is not None and chunk.end is None
+        for number, (name, layer) in enumerate(self.layers.items(), 1):
+            last = number == len(self.layers)
+            x_TC = layer(x_TC, rotary, chunk, int(name), keys_values_only=ends_early and last)
         if self.output is None:
-            return x_TC
-        if chunk.end is None:
-            return None
+            return x_TC  # a stage before the last
+        if ends_early:
+            return None  # the last layer computed keys and values only
         return chunk.end(self.norm(x_TC), self.output.weight, chunk)
 
     def init_parameter(self, name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
-        """Fills one unsharded parameter in place. The values depend on its name, its shape and the generator
-        alone."""
+        """Fills one unsharded parameter in place, from its name, its shape and the generator alone."""
         module = name.split(".")[-2]
         if name.endswith("bias"):
             nn.init.zeros_(whole)
         elif module.endswith("norm"):
             nn.init.ones_(whole)
-        else:
-            # Each layer adds to the residual stream twice; without the factor its variance would grow with
-            # depth.
+        else:  # each layer adds to the residual stream twice: its variance should not grow with depth
             std = 0.02 / math.sqrt(2 * self.args.n_layers) if module in ("wo", "w2") else 0.02
             nn.init.trunc_normal_(whole, std=std, a=-3 * std, b=3 * std, generator=generator)
 
     def tie_embeddings(self) -> None:
-        """Makes the head's weight the embeddings' own parameter, where the model ties them and this stage has
-        both."""
+        """Makes the head's weight that of the embeddings where the model ties them and the stage has both."""
         if self.args.tied_embeddings and self.tok_embeddings is not None and self.output is not None:
             self.output.weight = self.tok_embeddings.weight
 
@@ -199,100 +178,3 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
         return self.w2(F.silu(self.w1(x_TC)) * self.w3(x_TC))
-
-
-class Rotary:
-    """Turns queries and keys by the angles of their positions, in at least fp32. Made once a forward, for all
-    layers.
-
-    Not a dataclass or a tuple of tensors: FSDP2 would cast them to the parameters' dtype on their way into a
-    layer.
-    """
-
-    def __init__(self, args: ModelArgs, positions_T: torch.Tensor, dtype: torch.dtype):
-        frequencies_R, factor = rotary_frequencies(args, positions_T.device)
-        angles_T1R = positions_T.to(dtype)[:, None, None] * frequencies_R.to(dtype)
-        self.cos_T1R, self.sin_T1R = factor * angles_T1R.cos(), factor * angles_T1R.sin()
-
-    def __call__(self, x_TND: torch.Tensor) -> torch.Tensor:
-        a_TNR, b_TNR = x_TND.to(self.cos_T1R.dtype).chunk(2, dim=-1)
-        turned = a_TNR * self.cos_T1R - b_TNR * self.sin_T1R, b_TNR * self.cos_T1R + a_TNR * self.sin_T1R
-        return torch.cat(turned, dim=-1).to(x_TND.dtype)
-
-
-def rotary_frequencies(args: ModelArgs, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Radians per position of each rotated pair, (R,) in fp64, and a factor for cosine and sine:
-    transformers' formulas."""
-    pairs_R = torch.arange(args.head_dim // 2, dtype=torch.float64, device=device)
-    plain_R = args.rope_theta ** (-2 * pairs_R / args.head_dim)
-    if args.rope_type == "default":
-        return plain_R, 1.0
-    scaling = args.rope_scaling
-    factor = scaling["factor"]
-    if args.rope_type == "linear":
-        return plain_R / factor, 1.0
-    original = scaling.get("original_max_position_embeddings") or args.max_positions
-    if args.rope_type == "llama3":
-        # Pairs that turn often within the original length stay, those that turn seldom are slowed, those
-        # between are mixed.
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        kept_R = ((original * plain_R / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        return torch.lerp(plain_R / factor, plain_R, kept_R), 1.0
-
-    # YaRN (arXiv 2309.00071): the same idea, mixed linearly in the pair's index, and attention made sharper
-    # by a factor.
-    def pair_with(turns: float) -> float:
-        return args.head_dim * math.log(original / (2 * math.pi * turns)) / (2 * math.log(args.rope_theta))
-
-    def sharpness(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    first, last = pair_with(scaling.get("beta_fast") or 32), pair_with(scaling.get("beta_slow") or 1)
-    if scaling.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, args.head_dim - 1)
-    slowed_R = ((pairs_R - first) / (last - first or 0.001)).clamp(0, 1)
-    attention_factor = scaling.get("attention_factor")
-    if attention_factor is None:
-        mscale, mscale_all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        attention_factor = (
-            sharpness(mscale) / sharpness(mscale_all_dim) if mscale and mscale_all_dim else sharpness(1)
-        )
-    return torch.lerp(plain_R, plain_R / factor, slowed_R), attention_factor
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return _RMSNorm.apply(x, self.weight, self.eps)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """For devices where F.rms_norm is not one kernel: that keeps three tensors of x's size (six in bf16),
-    this keeps x."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps: float):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse = (
-            torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square().div(x.size(-1)).add(eps).rsqrt()
-        )
-        ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, inverse = ctx.saved_tensors
-        wide, wide_weight, dy = (tensor.to(inverse.dtype) for tensor in (x, weight, dy))
-        normed = wide * inverse
-        products = dy * normed
-        dweight = products.flatten(0, -2).sum(0)
-        mean = (products @ wide_weight).unsqueeze(-1) / x.size(-1)
-        dx = (dy * wide_weight).addcmul_(normed, mean, value=-1).mul_(inverse)
-        return dx.to(x.dtype), dweight.to(weight.dtype), None

@@ -19,6 +19,7 @@ from chunkflow.storage import checkpoint
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import parallel
 from models import families
+from models.hf_config import config_json, hf_name, model_of
 
 
 def main() -> None:
@@ -55,12 +56,12 @@ def convert(source: Path, target: Path, dtype: str, assets: Path | None = None) 
         tensors = (named[parameter].detach() for parameter in shapes)
     else:
         assets = assets or source
-        name, args = hf.model_of(source)
+        name, args = model_of(source)
         sources = hf.check_weights(source, families[name], args)
         shapes = hf.parameter_shapes(families[name], args)
         tensors = hf.read_parameters(sources[parameter] for parameter in shapes)
-    config = hf.config_json(name, args, dtype, assets)
-    shapes = {hf.hf_name(parameter): shape for parameter, shape in shapes.items()}
+    config = config_json(name, args, dtype, assets)
+    shapes = {hf_name(parameter, families[name]): shape for parameter, shape in shapes.items()}
     hf.write_folder(target, shapes, iter(tensors), hf.DTYPES[dtype], config, assets)
     print(
         f"Wrote {name} with {sum(shape.numel() for shape in shapes.values()):,} parameters in {dtype} to"

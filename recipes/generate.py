@@ -30,6 +30,7 @@ from chunkflow.storage.checkpoint import load_model_weights
 from chunkflow.training import parallel
 from chunkflow.training.build import check_cuda_dtype, model_args, open_tokenizer, positions
 from chunkflow.training.start import read_config
+from models.hf_config import end_tokens
 
 
 def main() -> None:
@@ -123,7 +124,7 @@ def encode(own: argparse.Namespace, config, tokenizer: Tokenizer) -> tuple[list[
             raise ValueError(
                 f"--prompt-file = {own.prompt_file} cannot be read ({error}): name a file of UTF-8 text"
             ) from None
-    ends = hf.end_tokens(config.model.hf_assets_path) if config.model.hf_assets_path else []
+    ends = end_tokens(config.model.hf_assets_path) if config.model.hf_assets_path else []
     stops = [[number] for number in {tokenizer.eos_id, *ends} if number is not None]
     if own.chat:
         prompt, end_of_turn = tokenizer.question(text)

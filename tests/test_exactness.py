@@ -1,7 +1,6 @@
 """The product: loss and every gradient of chunked training equal those of whole sequences."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +16,11 @@ from tests.helpers.reference import (
     chunk_tensors,
     chunked_gradients,
     live_chunks,
-    naive_loss,
+    naive_cross_entropy,
     random_lengths,
     random_sequences,
     runner_of,
+    whole_sequence,
     whole_sequence_gradients,
 )
 
@@ -180,8 +180,10 @@ def test_the_loss_in_slices_is_that_of_all_logits(at_once, monkeypatch):
     weight = torch.randn(96, 16, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(96, (300,))
     labels[::3] = -100
-    ours = loss.sliced_cross_entropy(hidden, weight, labels, 0.3 if at_once else None)
-    theirs = naive_loss(hidden, weight, SimpleNamespace(labels=labels))
+    chunk = whole_sequence(labels, labels, loss.loss_sum)
+    chunk.loss_gradient = 0.3 if at_once else None
+    ours = loss.loss_sum(hidden, weight, chunk)
+    theirs = naive_cross_entropy(hidden, weight, chunk)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
     for a, b in zip(
         torch.autograd.grad(0.3 * ours, (hidden, weight)), torch.autograd.grad(0.3 * theirs, (hidden, weight))
@@ -191,7 +193,9 @@ def test_the_loss_in_slices_is_that_of_all_logits(at_once, monkeypatch):
 
 def test_gradients_made_at_once_are_refused_to_another_backward():
     hidden, weight = torch.randn(5, 16, requires_grad=True), torch.randn(96, 16, requires_grad=True)
-    made_for_a_third = loss.sliced_cross_entropy(hidden, weight, torch.arange(5), 1 / 3)
+    chunk = whole_sequence(torch.arange(5), torch.arange(5), loss.loss_sum)
+    chunk.loss_gradient = 1 / 3
+    made_for_a_third = loss.loss_sum(hidden, weight, chunk)
     with pytest.raises(RuntimeError, match="another gradient than its forward was told"):
         made_for_a_third.backward()
 

@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from chunkflow.data.tokenizer import Tokenizer
-from chunkflow.execution.loss import token_logits
-from chunkflow.storage import hf_weights as hf
+from chunkflow.execution.loss import last_logits
+from models.hf_config import end_tokens
 from tests.helpers.runs import REPO, environment, train
 from tests.test_chat import CHATML, raw_tokenizer
 from tests.test_hf import logits_of, ours, theirs
@@ -73,10 +73,10 @@ def test_logits_in_chunks_are_those_of_the_whole(recipe, name):
 
 
 def test_logits_of_narrow_weights_are_computed_in_fp32():
-    hidden_C, weight_VC = torch.randn(256).bfloat16(), torch.randn(9001, 256).bfloat16()
-    logits_V = token_logits(hidden_C, weight_VC)
+    hidden_TC, weight_VC = torch.randn(3, 256).bfloat16(), torch.randn(9001, 256).bfloat16()
+    logits_V = last_logits(hidden_TC, weight_VC, None)
     assert logits_V.dtype == torch.float32
-    torch.testing.assert_close(logits_V, weight_VC.float() @ hidden_C.float())
+    torch.testing.assert_close(logits_V, weight_VC.float() @ hidden_TC[-1].float())
 
 
 def test_draws_follow_temperature_and_top_p(recipe):
@@ -346,6 +346,6 @@ def test_a_folder_without_a_tokenizer_or_with_a_bad_end(tmp_path, folder, recipe
     assert answer[0] == 2 and f"{tmp_path} has no tokenizer: set model.tokenizer_path" in answer[2]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(ValueError, match="eos_token_id = 'x' is neither a token id nor a list of them"):
-        hf.end_tokens(tmp_path)
+        end_tokens(tmp_path)
     (tmp_path / "generation_config.json").unlink()
-    assert hf.end_tokens(tmp_path) == []
+    assert end_tokens(tmp_path) == []

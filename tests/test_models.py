@@ -9,10 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from chunkflow.execution.state import ChunkTensors, KeyValueState
-from chunkflow.planning.chunks import Chunk, Segment, build_groups
+from chunkflow.execution.loss import last_logits, loss_sum
+from chunkflow.execution.norm import RMSNorm
+from chunkflow.execution.rotary import Rotary, rotary_frequencies
+from chunkflow.execution.state import KeyValueState
+from chunkflow.planning.chunks import build_groups
 from models import families, llama
-from tests.helpers.reference import chunk_tensors, random_sequences
+from tests.helpers.reference import chunk_tensors, random_sequences, whole_sequence
 
 SMALL = {
     "dim": 32,
@@ -39,8 +42,7 @@ def small_model(family, dtype=torch.float64, **changes):
 
 
 def standalone_chunk(length=20):
-    tokens, labels = random_sequences([length], SMALL["vocab_size"], 0)[0]
-    return ChunkTensors(Chunk((Segment(0, 0, length),)), 0, tokens, labels, torch.arange(length))
+    return whole_sequence(*random_sequences([length], SMALL["vocab_size"], 0)[0], loss_sum)
 
 
 def record_calls(model):
@@ -101,19 +103,10 @@ def test_debug_model(family):
 def test_families_share_names_and_common_parts():
     """Duplication is by design; silent divergence is not."""
     for module in families.values():
-        assert module.ROPE_KEYS == llama.ROPE_KEYS
         assert [field.name for field in dataclasses.fields(module.ModelArgs)] == [
             field.name for field in dataclasses.fields(llama.ModelArgs)
         ]
-        for part in [
-            "Transformer",
-            "TransformerBlock",
-            "FeedForward",
-            "Rotary",
-            "rotary_frequencies",
-            "RMSNorm",
-            "_RMSNorm",
-        ]:
+        for part in ("Transformer", "TransformerBlock", "FeedForward"):
             assert inspect.getsource(getattr(module, part)) == inspect.getsource(getattr(llama, part)), part
 
 
@@ -179,17 +172,11 @@ def test_loss_and_logits_are_those_of_transformers(family):
                 1 + wave / 2 if parameter.dim() == 1 else 1.5 * wave / math.sqrt(parameter.size(1))
             )
     tokens = torch.arange(24) ** 2 * 7 % 96
-    chunk = ChunkTensors(
-        Chunk((Segment(0, 0, 24),)),
-        0,
-        tokens,
-        torch.cat([tokens[1:], torch.tensor([-100])]),
-        torch.arange(24),
-    )
+    chunk = whole_sequence(tokens, torch.cat([tokens[1:], torch.tensor([-100])]), loss_sum)
     loss, logits = GOLDEN_LOSS_AND_LOGITS[family]
     assert model(tokens, chunk).item() == pytest.approx(loss, abs=2e-5)
-    head, model.output = model.output, None
-    last = model(tokens, chunk)[-1] @ head.weight[:4].t()
+    chunk.end = last_logits
+    last = model(tokens, chunk)[:4]
     torch.testing.assert_close(last, torch.tensor(logits, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
@@ -358,17 +345,16 @@ GOLDEN_FREQUENCIES = {
 }
 
 
-def scaled_args(scaling, family="llama3", **changes):
-    sizes = {**SMALL, "head_dim": 32, "rope_theta": 500000.0, "max_positions": 131072, **changes}
-    return families[family].ModelArgs(**sizes, rope_scaling=scaling)
+def frequencies(scaling, head_dim=32, theta=500000.0, max_positions=131072):
+    return rotary_frequencies(head_dim, theta, scaling, max_positions, "cpu")
 
 
 @pytest.mark.parametrize("kind", GOLDEN_FREQUENCIES)
 def test_rotary_frequencies_are_those_of_transformers(kind):
-    frequencies, factor = llama.rotary_frequencies(scaled_args(SCALINGS.get(kind)), "cpu")
+    ours, factor = frequencies(SCALINGS.get(kind))
     golden = torch.tensor(GOLDEN_FREQUENCIES[kind], dtype=torch.float64)
     assert factor == pytest.approx(GOLDEN_FACTORS.get(kind, 1.0), abs=1e-12)
-    torch.testing.assert_close(frequencies, golden, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours, golden, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("theta", [10000.0, 1000000.0])
@@ -379,9 +365,8 @@ def test_llama3_and_yarn_formulas(theta, head_dim):
     common = {"factor": scale, "original_max_position_embeddings": original}
     llama3_scaling = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, **common)
     yarn_scaling = dict(rope_type="yarn", **common)
-    sizes = {"head_dim": head_dim, "rope_theta": theta}
-    llama3_frequencies, _ = llama.rotary_frequencies(scaled_args(llama3_scaling, **sizes), "cpu")
-    yarn_frequencies, sharpness = llama.rotary_frequencies(scaled_args(yarn_scaling, **sizes), "cpu")
+    llama3_frequencies, _ = frequencies(llama3_scaling, head_dim, theta)
+    yarn_frequencies, sharpness = frequencies(yarn_scaling, head_dim, theta)
     assert sharpness == pytest.approx(0.1 * math.log(scale) + 1)
 
     def index_of(turns):  # of the pair that turns so often within the original length
@@ -420,19 +405,18 @@ def test_llama3_and_yarn_formulas(theta, head_dim):
 @every_family
 def test_wrong_scaling_is_refused_with_a_sentence(family, scaling, message):
     with pytest.raises(ValueError, match=message):
-        scaled_args(scaling, family)
+        families[family].ModelArgs(**SMALL, rope_scaling=scaling)
 
 
 # Rotary embedding, norm, precision
 
 
 def test_rotation_depends_on_the_distance_only():
-    args = scaled_args(None)
     query, key = torch.randn(2, 1, 1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def score(query_position, key_position):
         turned = [
-            llama.Rotary(args, torch.tensor([position]), torch.float64)(vector)
+            Rotary(frequencies(None), torch.tensor([position]), torch.float64)(vector)
             for position, vector in [(query_position, query), (key_position, key)]
         ]
         return (turned[0] * turned[1]).sum().item()
@@ -443,11 +427,10 @@ def test_rotation_depends_on_the_distance_only():
 
 
 def test_angles_of_far_positions_do_not_suffer_from_bf16():
-    args = scaled_args(None)
     positions = torch.arange(100_000, 100_064)
     x = torch.randn(64, 2, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    exact = llama.Rotary(args, positions, torch.float64)(x.double())
-    rotary = llama.Rotary(args, positions, torch.promote_types(x.dtype, torch.float32))
+    exact = Rotary(frequencies(None), positions, torch.float64)(x.double())
+    rotary = Rotary(frequencies(None), positions, torch.promote_types(x.dtype, torch.float32))
     assert rotary.cos_T1R.dtype == torch.float32 and rotary(x).dtype == torch.bfloat16
     assert (
         rotary(x).double() - exact
@@ -457,7 +440,7 @@ def test_angles_of_far_positions_do_not_suffer_from_bf16():
 def test_norm_and_its_gradients():
     generator = torch.Generator().manual_seed(0)
     for shape in [(6, 16), (6, 3, 16)]:
-        norm = llama.RMSNorm(16, 1e-3).double()
+        norm = RMSNorm(16, 1e-3).double()
         x = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
         with torch.no_grad():
             norm.weight.uniform_(0.5, 1.5, generator=generator)
@@ -472,7 +455,7 @@ def test_norm_and_its_gradients():
 
 def test_norm_of_bf16_is_computed_in_fp32():
     """One rounding, at the end: what bf16 arithmetic in between would not give."""
-    norm = llama.RMSNorm(512, 1e-5).bfloat16()
+    norm = RMSNorm(512, 1e-5).bfloat16()
     x = (100 * torch.randn(64, 512, generator=torch.Generator().manual_seed(0))).bfloat16().requires_grad_()
     exact = F.rms_norm(x.double(), (512,), norm.weight.double(), 1e-5)
     wrong = norm(x).ne(exact.bfloat16()).float().mean()  # a tie may fall to the other side
@@ -540,9 +523,10 @@ def test_only_keys_and_values_of_the_last_layer(family):
     group = build_groups([30], 20)[0]
     chunk = chunk_tensors([group], random_sequences([30], 96, 0))[0][0]
     model = small_model(family)
-    chunk.state = full = KeyValueState(group)
+    chunk.state, chunk.end = KeyValueState(group), loss_sum
+    full = chunk.state
     model(chunk.tokens, chunk)
-    chunk.state, chunk.state_only = KeyValueState(group), True
+    chunk.state, chunk.end = KeyValueState(group), None
     calls = record_calls(model)
     with torch.no_grad():
         assert model(chunk.tokens, chunk) is None

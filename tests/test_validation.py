@@ -37,6 +37,7 @@ from tests.helpers.reference import (
     random_lengths,
     random_sequences,
     runner_of,
+    whole_sequence,
     whole_sequence_gradients,
 )
 from tests.helpers.runs import run, train, write_rows
@@ -59,10 +60,7 @@ def whole_sequence_losses(model, sequences):
         torch.no_grad(),
     ):
         for tokens, labels in sequences:
-            whole = Chunk((Segment(0, 0, len(tokens)),))
-            chunk = ChunkTensors(whole, 0, tokens, labels, torch.arange(len(tokens)))
-            chunk.end = naive_losses
-            losses = model(tokens, chunk)
+            losses = model(tokens, whole_sequence(tokens, labels, naive_losses))
             for place, (start, end) in enumerate(zip(EDGES, EDGES[1:])):
                 sums[place] += losses[start:end].sum().item()
                 counts[place] += int((labels[start:end] != -100).sum())

@@ -1,5 +1,7 @@
-"""Head and cross-entropy, in slices of tokens: neither all logits nor, while other chunks run, anything
-weight-sized is held. And the head for a single token, in slices of the vocabulary.
+"""What a chunk may end in (`ChunkTensors.end`): functions of its last hidden states and the head's weight.
+
+Head and cross-entropy run in slices of tokens: neither all logits nor, while other chunks run, anything
+weight-sized is held. The head of a single token runs in slices of the vocabulary.
 
 Where a chunk's backward is the very next action, its forward makes the head's gradients too, from the same
 logits; otherwise backward computes the logits again.
@@ -20,26 +22,13 @@ _LEAST_TOKENS = 512
 
 
 def loss_sum(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor:
-    return sliced_cross_entropy(hidden_TC, weight_VC, chunk.labels, chunk.loss_gradient)
-
-
-def last_logits(hidden_TC, weight_VC, chunk):
-    return token_logits(hidden_TC[-1], weight_VC)
-
-
-def sliced_cross_entropy(
-    hidden_TC: torch.Tensor,
-    weight_VC: torch.Tensor,
-    labels_T: torch.Tensor,
-    loss_gradient: float | None = None,
-) -> torch.Tensor:
     """The SUM of the cross-entropies of all positions that have a target: 0-dim, in at least fp32.
 
-    `labels_T` are targets, already shifted; -100 means none. Logits are computed in at least fp32, a slice at
-    a time. `loss_gradient`: backward comes next and will send this to the loss, so gradients are made at
-    once; None: in backward, from logits that are computed again.
+    Logits are computed in at least fp32, a slice at a time. Gradients are made at once where
+    `chunk.loss_gradient` tells what backward will send to the loss; else (None) in backward, from logits that
+    are computed again.
     """
-    return _SlicedCrossEntropy.apply(hidden_TC, weight_VC, labels_T, loss_gradient)
+    return _SlicedCrossEntropy.apply(hidden_TC, weight_VC, chunk.labels, chunk.loss_gradient)
 
 
 @torch.no_grad()
@@ -57,14 +46,12 @@ def token_losses(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkT
     return losses_T
 
 
-def token_logits(hidden_C: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
-    """The logits of one token, (V,), in at least fp32: a slice of the vocabulary at a time, as narrow weights
-    are widened."""
-    compute = torch.promote_types(hidden_C.dtype, torch.float32)
+def last_logits(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor:
+    """The logits that follow the last token, (V,), in at least fp32: a slice of the vocabulary at a time, as
+    narrow weights are widened."""
+    compute = torch.promote_types(hidden_TC.dtype, torch.float32)
     rows = max(128, _SLICE_ELEMENTS[weight_VC.device.type] // weight_VC.size(1))
-    return torch.cat(
-        [_Head(part_SC, compute).logits(hidden_C.unsqueeze(0))[0] for part_SC in weight_VC.split(rows)]
-    )
+    return torch.cat([_Head(part_SC, compute).logits(hidden_TC[-1:])[0] for part_SC in weight_VC.split(rows)])
 
 
 class _SlicedCrossEntropy(torch.autograd.Function):

@@ -69,7 +69,7 @@ class Job:
 
 @dataclass
 class Model:
-    name: str = option("llama3", "model family, a file of models/", choices=("llama3", "qwen2", "qwen3"))
+    name: str = option("llama3", 'model family, a file of models/: "llama3", "qwen2", "qwen3", or your own')
     flavor: str = option("debugmodel", "size within the family, one of its `flavors`")
     hf_assets_path: str = option(
         "",

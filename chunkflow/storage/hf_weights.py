@@ -1,11 +1,7 @@
-"""Hugging Face folders in and out: sizes from config.json, weights from safetensors into shards and stages,
-and back.
+"""Hugging Face folders in and out: weights from safetensors into shards and stages, and back.
 
 Nothing in a folder is executed. The package safetensors (extra `hf`) is imported only where weights are read
 or written.
-
-A config.json means here what transformers takes it to mean, keys that it leaves out included. What the models
-cannot do is refused by the key's name, never ignored.
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.hub import tqdm  # the real one where it is installed, else torch's small stand-in
 
-from models import families
+from models.hf_config import config_json, hf_name, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -44,292 +40,6 @@ ASSETS = (
     "chat_template.json",
     "generation_config.json",
 )
-
-
-class Family(NamedTuple):
-    name: str  # in models.families
-    architecture: str
-    defaults: dict[str, Any]  # transformers' values of keys that a config.json leaves out
-
-
-_QWEN = {
-    "max_position_embeddings": 32768,
-    "num_key_value_heads": 32,
-    "use_sliding_window": False,
-    "max_window_layers": 28,
-}
-FAMILIES = {
-    "llama": Family("llama3", "LlamaForCausalLM", {"max_position_embeddings": 2048}),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _QWEN),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", _QWEN | {"head_dim": 128}),
-}
-
-# key -> the values that the models have, what another one asks for. An absent key is good.
-_FIXED: dict[str, tuple[tuple, str]] = {
-    "hidden_act": (("silu",), "another activation"),
-    "attention_bias": ((False, None), "biases in attention"),
-    "mlp_bias": ((False, None), "biases in the MLP"),
-    "attention_dropout": ((0, None), "dropout"),
-    "partial_rotary_factor": ((1, None), "heads that are rotated in part"),
-    "use_mrope": ((False, None), "multimodal rotary angles"),
-    "num_experts": ((0, None), "a mixture of experts"),
-    "num_local_experts": ((0, None), "a mixture of experts"),
-    "quantization_config": ((None,), "quantised weights"),
-    "compression_config": ((None,), "quantised weights"),
-    "auto_map": ((None, {}), "code of its own, which is never run"),
-}
-_ROPE_KEYS = {
-    "rope_type",
-    "type",
-    "rope_theta",
-    "factor",
-    "original_max_position_embeddings",
-    "low_freq_factor",
-    "high_freq_factor",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-    "partial_rotary_factor",
-}
-
-_ENDS = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-
-
-def hf_name(parameter: str) -> str:
-    """What Hugging Face calls a parameter of models/*.py."""
-    module, _, kind = parameter.rpartition(".")
-    if module in _ENDS:
-        return f"{_ENDS[module]}.{kind}"
-    _, layer, module = module.split(".", 2)
-    return f"model.layers.{layer}.{_BLOCK[module]}.{kind}"
-
-
-# ------------------------------------------------------------------------------------------------ config.json
-
-
-def model_of(folder: str | Path) -> tuple[str, Any]:
-    """The family's name and the sizes that a folder's config.json describes (transformers 4 or 5).
-
-    Raises ValueError that names the key where the file is not good, or asks for what the models don't do.
-    """
-    path = Path(folder).expanduser() / "config.json"
-    config = _read_json(path, "name a Hugging Face model folder")
-    try:
-        return _model_of(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _model_of(config: dict[str, Any]) -> tuple[str, Any]:
-    kind, architectures = config.get("model_type"), config.get("architectures")
-    if kind not in FAMILIES:
-        raise ValueError(
-            f"model_type = {kind!r} is not one of the models here: use a folder of {', '.join(FAMILIES)}"
-            " (dense)"
-        )
-    family = FAMILIES[kind]
-    if architectures and architectures != [family.architecture]:
-        raise ValueError(
-            f"architectures = {architectures} is not a language model here: it has to be"
-            f" [{family.architecture!r}]"
-        )
-    for key, (values, meaning) in _FIXED.items():
-        if key == "attention_bias" and kind == "qwen2":
-            continue  # its biases are where they always are, and transformers does not read the key
-        if key in config and config[key] not in values:
-            raise ValueError(
-                f"{key} = {config[key]!r} asks for {meaning}, which the models here don't have: use another"
-                " model"
-            )
-    layers, heads, dim = (
-        _size(config, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    )
-    _refuse_sliding_window(config, family.defaults, layers)
-    config = family.defaults | config
-    kv_heads = heads if config.get("num_key_value_heads") is None else _size(config, "num_key_value_heads")
-    if heads % kv_heads:
-        raise ValueError(
-            f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}: correct"
-            " one"
-        )
-    if config.get("head_dim") is None and dim % heads:
-        raise ValueError(
-            f"hidden_size = {dim} is not a multiple of num_attention_heads = {heads}: set head_dim"
-        )
-    head_dim = dim // heads if config.get("head_dim") is None else _size(config, "head_dim")
-    if head_dim % 2:
-        raise ValueError(f"head_dim = {head_dim} is odd, but rotary positions turn pairs: correct it")
-    positions = _size(config, "max_position_embeddings")
-    theta, scaling = _rope(config)
-    return family.name, families[family.name].ModelArgs(
-        dim=dim,
-        n_layers=layers,
-        n_heads=heads,
-        n_kv_heads=kv_heads,
-        head_dim=head_dim,
-        hidden_dim=_size(config, "intermediate_size"),
-        vocab_size=_size(config, "vocab_size"),
-        norm_eps=_positive(config, "rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        max_positions=positions,
-        tied_embeddings=_flag(config, "tie_word_embeddings"),
-    )
-
-
-def _refuse_sliding_window(config: dict[str, Any], defaults: dict[str, Any], layers: int) -> None:
-    kinds = config.get("layer_types")
-    if kinds is not None and set(kinds) != {"full_attention"}:
-        others = sorted(set(kinds) - {"full_attention"})
-        raise ValueError(
-            f"layer_types has {others}: attention here is never cut, use a model with full_attention only"
-        )
-    window = config.get("sliding_window")
-    used = config.get("use_sliding_window", defaults.get("use_sliding_window", True))
-    first = config.get("max_window_layers", defaults.get("max_window_layers", 0))
-    if kinds is None and window is not None and used and first < layers:
-        raise ValueError(
-            f"sliding_window = {window} limits attention in layers from {first} on, but attention here is"
-            " never cut: use another model, or set use_sliding_window to false if it was trained without"
-        )
-
-
-def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """theta and rope_scaling (None: plain), from transformers 4's rope_theta and rope_scaling or 5's
-    rope_parameters."""
-    old, new = config.get("rope_scaling"), config.get("rope_parameters")
-    if old and new and old != new:
-        raise ValueError("rope_scaling and rope_parameters are both there and differ: remove one of them")
-    key, rope = ("rope_scaling", old) if old else ("rope_parameters", new or {})
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"{key} = {rope} is not one set of rotary angles for all layers: use another model")
-    if unknown := set(rope) - _ROPE_KEYS:
-        raise ValueError(
-            f"{key} has {sorted(unknown)[0]!r}, which the models here don't know: use another model, or"
-            " remove it"
-        )
-    for name, value in rope.items():
-        if name not in ("rope_type", "type", "truncate", "rope_theta") and value is not None:
-            if type(value) not in (int, float) or not 0 < value < float("inf"):  # nan, too
-                raise ValueError(f"{key} has {name} {value!r}, which is not a number above 0: correct it")
-    if rope.get("partial_rotary_factor") not in (1, None):
-        factor = rope["partial_rotary_factor"]
-        raise ValueError(
-            f"{key} has partial_rotary_factor {factor}: heads are rotated whole, use another model"
-        )
-    theta = _positive(rope, "rope_theta", config.get("rope_theta") or 10000.0)
-    elsewhere = ("rope_theta", "partial_rotary_factor")
-    scaling = {name: value for name, value in rope.items() if name not in elsewhere and value is not None}
-    if scaling.get("rope_type", scaling.get("type", "default")) == "default":
-        return theta, None
-    if (
-        "original_max_position_embeddings" in config
-    ):  # beside the table instead of in it: transformers then prefers that
-        scaling["original_max_position_embeddings"] = _size(config, "original_max_position_embeddings")
-    return theta, scaling
-
-
-def _size(config: dict[str, Any], key: str) -> int:
-    if key not in config:
-        raise ValueError(f"{key} is missing: add it")
-    if type(config[key]) is not int or config[key] < 1:
-        raise ValueError(f"{key} = {config[key]!r} is not a whole number of at least 1: correct it")
-    return config[key]
-
-
-def _positive(config: dict[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
-        raise ValueError(f"{key} = {value!r} is not a number above 0: correct it")
-    return float(value)
-
-
-def _flag(config: dict[str, Any], key: str) -> bool:
-    value = config.get(key, False)
-    if type(value) is not bool:
-        raise ValueError(f"{key} = {value!r} is not true or false: correct it")
-    return value
-
-
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object: copy it again")
-    return content
-
-
-def end_tokens(folder: str | Path) -> list[int]:
-    """The ids that end a generated text: eos_token_id of generation_config.json or, without that file, of
-    config.json."""
-    path = Path(folder).expanduser() / "generation_config.json"
-    if not path.is_file():
-        path = path.with_name("config.json")
-    given = _read_json(path, "copy the folder again").get("eos_token_id")
-    ids = given if isinstance(given, list) else [] if given is None else [given]
-    if not all(type(number) is int for number in ids):
-        raise ValueError(
-            f"{path}: eos_token_id = {given!r} is neither a token id nor a list of them: correct it"
-        )
-    return ids
-
-
-def config_json(name: str, args: Any, dtype: str, source: str | Path | None = None) -> dict[str, Any]:
-    """The config.json of a model: that of the folder `source` where there is one, with this dtype and these
-    rotary angles."""
-    if source:
-        config = _read_json(Path(source).expanduser() / "config.json", "name a Hugging Face model folder")
-        _, before = _model_of(config)
-    else:
-        kind = next(kind for kind, family in FAMILIES.items() if family.name == name)
-        before = None
-        config = {
-            "architectures": [FAMILIES[kind].architecture],
-            "model_type": kind,
-            "hidden_act": "silu",
-            "hidden_size": args.dim,
-            "intermediate_size": args.hidden_dim,
-            "num_hidden_layers": args.n_layers,
-            "num_attention_heads": args.n_heads,
-            "num_key_value_heads": args.n_kv_heads,
-            "head_dim": args.head_dim,
-            "vocab_size": args.vocab_size,
-            "rms_norm_eps": args.norm_eps,
-            "max_position_embeddings": args.max_positions,
-            "tie_word_embeddings": args.tied_embeddings,
-        }
-    if before is None or (before.rope_theta, before.rope_scaling) != (args.rope_theta, args.rope_scaling):
-        for key in ("rope_parameters", "original_max_position_embeddings"):
-            config.pop(key, None)
-        scaling = args.rope_scaling
-        if args.rope_type in ("yarn", "llama3"):
-            scaling = {"original_max_position_embeddings": args.max_positions} | scaling
-        config |= {
-            "rope_theta": args.rope_theta,
-            "rope_scaling": scaling,
-        }  # transformers 5 and others read these keys too
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    return config
 
 
 # ------------------------------------------------------------------------------------------------ weights, in
@@ -393,7 +103,7 @@ def check_weights(folder: str | Path, family: ModuleType, args: Any) -> dict[str
     tensors = _tensors(folder)
     sources = {}
     for parameter, shape in parameter_shapes(family, args).items():
-        name = hf_name(parameter)
+        name = hf_name(parameter, family)
         copies = (
             [name, "lm_head.weight"]
             if parameter == "tok_embeddings.weight" and args.tied_embeddings
@@ -431,7 +141,7 @@ def _tensors(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
     safetensors = _safetensors()
     index, listed = folder / "model.safetensors.index.json", {}
     if index.is_file():
-        listed = _read_json(index, "copy the folder again").get("weight_map")
+        listed = read_json(index, "copy the folder again").get("weight_map")
         plain = isinstance(listed, dict) and all(
             type(name) is str and Path(name).name == name for name in listed.values()
         )
@@ -551,7 +261,7 @@ def save_model(
         content = config_json(config.model.name, args, dtype, source)
         write_folder(
             target,
-            {hf_name(name): shape for name, shape in shapes.items()},
+            {hf_name(name, family): shape for name, shape in shapes.items()},
             wholes,
             DTYPES[dtype],
             content,

@@ -16,18 +16,19 @@ from chunkflow.data.dataloader import ChunkDataLoader
 from chunkflow.data.dataset import TokenDataset, open_dataset
 from chunkflow.data.synthetic import SyntheticDataset
 from chunkflow.data.tokenizer import Tokenizer
+from chunkflow.execution.rotary import rope_type
 from chunkflow.planning.background import PlanProcess
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings
 from chunkflow.settings import options
 from chunkflow.settings.config import ConfigError
 from chunkflow.settings.options import Config
-from chunkflow.storage.hf_weights import model_of
 from chunkflow.training.converters import check_converters
 from chunkflow.training.optimizer import check_optimizer
 from chunkflow.training.parallel import reshards
 from chunkflow.training.stages import layers_of_stages
 from models import families
+from models.hf_config import model_of
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,13 @@ def model_args(settings: options.Model, seq_len: int, vocab_size: int):
     `vocab_size` is the tokenizer's. A debug model takes it over; for a real model it is only an upper bound.
     ValueError where name, flavor, positions (for sequences of `seq_len` tokens) or vocabulary don't fit.
     """
+    if settings.name not in families:
+        names = ", ".join(f'"{name}"' for name in families)
+        near = difflib.get_close_matches(settings.name, families, n=1)
+        raise ValueError(
+            f'model.name = "{settings.name}" is not admitted: choose one of {names}'
+            + (f' (did you mean "{near[0]}"?)' if near else "")
+        )
     family: ModuleType = families[settings.name]
     if settings.hf_assets_path:
         _, args = model_of(settings.hf_assets_path)
@@ -203,7 +211,7 @@ def positions(args) -> int:
     scaling = args.rope_scaling or {}
     extended = (
         scaling.get("original_max_position_embeddings", 0) * scaling["factor"]
-        if args.rope_type == "yarn"
+        if rope_type(scaling) == "yarn"
         else 0
     )
     return max(args.max_positions, int(extended))

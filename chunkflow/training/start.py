@@ -55,7 +55,7 @@ def read_config(argv: list[str]) -> Config:
     for wrong settings, or a config.json of that folder that cannot be used."""
     config = load_config(argv)
     if folder := config.model.hf_assets_path:
-        from chunkflow.storage.hf_weights import model_of
+        from models.hf_config import model_of
 
         config.model.name, _ = model_of(folder)
         config.model.flavor = Path(folder).expanduser().resolve().name

@@ -30,7 +30,7 @@ def naive_attention(q_THD, k_TGD, v_TGD, chunk, layer):
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(future, float("-inf")).softmax(-1), v_THD)
 
 
-def naive_loss(hidden_TC, weight_VC, chunk):
+def naive_cross_entropy(hidden_TC, weight_VC, chunk):
     return F.cross_entropy(hidden_TC @ weight_VC.t(), chunk.labels, reduction="sum", ignore_index=-100)
 
 
@@ -65,6 +65,13 @@ def chunk_tensors(groups: list[Group], sequences) -> list[list[ChunkTensors]]:
     ]
 
 
+def whole_sequence(tokens, labels, end):
+    """A sequence as one standalone chunk, which ends in `end`."""
+    chunk = ChunkTensors(Chunk((Segment(0, 0, len(tokens)),)), 0, tokens, labels, torch.arange(len(tokens)))
+    chunk.end = end
+    return chunk
+
+
 def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -77,10 +84,7 @@ def whole_sequence_gradients(model, sequences):
     total = 0.0
     with mock.patch.object(module, "chunk_attention", naive_attention):
         for tokens, labels in sequences:
-            whole = Chunk((Segment(0, 0, len(tokens)),))
-            chunk = ChunkTensors(whole, 0, tokens, labels, torch.arange(len(tokens)))
-            chunk.end = naive_loss
-            loss = model(tokens, chunk) / max(targets, 1)
+            loss = model(tokens, whole_sequence(tokens, labels, naive_cross_entropy)) / max(targets, 1)
             loss.backward()
             total += loss.item()
     return total, gradients(model)
