@@ -23,11 +23,12 @@ from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.schedule import Kind
 from chunkflow.reporting import device, metrics, rows
 from chunkflow.reporting.device import peak_flops, peak_memory, reset_peak_memory
-from chunkflow.reporting.metrics import GarbageCollection, MetricsLogger, init_logger
+from chunkflow.reporting.metrics import MetricsLogger
 from chunkflow.reporting.rows import keep_rows
 from chunkflow.reporting.step_figures import RankFigures, gather_over_ranks, step_scalars
 from chunkflow.reporting.timeline import gather_timeline, useful_time, write_timelines
 from chunkflow.settings import options
+from chunkflow.training.start import GarbageCollection, init_logger
 
 CPU = torch.device("cpu")
 PLAN = plan_step(
@@ -399,7 +400,7 @@ def test_garbage_is_collected_at_the_same_steps_everywhere(monkeypatch, messages
         collection = GarbageCollection(2)
         assert not gc.isenabled()
         collected = []
-        monkeypatch.setattr(metrics.gc, "collect", collected.append)
+        monkeypatch.setattr(gc, "collect", collected.append)
         for step in range(1, 6):
             collection.run(step)
         assert collected == [1, 1]

@@ -1,12 +1,7 @@
 """The log of a run's figures: the step line, metrics.jsonl and validation.jsonl, TensorBoard."""
 
-from __future__ import annotations
-
-import gc
 import logging
 import math
-import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,49 +11,11 @@ import torch
 import torch.distributed as dist
 
 from chunkflow.planning.planner import Plan
-from chunkflow.reporting.device import (
-    Memory,
-    memory_capacity_gib,
-    peak_flops,
-    peak_memory,
-    reset_peak_memory,
-)
+from chunkflow.reporting.device import Memory, memory_capacity_gib, peak_flops, peak_memory, reset_peak_memory
 from chunkflow.reporting.rows import RowsFile
 from chunkflow.settings import options
 
 logger = logging.getLogger(__name__)
-
-
-def init_logger() -> None:
-    """One line a record on stdout, in torchtitan's shape."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="[chunkflow] %(asctime)s - %(name)s - %(levelname)s - %(message)s",
-        handlers=[logging.StreamHandler(sys.stdout)],
-        force=True,
-    )
-    os.environ["KINETO_LOG_LEVEL"] = "5"  # the profiler's own messages
-
-
-class GarbageCollection:
-    """Collects on all ranks at the same steps, so that none waits for another's collector in mid-step."""
-
-    def __init__(self, every_steps: int):
-        self.every_steps = every_steps
-        gc.disable()
-        self._collect("Initial GC collection", 2)
-        # what is there now stays: later collections, and the end of the process, need not look at all of
-        # torch
-        gc.freeze()
-
-    def run(self, step: int) -> None:
-        if step > 1 and step % self.every_steps == 0:
-            self._collect("Performing periodic GC collection", 1)
-
-    def _collect(self, reason: str, generation: int) -> None:
-        start = time.perf_counter()
-        gc.collect(generation)
-        logger.info(f"[GC] {reason} took {time.perf_counter() - start:.2f} seconds")
 
 
 class Colours(NamedTuple):
@@ -92,7 +49,7 @@ class MetricsLogger:
         `start_step`: the last step that the run did before (0: none); rows and events after it are removed.
         `tokens_seen`: tokens of the run up to it."""
         self.every_steps, self.device, self.tokens_seen = settings.log_freq, device, tokens_seen
-        self.folder = dump_folder / settings.save_tb_folder
+        self.folder = dump_folder / settings.save_tb_folder  # of TensorBoard's events
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
         self.colours = Colours(*[""] * 7) if settings.disable_color_printing else Colours()

@@ -1,7 +1,5 @@
 """Plans as pictures for TensorBoard. Needs matplotlib (extra "pictures")."""
 
-from __future__ import annotations
-
 from chunkflow.planning.planner import Plan
 
 SHOWN_RANKS = 16

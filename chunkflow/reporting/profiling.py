@@ -1,7 +1,5 @@
 """torch.profiler as torchtitan's users know it: one traced step in every `profile_freq`."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import nullcontext
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files of rows that survive a kill, a full disk and a resume: metrics.jsonl and validation.jsonl."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

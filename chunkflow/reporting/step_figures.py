@@ -1,7 +1,5 @@
 """What a step amounted to on every rank, as TensorBoard's `chunkflow/*` and `data/*` scalars."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

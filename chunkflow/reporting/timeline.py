@@ -1,7 +1,5 @@
 """The timeline of a pipeline step, planned and measured: its useful share, and as a trace file."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
