@@ -37,7 +37,7 @@ from chunkflow.execution.state import ChunkTensors
 from chunkflow.planning.chunks import build_groups, whole_sequences
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.schedule import linear_schedule
-from chunkflow.reporting.metrics import peak_memory, reset_peak_memory
+from chunkflow.reporting.device import peak_memory, reset_peak_memory
 from chunkflow.settings.options import Config
 from chunkflow.training import parallel
 from models import llama

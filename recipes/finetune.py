@@ -63,6 +63,7 @@ def main() -> None:
     # --- Data. Text becomes tokens on disk, once; whichever process comes first does it while the others
     # wait.
     training, fake = config.training, config.comm.mode == "fake_backend"
+    folder = Path(config.job.dump_folder)
     with user_errors():
         spec = build.model_spec(config)
         dataset = build.open_data(training, spec, seed)
@@ -113,8 +114,15 @@ def main() -> None:
             with user_errors():
                 checkpoints = checkpoint.Checkpoints(config, models.values(), optimizer, loader)
                 progress = checkpoints.load()
-            start = {"start_step": progress.step, "tokens_seen": progress.tokens_seen}
-            metrics = MetricsLogger(config, device, compute_dtype, **start)
+            metrics = MetricsLogger(
+                folder,
+                config.metrics,
+                device,
+                compute_dtype,
+                validates=config.validation.enable,
+                start_step=progress.step,
+                tokens_seen=progress.tokens_seen,
+            )
 
     first_step, stopping = progress.step + 1, False
     garbage = GarbageCollection(training.gc_freq)
@@ -123,7 +131,7 @@ def main() -> None:
         f" {config.lr_scheduler.warmup_steps}) of {training.global_batch_size} sequences over"
         f" {processes.in_words}, chunks of {config.chunkflow.chunk_size} tokens, k = {config.chunkflow.k}"
     )
-    with tensors_without_content, profiler(config) as profile:
+    with tensors_without_content, profiler(config.profiling, folder) as profile:
         for step, data in zip(range(first_step, training.steps + 1), loader):
             plan, targets = data.plan, max(data.targets, 1)
             garbage.run(step)
@@ -169,7 +177,15 @@ def main() -> None:
                     grad_norm=norm,
                     lr=lr,
                     supervised_tokens=data.targets,
-                    scalars=step_scalars(plan, data, figures, loader.ledger, progress.bad_steps + not_finite),
+                    scalars=step_scalars(
+                        plan,
+                        figures,
+                        targets=data.targets,
+                        longest=max(data.lengths),
+                        epoch=data.epoch,
+                        ledger=vars(loader.ledger),
+                        bad_steps=progress.bad_steps + not_finite,
+                    ),
                 )
             if step == 1:
                 metrics.add_figure(
@@ -184,7 +200,7 @@ def main() -> None:
                     else None
                 )
                 if processes.rank == 0:
-                    path = Path(config.job.dump_folder) / f"timeline_step_{step}.json"
+                    path = folder / f"timeline_step_{step}.json"
                     timelines = write_timelines(path, plan.simulations[replica].timeline, measured)
                     metrics.add_figure("chunkflow/timeline", lambda: picture(timelines), step)
             if validation and validation.due(step):

@@ -8,6 +8,7 @@ import math
 import re
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,16 +18,16 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from chunkflow.planning.cost import Cost
+from chunkflow.planning.pipeline_schedule import Action, Timed
 from chunkflow.planning.planner import PlanSettings, plan_step
-from chunkflow.reporting import metrics
-from chunkflow.reporting.metrics import (
-    MetricsLogger,
-    keep_rows,
-    peak_flops,
-    peak_memory,
-    reset_peak_memory,
-)
-from chunkflow.settings.config import load_config
+from chunkflow.planning.schedule import Kind
+from chunkflow.reporting import device, metrics, rows
+from chunkflow.reporting.device import peak_flops, peak_memory, reset_peak_memory
+from chunkflow.reporting.metrics import MetricsLogger
+from chunkflow.reporting.rows import keep_rows
+from chunkflow.reporting.step_figures import RankFigures, gather_over_ranks, step_scalars
+from chunkflow.reporting.timeline import gather_timeline, useful_time, write_timelines
+from chunkflow.settings import options
 from chunkflow.training.start import GarbageCollection, init_logger
 
 CPU = torch.device("cpu")
@@ -40,9 +41,9 @@ def known_peak(monkeypatch):
     monkeypatch.setattr(metrics, "peak_flops", lambda device, dtype: 1e9)
 
 
-def build(folder, *more, **start) -> MetricsLogger:
-    config = load_config([f"--job.dump_folder={folder}", "--metrics.disable_color_printing", *more])
-    return MetricsLogger(config, CPU, torch.float32, **start)
+def build(folder, log_freq: int = 10, tensorboard: bool = True, **start) -> MetricsLogger:
+    settings = options.Metrics(log_freq=log_freq, enable_tensorboard=tensorboard, disable_color_printing=True)
+    return MetricsLogger(Path(folder), settings, CPU, torch.float32, **start)
 
 
 def log(run: MetricsLogger, step: int, **more) -> float:
@@ -50,8 +51,8 @@ def log(run: MetricsLogger, step: int, **more) -> float:
     return run.log(step, PLAN, **{**figures, **more})
 
 
-def run_steps(folder, first: int, last: int, *more, tokens_seen: int = 0) -> MetricsLogger:
-    run = build(folder, *more, start_step=first - 1, tokens_seen=tokens_seen)
+def run_steps(folder, first: int, last: int, **more) -> MetricsLogger:
+    run = build(folder, start_step=first - 1, **more)
     for step in range(first, last + 1):
         run.count(PLAN.tokens, 1e6, 0.0)
         if run.due(step):
@@ -60,7 +61,7 @@ def run_steps(folder, first: int, last: int, *more, tokens_seen: int = 0) -> Met
     return run
 
 
-def rows(folder) -> list[dict]:
+def written(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -71,8 +72,8 @@ def events(folder) -> EventAccumulator:
 
 
 def test_a_row_holds_the_contract(tmp_path):
-    run_steps(tmp_path, 1, 2, "--metrics.log_freq=2")
-    first, second = rows(tmp_path)
+    run_steps(tmp_path, 1, 2, log_freq=2)
+    first, second = written(tmp_path)
     assert first.keys() >= {
         "step",
         "loss",
@@ -101,7 +102,7 @@ def test_a_row_holds_the_contract(tmp_path):
 
 
 def test_seconds_and_rates_are_of_the_interval(tmp_path):
-    run = build(tmp_path, "--metrics.log_freq=3", start_step=1)
+    run = build(tmp_path, log_freq=3, start_step=1)
     for _step in (2, 3):  # a resumed run's first interval is shorter
         time.sleep(0.1)
         run.count(100, 2e6, 0.05)
@@ -111,7 +112,7 @@ def test_seconds_and_rates_are_of_the_interval(tmp_path):
         run.count(10, 1e6, 0.0)
     log(run, 6)
     run.close()
-    third, sixth = rows(tmp_path)
+    third, sixth = written(tmp_path)
     assert 0.1 <= third["seconds"] < 0.2 and 0.1 <= sixth["seconds"] < 0.2
     assert third["tps"] == pytest.approx(100 / third["seconds"]) and sixth["tps"] == pytest.approx(
         10 / sixth["seconds"]
@@ -126,13 +127,13 @@ def test_seconds_and_rates_are_of_the_interval(tmp_path):
 
 
 def test_step_one_and_every_log_freq_are_logged(tmp_path):
-    run_steps(tmp_path, 1, 25, "--metrics.log_freq=10", "--metrics.no_enable_tensorboard")
-    assert [row["step"] for row in rows(tmp_path)] == [1, 10, 20]
+    run_steps(tmp_path, 1, 25, log_freq=10, tensorboard=False)
+    assert [row["step"] for row in written(tmp_path)] == [1, 10, 20]
     assert not (tmp_path / "tb").exists()
 
 
 def test_a_torn_last_line_is_cut_off(tmp_path):
-    run_steps(tmp_path, 1, 3, "--metrics.log_freq=1", "--metrics.no_enable_tensorboard")
+    run_steps(tmp_path, 1, 3, log_freq=1, tensorboard=False)
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
     for torn in (b'{"step": 4, "lo', b'{"step": 4}', b"\x00\x00", b'{"step": 4, "lo\n'):
@@ -146,24 +147,30 @@ def test_a_torn_last_line_is_cut_off(tmp_path):
 
 
 def test_resume_takes_back_rows_and_events_beyond_its_step(tmp_path):
-    run_steps(tmp_path, 1, 6, "--metrics.log_freq=1")
-    run = run_steps(tmp_path, 4, 5, "--metrics.log_freq=1", tokens_seen=51)
-    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
-    assert [row["n_tokens_seen"] for row in rows(tmp_path)] == [17, 34, 51, 68, 85] and run.tokens_seen == 85
+    run_steps(tmp_path, 1, 6, log_freq=1)
+    run = run_steps(tmp_path, 4, 5, log_freq=1, tokens_seen=51)
+    assert [row["step"] for row in written(tmp_path)] == [1, 2, 3, 4, 5]
+    assert [row["n_tokens_seen"] for row in written(tmp_path)] == [
+        17,
+        34,
+        51,
+        68,
+        85,
+    ] and run.tokens_seen == 85
     scalars = events(tmp_path / "tb").Scalars("loss_metrics/global_avg_loss")
     assert [scalar.step for scalar in scalars] == [1, 2, 3, 4, 5]
 
 
 def test_a_killed_rewrite_leaves_the_old_rows(tmp_path, monkeypatch):
-    run_steps(tmp_path, 1, 3, "--metrics.log_freq=1", "--metrics.no_enable_tensorboard")
+    run_steps(tmp_path, 1, 3, log_freq=1, tensorboard=False)
 
     def killed(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metrics.os, "replace", killed)
+    monkeypatch.setattr(rows.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         keep_rows(tmp_path / "metrics.jsonl", 1)
-    assert len(rows(tmp_path)) == 3
+    assert len(written(tmp_path)) == 3
 
 
 def test_tensorboard_has_torchtitans_tags_and_ours(tmp_path):
@@ -184,11 +191,92 @@ def test_tensorboard_has_torchtitans_tags_and_ours(tmp_path):
 
 
 def test_values_that_json_does_not_have_are_null(tmp_path):
-    run = build(tmp_path, "--metrics.no_enable_tensorboard")
+    run = build(tmp_path, tensorboard=False)
     run.count(17, 1e6, 0.0)
     log(run, 1, loss=math.nan, grad_norm=math.inf, max_loss=-math.inf)
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert row["loss"] is None and row["grad_norm"] is None and row["global_max_loss"] is None
+
+
+SCALARS = """chunkflow/groups chunkflow/recomputed(%) chunkflow/live_chunks_peak chunkflow/kv_state(GiB)
+    chunkflow/tokens_per_supervised_token chunkflow/bad_steps data/longest_sequence data/epoch
+    data/read_tokens data/dropped_tokens"""
+
+
+def scalars_of(figures: list[RankFigures], replicas: int, targets: int = 14) -> dict[str, float]:
+    plan = plan_step([5, 3, 9], PlanSettings(Cost(1.0, 0.0), replicas, chunk_size=4))._replace(
+        template_overhead_percent=12.5
+    )
+    assert len(plan.groups) == replicas
+    ledger = {"read": 17, "dropped": 3}
+    return step_scalars(
+        plan,
+        figures,
+        replicas=replicas,
+        targets=targets,
+        longest=9,
+        epoch=1,
+        ledger=ledger,
+        bad_steps=2,
+    )
+
+
+def test_scalars_without_a_pipeline(tmp_path):
+    figures = [RankFigures(4.0, 3.0, 5.0, 0.5, 2, 7, 0.25), RankFigures(3.0, 3.0, 5.0, 0.5, 1, 7, 0.5)]
+    scalars = scalars_of(figures, replicas=2)
+    waiting = {f"chunkflow/waiting(%)/rank_{rank}": share for rank, share in enumerate((0.0, 25.0))}
+    assert scalars.keys() == {*SCALARS.split(), *waiting, "chunkflow/template_overhead(%)"}
+    assert scalars == scalars | waiting | {
+        "chunkflow/groups": 2,  # the sequence of 3 tokens fills a tail
+        "chunkflow/recomputed(%)": 100 * PLAN.recomputed_chunks / PLAN.chunks,
+        "chunkflow/live_chunks_peak": 2,
+        "chunkflow/kv_state(GiB)": 0.5,
+        "chunkflow/tokens_per_supervised_token": 17 / 14,
+        "chunkflow/template_overhead(%)": 12.5,
+        "chunkflow/bad_steps": 2,
+        "data/longest_sequence": 9,
+        "data/epoch": 1,
+        "data/read_tokens": 17,
+        "data/dropped_tokens": 3,
+    }
+    assert scalars_of(figures, targets=0)["chunkflow/tokens_per_supervised_token"] == 17
+
+    run = build(tmp_path)
+    run.count(17, 1e6, 0.0)
+    log(run, 1, scalars=scalars)
+    run.close()
+    read = events(tmp_path / "tb")
+    assert {tag: read.Scalars(tag)[0].value for tag in scalars} == pytest.approx(scalars)
+
+
+def test_scalars_of_pipeline_stages():
+    """Two stages of two replicas: ranks 0 and 1 are the first stage's."""
+    useful = (6.0, 8.0, 4.0, 4.0)
+    figures = [
+        RankFigures(1.0, seconds, 9.0, bubble, rank, 3 - rank, 0.1 * rank)
+        for rank, (seconds, bubble) in enumerate(zip(useful, (0.2, 0.4, 0.2, 0.4)))
+    ]
+    figures[3] = figures[3]._replace(end_seconds=10.0)
+    scalars = scalars_of(figures, replicas=2)
+    bubbles = [f"chunkflow/bubble(%)/{name}" for name in ("simulated", "stage_0", "stage_1")]
+    assert scalars.keys() == {*SCALARS.split(), *bubbles, "chunkflow/stage_inputs_peak"}
+    assert [scalars[tag] for tag in bubbles] == pytest.approx([30, 100 * (1 - 7 / 10), 100 * (1 - 4 / 10)])
+    assert scalars["chunkflow/stage_inputs_peak"] == 3 and scalars["chunkflow/live_chunks_peak"] == 3
+
+
+def test_timelines_next_to_each_other_do_the_same_useful_work(tmp_path):
+    planned = [
+        [
+            Timed(Action(kind, 0, 0, 0), start, start + 1)
+            for start, kind in enumerate((Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD))
+        ]
+    ]
+    measured = [[Timed(Action(Kind.FORWARD, 0, 0, 0), 10, 16)]]
+    assert write_timelines(tmp_path / "trace.json", planned, None) == {"planned": planned}
+    timelines = write_timelines(tmp_path / "trace.json", planned, measured)
+    assert timelines["measured"] == measured and useful_time(timelines["planned"][0]) == 6
+    names = [event["name"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
+    assert names.count("process_name") == 2
 
 
 @pytest.fixture
@@ -205,7 +293,7 @@ STEP_LINE = re.compile(
 
 
 def test_the_step_line(tmp_path, messages):
-    run = build(tmp_path, "--metrics.no_enable_tensorboard")
+    run = build(tmp_path, tensorboard=False)
     run.count(17, 1e6, 0.0)
     log(run, 1)
     line = messages()[-1]
@@ -226,18 +314,23 @@ def _rank(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=limit
     )
     metrics.peak_flops = lambda device, dtype: 1e9
-    run = build(folder, "--metrics.no_enable_tensorboard")
+    run = build(folder, tensorboard=False)
     run.count(17, 1e6, 0.0)
     loss = log(run, 1, loss=[1.0, 0.5][rank], max_loss=[-math.inf, 4.0][rank])
     assert loss == 1.5
     assert (run.rows is None) == (rank == 1)
     run.close()
+    own = RankFigures(1.5 + rank, 0, 0, 0, 2, 0, 0.25)
+    assert gather_over_ranks(own, CPU) == [own._replace(busy_seconds=1.5 + other) for other in range(2)]
+    assert gather_timeline([Timed(Action(Kind.FORWARD, rank, 0, 0), 1, 2)], dist.group.WORLD) == [
+        [(Action(Kind.FORWARD, other, 0, 0), 1e6, 2e6)] for other in range(2)
+    ]
     dist.destroy_process_group()
 
 
 def test_figures_of_two_ranks(tmp_path):
     multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
-    (row,) = rows(tmp_path)
+    (row,) = written(tmp_path)
     assert (row["loss"], row["global_max_loss"], row["tokens"]) == (1.5, 4.0, 17)
     assert row["tps"] == pytest.approx(17 / row["seconds"] / 2)
 
@@ -272,8 +365,8 @@ def test_peak_memory_without_proc(monkeypatch):
     def missing(self, *_):
         raise FileNotFoundError
 
-    monkeypatch.setattr(metrics.Path, "read_text", missing)
-    monkeypatch.setattr(metrics.Path, "write_text", missing)
+    monkeypatch.setattr(device.Path, "read_text", missing)
+    monkeypatch.setattr(device.Path, "write_text", missing)
     reset_peak_memory(CPU)
     assert 0.01 < peak_memory(CPU).reserved_gib < 100
 
@@ -307,7 +400,7 @@ def test_garbage_is_collected_at_the_same_steps_everywhere(monkeypatch, messages
         collection = GarbageCollection(2)
         assert not gc.isenabled()
         collected = []
-        monkeypatch.setattr(metrics.gc, "collect", collected.append)
+        monkeypatch.setattr(gc, "collect", collected.append)
         for step in range(1, 6):
             collection.run(step)
         assert collected == [1, 1]

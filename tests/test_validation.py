@@ -202,7 +202,8 @@ def test_all_of_the_data_or_so_many_batches(tmp_path, steps, tokens):
     assert [step for step in range(1, 8) if validation.due(step)] == [3, 6, 7]
     try:
         parallel.apply_fsdp(model, processes.mesh, config.training, False)
-        metrics, generator = MetricsLogger(config, processes.device, torch.float32), torch.get_rng_state()
+        metrics = MetricsLogger(tmp_path, config.metrics, processes.device, torch.float32, validates=True)
+        generator = torch.get_rng_state()
         with mock.patch("chunkflow.training.validation.plan_step", wraps=plan_step) as planned:
             for step in (3, 6):
                 validation.run(step, metrics, [model], runner_of(model))
@@ -359,7 +360,7 @@ def test_an_interval_goes_on_after_validation_and_resume_takes_back_rows(tmp_pat
         config = load_config(
             [f"--job.dump_folder={tmp_path}", "--validation.enable", "--metrics.no_enable_tensorboard"]
         )
-        return MetricsLogger(config, CPU, torch.float32, **more)
+        return MetricsLogger(tmp_path, config.metrics, CPU, torch.float32, validates=True, **more)
 
     plan = plan_step([5], PlanSettings(Cost(1.0, 0.0)))
     metrics = start()

@@ -1,17 +1,14 @@
 """Plans as pictures for TensorBoard. Needs matplotlib (extra "pictures")."""
 
-from __future__ import annotations
-
 from chunkflow.planning.planner import Plan
 
 SHOWN_RANKS = 16
 
 
 def plan_figure(plan: Plan, chunk_size: int):
-    """A bar a chunk, in the order they run, a panel a rank: standalone sequences in greys, each long sequence
-    in one colour.
+    """A matplotlib figure: a panel a rank, a bar a chunk, in the order they run. Bars are in tokens.
 
-    Returns a matplotlib figure; the step line's padding is the white above the bars.
+    Standalone sequences are grey, each longer one has one colour. The white above the bars is padding.
     """
     from matplotlib.figure import Figure
 
@@ -20,22 +17,22 @@ def plan_figure(plan: Plan, chunk_size: int):
     panels = figure.subplots(len(ranks), sharex=True, squeeze=False)[:, 0]
     long_sequences = 0
     for rank, (groups, panel) in enumerate(zip(ranks, panels)):
-        bars = []  # place, bottom, height, colour
-        place = 0
+        bars = []  # (number of the chunk, bottom, height, colour) of each segment
+        chunks = 0
         for group in groups:
             dependent = len(group.chunks) > 1
             colour = f"C{long_sequences % 10}"
             long_sequences += dependent
             for chunk in group.chunks:
                 bottom = 0
-                for number, segment in enumerate(chunk.segments):
-                    grey = "0.75" if number % 2 else "0.6"
-                    bars.append((place, bottom, segment.length, colour if dependent and not number else grey))
+                for index, segment in enumerate(chunk.segments):
+                    grey = "0.75" if index % 2 else "0.6"
+                    bars.append((chunks, bottom, segment.length, colour if dependent and not index else grey))
                     bottom += segment.length
-                place += 1
+                chunks += 1
         if bars:
-            places, bottoms, heights, colours = zip(*bars)
-            panel.bar(places, heights, bottom=bottoms, color=colours, width=0.9)
+            numbers, bottoms, heights, colours = zip(*bars)
+            panel.bar(numbers, heights, bottom=bottoms, color=colours, width=0.9)
         panel.axhline(chunk_size, color="black", linewidth=0.5)
         panel.set_ylabel(f"rank {rank}\ntokens")
     panels[-1].set_xlabel("chunk, in running order")

@@ -1,7 +1,5 @@
 """The timeline of a pipeline step, planned and measured: its useful share, and as a trace file."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -15,27 +13,29 @@ Timeline = list[list[Timed]]  # rank of the pipeline -> its actions
 
 
 def useful_time(actions: list[Timed]) -> float:
-    """What a rank's actions took, recomputation aside."""
+    """How long a rank's actions took together, recomputation aside."""
     return sum(end - start for action, start, end in actions if action.kind is not Kind.RECOMPUTE)
 
 
-def gather_timeline(own: list[Timed], group: dist.ProcessGroup) -> Timeline:
-    """The measured timelines of all ranks of the pipeline, in microseconds; each rank's clock starts with its
-    step. A collective."""
-    everyone: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, _scaled(own, 1e6), group=group)
-    return everyone
+def gather_timeline(timeline: list[Timed], group: dist.ProcessGroup) -> Timeline:
+    """The measured timelines of all ranks of a pipeline, from this rank's in seconds; in microseconds.
+
+    Each rank's clock starts with its step. A collective of `group`.
+    """
+    gathered: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, _scaled(timeline, 1e6), group=group)
+    return gathered
 
 
 def write_timelines(path: Path, planned: Timeline, measured: Timeline | None) -> dict[str, Timeline]:
     """Writes a trace for ui.perfetto.dev and returns the timelines by name.
 
-    Next to a measured one, the planned timeline is scaled so that both do the same useful work.
+    Next to a measured timeline, the planned one is scaled so that both do the same useful work.
     """
     timelines = {"planned": planned}
     if measured:
         scale = sum(map(useful_time, measured)) / sum(map(useful_time, planned))
-        timelines = {"planned": [_scaled(own, scale) for own in planned], "measured": measured}
+        timelines = {"planned": [_scaled(actions, scale) for actions in planned], "measured": measured}
     with open(path, "w") as file:
         json.dump(chrome_trace(timelines), file)
     return timelines
