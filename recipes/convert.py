@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from chunkflow.storage import checkpoint
 from chunkflow.storage import hf_weights as hf
+from chunkflow.storage.manifest import model_of, read_manifest
+from chunkflow.storage.tensors import load_model_weights
 from chunkflow.training import parallel
 from models import families
 
@@ -43,13 +44,13 @@ def convert(source: Path, target: Path, dtype: str, assets: Path | None = None) 
         raise ValueError(f"{target} exists: name another folder, or remove it")
     tensors: Iterable[torch.Tensor]
     if (source / "manifest.json").exists():
-        manifest = checkpoint.read_manifest(source)
+        manifest = read_manifest(source)
         assets = assets or manifest["config"]["model.hf_assets_path"] or None
-        name, args = checkpoint.model_of(manifest)
+        name, args = model_of(manifest)
         with torch.device("meta"), parallel.default_dtype(manifest["config"]["training.dtype"]):
             model = families[name].Transformer(args)
         model.to_empty(device="cpu")
-        checkpoint.load_model_weights(model, source)
+        load_model_weights(model, source)
         shapes = hf.parameter_shapes(families[name], args)
         named = dict(model.named_parameters())
         tensors = (named[parameter].detach() for parameter in shapes)

@@ -32,9 +32,10 @@ from chunkflow.reporting.metrics import GarbageCollection, MetricsLogger, init_l
 from chunkflow.reporting.pictures import plan_figure
 from chunkflow.reporting.profiling import profiler
 from chunkflow.reporting.timeline import gather_timeline, useful_time, write_timelines
-from chunkflow.settings.config import ConfigError, main_config, to_toml, user_errors
-from chunkflow.storage import checkpoint
+from chunkflow.settings.config import ConfigError, flat, main_config, to_toml, user_errors
+from chunkflow.storage import checkpoint, manifest
 from chunkflow.storage import hf_weights as hf
+from chunkflow.storage.files import claim_folder
 from chunkflow.training import parallel, stages
 from chunkflow.training.converters import check_converters, convert_model
 from chunkflow.training.model import apply_activation_checkpoint, apply_compile, model_args, open_tokenizer
@@ -64,7 +65,7 @@ def check(config) -> None:
     hf.check(config, family, args)
     check_converters(config, family, args)
     check_optimizer(config)
-    checkpoint.check(config, args)
+    manifest.check(config, args)
     stages.layers_of_stages(config, args)
     if torch.cuda.is_available() and config.training.mixed_precision_param != "bfloat16":
         raise ConfigError(
@@ -77,7 +78,7 @@ def check(config) -> None:
 def main() -> None:
     config = main_config(check=check)
     init_logger()
-    if checkpoint.finished(config):
+    if manifest.finished(config.checkpoint, config.job.dump_folder, config.training.steps):
         logger.info(
             f"Training is complete: step {config.training.steps} is saved; raise training.steps to go on"
         )
@@ -112,9 +113,7 @@ def main() -> None:
     folder = Path(config.job.dump_folder)
     if rank == 0:
         with user_errors():
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = None if fake else checkpoint.claim_folder(config)  # noqa: F841  while this process lives
-            (folder / "config.toml").write_text(to_toml(config))
+            lock = claim_folder(config.job.dump_folder, to_toml(config), locked=not fake)  # noqa: F841  while this process lives
 
     # Lengths become a plan for each step: the same groups on every rank, the same actions on the ranks of a
     # replica, which all read the tokens of its sequences.
@@ -170,8 +169,6 @@ def main() -> None:
             parallel.apply_fsdp(model, data_mesh, config, reshard=False)
             if not fake:
                 model.to_empty(device="cpu" if training.enable_cpu_offload else device)
-                with user_errors():
-                    checkpoint.initial_weights(model, family, config, seed)
             hidden_dtype = parallel.DTYPES[training.mixed_precision_param]
             chunk_stages.append(
                 ChunkStage(
@@ -189,8 +186,16 @@ def main() -> None:
         progress = Progress()
         if not fake:
             with user_errors():
-                checkpoints = checkpoint.Checkpoints(config, models.values(), optimizer, loader)
-                progress = checkpoints.load()
+                checkpoints = checkpoint.Checkpoints(
+                    config.checkpoint,
+                    config.job.dump_folder,
+                    training.steps,
+                    flat(config),
+                    models.values(),
+                    optimizer,
+                    loader,
+                )
+                progress = checkpoints.load(family, config.model.hf_assets_path, seed)
             metrics = MetricsLogger(
                 config, device, hidden_dtype, start_step=progress.step, tokens_seen=progress.tokens_seen
             )
@@ -319,7 +324,13 @@ def main() -> None:
     if config.checkpoint.last_save_in_hf:
         parallel.set_timeouts(mesh, config.comm.init_timeout_seconds)  # ranks wait while rank 0 writes
         with user_errors():
-            hf.save_model(checkpoint.hf_folder(config), models.values(), family, config, device)
+            hf.save_model(
+                manifest.hf_folder(config.checkpoint, config.job.dump_folder, training.steps),
+                models.values(),
+                family,
+                config,
+                device,
+            )
     logger.info(f"Tokens: {loader.ledger}")
     if config.metrics.enable_tensorboard:
         logger.info(f"See the curves: tensorboard --logdir {folder / config.metrics.save_tb_folder}")

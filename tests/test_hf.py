@@ -720,7 +720,10 @@ def test_a_folder_without_weights_starts_random_unless_they_are_asked_for(copy, 
     caplog.set_level("INFO")
     (copy / "model.safetensors").unlink()
     config = load_config([f"--model.hf_assets_path={copy}", "--training.seq_len=100"])
-    assert hf.weights_folder(config) == "" and "parameters start random" in caplog.text
+    assert (
+        hf.weights_folder(config.checkpoint, config.model.hf_assets_path) == ""
+        and "parameters start random" in caplog.text
+    )
     hf.check(config, *model_args(config, 0))
     config.checkpoint.initial_load_in_hf = True
     with pytest.raises(ValueError, match="model.safetensors cannot be read: name a folder with"):
@@ -732,7 +735,7 @@ def test_weights_that_could_run_code_are_not_passed_over(copy):
     (copy / "pytorch_model.bin").touch()
     config = load_config([f"--model.hf_assets_path={copy}"])
     with pytest.raises(ValueError, match="pytorch_model.bin: weights are read from safetensors only"):
-        hf.weights_folder(config)
+        hf.weights_folder(config.checkpoint, config.model.hf_assets_path)
 
 
 def test_the_folder_decides_and_the_config_overrides_its_angles(copy):

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -91,6 +92,11 @@ def load_config(argv: list[str]) -> Config:
             raise ConfigError(str(error)) from None
         config.model.flavor = Path(config.model.hf_assets_path).expanduser().resolve().name
     return config
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The value of every key: {"training.steps": 100, ...}."""
+    return {name: attrgetter(name)(config) for name in KEYS}
 
 
 def _section(config: Any, path: str) -> Any:

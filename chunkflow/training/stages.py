@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from chunkflow.planning.balance import split_layers
 from chunkflow.planning.cost import Cost
+from chunkflow.training import parallel
 
 
 def layers_of_stages(config, args) -> list[range]:
@@ -93,10 +94,10 @@ def clip_grad_norm(models: dict[int, nn.Module], max_norm: float, mesh: DeviceMe
     counted, parameters = [], []
     for model in models.values():
         parameters += model.parameters()
-        names = dict(model.named_parameters())
-        if model.args.tied_embeddings:
-            names.pop("output.weight", None)
-        counted += [parameter.grad for parameter in names.values() if parameter.grad is not None]
+        named = parallel.named_parameters([model])
+        if model.tok_embeddings is None:
+            named.pop("tok_embeddings.weight", None)
+        counted += [parameter.grad for parameter in named.values() if parameter.grad is not None]
     norm = nn.utils.get_total_norm(counted)
     squared = (norm.full_tensor() if isinstance(norm, DTensor) else norm).square()
     dist.all_reduce(squared, group=mesh.get_group("pp"))
