@@ -129,10 +129,8 @@ class Checkpoints:
         logger.info(f"Loading the checkpoint from {folder}.")
         begin = time.perf_counter()
         recorded = list(manifest.read_manifest(folder)["files"].items())
-        part = recorded[self.rank :: dist.get_world_size()]  # each rank checks some of the files
-        damaged = next(filter(None, (files.damage(folder, *file) for file in part)), "")
-        for sentence in filter(None, self._gathered(damaged)):
-            raise ValueError(sentence)
+        share = dict(recorded[self.rank :: dist.get_world_size()])
+        self._gathered(lambda: files.check_files(folder, share))
         saved, random = tensors.tensors_in(folder), {}
         wanted = self._model_tensors()
         if not weights_only:
@@ -140,7 +138,8 @@ class Checkpoints:
             states = tensors.random_states(self.rank)  # more ranks than before: the new ones have none
             random = {name: states[name] for name in states if name in saved}
         tensors.read(folder, saved, wanted | random, self.group)
-        tensors.set_random_states(random)
+        for name, state in random.items():
+            (torch.cuda if name.startswith("random.cuda") else torch).set_rng_state(state)
         logger.info(f"Finished loading the checkpoint in {time.perf_counter() - begin:.2f} seconds.")
 
     def _model_tensors(self) -> dict[str, torch.Tensor]:
@@ -249,21 +248,15 @@ class Checkpoints:
             written = list(temporary.glob(f"__{self.rank}_*"))
             if self.rank == 0:
                 written.append(temporary / ".metadata")
-            checksums = _outcome(lambda: {path.name: files.checksum(path) for path in written})
-            checksums = self._gathered(checksums)
-            self._on_rank_0(lambda: self._complete(temporary, target, content, checksums))
+            checksums = self._gathered(lambda: {path.name: files.checksum(path) for path in written})
+            content["files"] = {name: values for rank in checksums for name, values in rank.items()}
+            self._on_rank_0(lambda: self._complete(temporary, target, content))
         except (CheckpointException, OSError, RuntimeError) as error:
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise SaveFailed(f"{target} could not be saved ({tensors.first_failure(error)})") from None
 
-    def _complete(self, temporary: Path, target: Path, content: dict[str, Any], checksums: list[Any]) -> None:
-        """Makes a checkpoint of the files of all ranks, and removes the oldest one."""
-        content["files"] = {}
-        for of_a_rank in checksums:
-            if isinstance(of_a_rank, Exception):
-                raise of_a_rank
-            content["files"] |= of_a_rank
+    def _complete(self, temporary: Path, target: Path, content: dict[str, Any]) -> None:
         (temporary / "manifest.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         files.publish(temporary, target)
         if self.settings.keep_latest_k:
@@ -273,24 +266,19 @@ class Checkpoints:
 
     # ---- agreement of ranks
 
-    def _gathered(self, value: Any) -> list[Any]:
-        """Every rank's value."""
-        values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+    def _gathered(self, function: Callable[[], Any], rank_0_only: bool = False) -> list[Any]:
+        """What `function` returns on each rank, on all ranks; an OSError or ValueError of any is raised on
+        all."""
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        try:
+            outcome = None if rank_0_only and self.rank else function()
+        except (OSError, ValueError) as error:
+            outcome = error
+        dist.all_gather_object(outcomes, outcome, group=self.group)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        return outcomes
 
     def _on_rank_0(self, function: Callable[[], Any]) -> Any:
-        """What `function` returns on rank 0, on all ranks; its error there is raised on all ranks."""
-        outcome = [_outcome(function) if self.rank == 0 else None]
-        dist.broadcast_object_list(outcome, src=0, group=self.group)
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        return outcome[0]
-
-
-def _outcome(function: Callable[[], Any]) -> Any:
-    """What the function returns, or the OSError or ValueError that it raises, as a value."""
-    try:
-        return function()
-    except (OSError, ValueError) as error:
-        return error
+        return self._gathered(function, rank_0_only=True)[0]

@@ -29,28 +29,26 @@ def claim_folder(dump_folder: str, config_toml: str, locked: bool) -> Any:
     returned object lives; ValueError if one is writing to it."""
     folder = Path(dump_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder, dump_folder) if locked else None
-    (folder / "config.toml").write_text(config_toml)
-    return lock
-
-
-def _lock(folder: Path, dump_folder: str) -> Any:
-    lock = open(folder / ".lock", "w")
-    for _attempt in range(20):  # a run that was killed may need a moment to be gone
+    lock = open(folder / ".lock", "w") if locked else None
+    for attempt in range(20) if locked else ():
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
+            break
+        except BlockingIOError:  # a run that was killed may need a moment to be gone
+            if attempt == 19:
+                raise ValueError(
+                    f"another run is writing to job.dump_folder = {dump_folder!r}: end it, or name another"
+                    " folder"
+                ) from None
             time.sleep(0.5)
         except OSError as error:
             logger.warning(
                 f"{lock.name} cannot be locked ({error.strerror}): take care that only one run writes to this"
                 " folder"
             )
-            return lock
-    raise ValueError(
-        f"another run is writing to job.dump_folder = {dump_folder!r}: end it, or name another folder"
-    )
+            break
+    (folder / "config.toml").write_text(config_toml)
+    return lock
 
 
 def checksum(path: Path) -> dict[str, int]:
@@ -63,20 +61,21 @@ def checksum(path: Path) -> dict[str, int]:
     return {"bytes": size, "crc32": crc32}
 
 
-def damage(folder: Path, name: str, recorded: dict[str, int]) -> str:
-    """How a checkpoint's file differs from what was recorded when it was written, as a sentence; "" if it
-    does not."""
-    path = folder / name
+def check_files(folder: Path, recorded: dict[str, dict[str, int]]) -> None:
+    """ValueError for the first file of a checkpoint that is not as it was when its checksum was recorded."""
     remedy = f"copy it again, or remove {folder} to go on from an earlier checkpoint"
-    try:
-        now = checksum(path)
-    except OSError as error:
-        return f"{path} cannot be read ({error.strerror}): {remedy}"
-    if now["bytes"] != recorded["bytes"]:
-        return f"{path} has {now['bytes']:,} bytes, but was written with {recorded['bytes']:,}: {remedy}"
-    if now != recorded:
-        return f"{path} is damaged, its checksum is another than when it was written: {remedy}"
-    return ""
+    for name, before in recorded.items():
+        path = folder / name
+        try:
+            now = checksum(path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
+        if now["bytes"] != before["bytes"]:
+            raise ValueError(
+                f"{path} has {now['bytes']:,} bytes, but was written with {before['bytes']:,}: {remedy}"
+            )
+        if now != before:
+            raise ValueError(f"{path} is damaged, its checksum is another than when it was written: {remedy}")
 
 
 def make_empty(folder: Path) -> None:

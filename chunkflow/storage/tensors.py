@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from chunkflow.storage import files
+from chunkflow.storage.files import check_files
 from chunkflow.storage.manifest import read_manifest
 from chunkflow.training.parallel import named_parameters
 
@@ -40,11 +40,6 @@ def random_states(rank: int) -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         states[f"random.cuda.{rank}"] = torch.cuda.get_rng_state()
     return states
-
-
-def set_random_states(states: dict[str, torch.Tensor]) -> None:
-    for name, state in states.items():
-        (torch.cuda if name.startswith("random.cuda") else torch).set_rng_state(state)
 
 
 class Writer(dcp.FileSystemWriter):
@@ -123,9 +118,7 @@ def load_model_weights(model: nn.Module, folder: str | Path) -> None:
     """Fills one model, on one process, from a checkpoint folder. ValueError where that is damaged or of
     another model."""
     folder = Path(folder).expanduser()
-    for name, recorded in read_manifest(folder)["files"].items():
-        if sentence := files.damage(folder, name, recorded):
-            raise ValueError(sentence)
+    check_files(folder, read_manifest(folder)["files"])
     parameters = named_parameters([model])
     read(folder, tensors_in(folder), {f"model.{name}": parameters[name] for name in parameters}, None)
 
@@ -133,10 +126,8 @@ def load_model_weights(model: nn.Module, folder: str | Path) -> None:
 def first_failure(error: BaseException) -> str:
     """What an exception of torch.distributed.checkpoint is about, in words."""
     while isinstance(error, CheckpointException) or error.__cause__:
-        if isinstance(error, CheckpointException):
-            error = next(iter(error.failures.values()))[0]
-        else:
-            error = error.__cause__
+        failures = getattr(error, "failures", None)
+        error = next(iter(failures.values()))[0] if failures else error.__cause__
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return f"{type(error).__name__}: {error}".split("\n")[0]
