@@ -59,9 +59,8 @@ def convert(source: Path, target: Path, dtype: str, assets: Path | None = None) 
         name, args = hf.model_of(source)
         sources = hf.check_weights(source, families[name], args)
         shapes = hf.parameter_shapes(families[name], args)
-        tensors = hf.read_parameters(sources[parameter] for parameter in shapes)
+        tensors = (hf.read(sources[parameter]) for parameter in shapes)
     config = hf.config_json(name, args, dtype, assets)
-    shapes = {hf.hf_name(parameter): shape for parameter, shape in shapes.items()}
     hf.write_folder(target, shapes, iter(tensors), hf.DTYPES[dtype], config, assets)
     print(
         f"Wrote {name} with {sum(shape.numel() for shape in shapes.values()):,} parameters in {dtype} to"

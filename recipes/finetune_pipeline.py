@@ -324,13 +324,8 @@ def main() -> None:
     if config.checkpoint.last_save_in_hf:
         parallel.set_timeouts(mesh, config.comm.init_timeout_seconds)  # ranks wait while rank 0 writes
         with user_errors():
-            hf.save_model(
-                manifest.hf_folder(config.checkpoint, config.job.dump_folder, training.steps),
-                models.values(),
-                family,
-                config,
-                device,
-            )
+            dtype = config.checkpoint.export_dtype
+            hf.save_model(checkpoints.hf_folder, models.values(), family, config.model, dtype, device)
     logger.info(f"Tokens: {loader.ledger}")
     if config.metrics.enable_tensorboard:
         logger.info(f"See the curves: tensorboard --logdir {folder / config.metrics.save_tb_folder}")

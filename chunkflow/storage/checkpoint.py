@@ -64,6 +64,7 @@ class Checkpoints:
         self.settings, self.dump_folder, self.steps, self.config = settings, dump_folder, steps, config
         self.models, self.optimizer, self.loader = list(models), optimizer, loader
         self.folder = manifest.checkpoint_folder(settings, dump_folder)
+        self.hf_folder = manifest.hf_folder(settings, dump_folder, steps)
         self.parameters = parallel.named_parameters(self.models)
         self.identity = manifest.model_identity(config, self.models[0].args)
         self.rank = dist.get_rank()
@@ -86,7 +87,13 @@ class Checkpoints:
         """
         kind, folder = self._on_rank_0(lambda: self._choose_start(hf_assets_path))
         if kind == "checkpoint":
-            return self._resume(folder)
+            content = manifest.read_manifest(folder)
+            excluded = manifest.excluded(self.settings, content)
+            if "dataloader" not in excluded:
+                manifest.check_data(content, self.loader.identity, folder)
+                self.loader.restore(content["cursor"], content["ledger"])
+            self._load_tensors(folder, weights_only=not content["complete"] or "optimizer" in excluded)
+            return Progress(**content["progress"])
         if kind == "checkpoint weights":
             self._load_tensors(folder, weights_only=True)
         for model in self.models:
@@ -115,15 +122,6 @@ class Checkpoints:
             found[step].rename(aside)
             logger.info(f"{found[step]} is later than the step to go on from: renamed it to {aside.name}")
         return start
-
-    def _resume(self, folder: Path) -> Progress:
-        content = manifest.read_manifest(folder)
-        excluded = manifest.excluded(self.settings, content)
-        if "dataloader" not in excluded:
-            manifest.check_data(content, self.loader.identity, folder)
-            self.loader.restore(content["cursor"], content["ledger"])
-        self._load_tensors(folder, weights_only=not content["complete"] or "optimizer" in excluded)
-        return Progress(**content["progress"])
 
     def _load_tensors(self, folder: Path, weights_only: bool) -> None:
         logger.info(f"Loading the checkpoint from {folder}.")

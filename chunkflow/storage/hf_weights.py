@@ -390,12 +390,11 @@ def check_weights(folder: str | Path, family: ModuleType, args: Any) -> dict[str
     tensors = _tensors(folder)
     sources = {}
     for parameter, shape in parameter_shapes(family, args).items():
-        names = [hf_name(parameter)]
-        if parameter == "tok_embeddings.weight" and args.tied_embeddings:
-            names.append("lm_head.weight")
-        copies = []
-        for name in [name for name in names if name in tensors]:
-            file, size, dtype = tensors.pop(name)
+        tied = parameter == "tok_embeddings.weight" and args.tied_embeddings
+        names = [hf_name(parameter), "lm_head.weight"] if tied else [hf_name(parameter)]
+        copies = [(tensors[name][0], name) for name in names if name in tensors]
+        for file, name in copies:
+            _, size, dtype = tensors.pop(name)
             if size != list(shape):
                 raise ValueError(
                     f"{file}: {name} has shape {size}, but the model needs {list(shape)}: its config.json is"
@@ -406,7 +405,6 @@ def check_weights(folder: str | Path, family: ModuleType, args: Any) -> dict[str
                     f"{file}: {name} is of type {dtype}: only bfloat16, float16 and float32 are read, convert"
                     " it"
                 )
-            copies.append((file, name))
         if not copies:
             raise ValueError(
                 f"{folder} has no tensor {names[0]}, which its model needs: copy the folder again"
@@ -429,13 +427,10 @@ def _tensors(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
     index, listed = folder / "model.safetensors.index.json", {}
     if index.is_file():
         listed = _read_json(index, "copy the folder again").get("weight_map")
-        if not isinstance(listed, dict) or not all(
-            type(name) is str and Path(name).name == name for name in listed.values()
-        ):
+        names = listed.values() if isinstance(listed, dict) else [None]
+        if not all(type(name) is str and Path(name).name == name for name in names):
             raise ValueError(f"{index} has no weight_map of file names: copy it again")
-        remedy = "copy the folder again"
-    else:
-        remedy = "name a folder with model.safetensors or model.safetensors.index.json"
+    remedy = "name a folder with model.safetensors or model.safetensors.index.json"
     found = {}
     for file in [folder / name for name in sorted(set(listed.values())) or ["model.safetensors"]]:
         try:
@@ -444,7 +439,9 @@ def _tensors(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
                     part = content.get_slice(name)
                     found[name] = file, part.get_shape(), part.get_dtype()
         except OSError:
-            raise ValueError(f"{file} cannot be read: {remedy}") from None
+            raise ValueError(
+                f"{file} cannot be read: {'copy the folder again' if listed else remedy}"
+            ) from None
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file} is truncated or damaged ({error}): copy it again") from None
     for name, file in listed.items():
@@ -482,17 +479,11 @@ def load_weights(model: nn.Module, family: ModuleType, folder: str | Path) -> No
     bar = tqdm(total=len(local), unit="tensor", desc="reading weights", mininterval=1, disable=quiet)
     with bar:
         for name in sorted(local, key=lambda name: sources[name][:2]):  # file by file
-            local[name].copy_(_read(sources[name], parallel.local_rows(parameters[name])))
+            local[name].copy_(read(sources[name], parallel.local_rows(parameters[name])))
             bar.update(1)
 
 
-def read_parameters(sources: Iterable[Source]) -> Iterator[torch.Tensor]:
-    """The whole tensors of `sources`, one after the other."""
-    for source in sources:
-        yield _read(source, slice(None))
-
-
-def _read(source: Source, rows: slice) -> torch.Tensor:
+def read(source: Source, rows: slice = slice(None)) -> torch.Tensor:
     """These rows of a tensor. ValueError where they are not finite, or differ from a second copy's."""
     safe_open = _safetensors().safe_open
     with safe_open(source.file, "pt") as tensors:
@@ -519,26 +510,28 @@ def _check_finite(tensor: torch.Tensor, name: str) -> None:
 
 
 def save_model(
-    target: Path, models: Iterable[nn.Module], family: ModuleType, config: Config, device: torch.device
+    target: Path,
+    models: Iterable[nn.Module],
+    family: ModuleType,
+    settings: options.Model,
+    dtype: str,
+    device: torch.device,
 ) -> None:
-    """Writes a folder that transformers loads, in checkpoint.export_dtype; every rank calls it, with its
-    model or its stages.
+    """Writes a folder that transformers loads; every rank calls it, with its model or its stages.
 
     Parameters come to rank 0 one at a time, which holds those of one file. config.json and tokenizer are
     model.hf_assets_path's.
     """
     models = list(models)
-    args, dtype, source = models[0].args, config.checkpoint.export_dtype, config.model.hf_assets_path
+    args, assets = models[0].args, settings.hf_assets_path
     shapes = parameter_shapes(family, args)
     wholes = gathered_parameters(models, shapes, DTYPES[dtype], device)
     if dist.get_rank() == 0:
-        content = config_json(config.model.name, args, dtype, source)
-        names = {hf_name(name): shape for name, shape in shapes.items()}
-        write_folder(target, names, wholes, DTYPES[dtype], content, source)
+        config = config_json(settings.name, args, dtype, assets)
+        write_folder(target, shapes, wholes, DTYPES[dtype], config, assets)
         logger.info(f"Saved the model in {dtype} as a Hugging Face folder: {target}")
-    else:
-        for _ in wholes:
-            pass
+    for _ in wholes:  # on the other ranks: each parameter is a collective
+        pass
     dist.barrier()
 
 
@@ -553,13 +546,13 @@ def gathered_parameters(
     dist.all_gather_object(names_of_ranks, list(parameters))
     rank = dist.get_rank()
     for name, shape in shapes.items():
-        whole, sender = None, next(rank for rank, names in enumerate(names_of_ranks) if name in names)
+        sender = next(rank for rank, names in enumerate(names_of_ranks) if name in names)
         if name in parameters:
             whole = parameters[name].to(device, dtype)
             whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-        if sender != 0 and rank == sender:
+        if rank == sender != 0:
             dist.send(whole, dst=0)
-        if sender != 0 and rank == 0:
+        if rank == 0 != sender:
             whole = torch.empty(shape, dtype=dtype, device=device)
             dist.recv(whole, src=sender)
         yield whole.cpu() if rank == 0 else None
@@ -574,43 +567,41 @@ def write_folder(
     assets: str | Path | None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes `tensors` (those of `shapes`, by Hugging Face's names, in that order) as `dtype`, and
-    config.json; the tokenizer's files are copied from the folder `assets`. Holds one file's tensors at a
-    time.
+    """Writes `tensors` (the parameters of `shapes`, in that order) as `dtype`, and config.json; the
+    tokenizer's files are copied from the folder `assets`. Holds one file's tensors at a time.
 
     The folder appears whole or not at all: it is written under another name, synced and renamed. One that
     exists is replaced. Raises ValueError with the name of a tensor that is not finite, or not so in `dtype`.
     """
     save_file = _safetensors().torch.save_file
-    groups: list[list[str]] = [[]]  # the names of each file
-    size, total = 0, sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
-    for name, shape in shapes.items():
+    groups, size, weight_map = [[]], 0, {}  # the names of each file, the bytes of the last
+    total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+    for parameter, shape in shapes.items():
         if groups[-1] and size + shape.numel() * dtype.itemsize > max_file_bytes:
             groups.append([])
             size = 0
-        groups[-1].append(name)
+        groups[-1].append(hf_name(parameter))
         size += shape.numel() * dtype.itemsize
-    weight_map = {}
     temporary = target.with_name(target.name + ".tmp")
     try:
         files.make_empty(temporary)
         with tqdm(total=len(shapes), unit="tensor", desc="writing weights", mininterval=1) as bar:
             for number, names in enumerate(groups, 1):
-                of = f"-{number:05}-of-{len(groups):05}" if len(groups) > 1 else ""
+                part = f"-{number:05}-of-{len(groups):05}" if len(groups) > 1 else ""
                 content = {}
                 for name in names:
                     content[name] = next(tensors).to(dtype).contiguous()
                     _check_finite(content[name], f"{name}, written as {str(dtype)[6:]},")
                     bar.update(1)
-                save_file(content, temporary / f"model{of}.safetensors", metadata={"format": "pt"})
-                weight_map |= dict.fromkeys(names, f"model{of}.safetensors")
+                save_file(content, temporary / f"model{part}.safetensors", metadata={"format": "pt"})
+                weight_map |= dict.fromkeys(names, f"model{part}.safetensors")
         if len(groups) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(temporary / "model.safetensors.index.json", index)
         _write_json(temporary / "config.json", config)
-        for name in ASSETS if assets else ():
-            if (Path(assets).expanduser() / name).is_file():
-                shutil.copyfile(Path(assets).expanduser() / name, temporary / name)
+        for file in [Path(assets).expanduser() / name for name in ASSETS] if assets else []:
+            if file.is_file():
+                shutil.copyfile(file, temporary / file.name)
         files.publish(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

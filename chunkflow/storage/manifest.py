@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from chunkflow.storage.hf_weights import weights_folder
 from models import families
 
 FORMAT = 1  # to be raised whenever an older manifest or its tensors would be misread
-_COMPLETE = re.compile(r"step-(\d+)")
 
 
 def checkpoint_folder(settings: options.Checkpoint, dump_folder: str) -> Path:
@@ -31,12 +29,10 @@ def hf_folder(settings: options.Checkpoint, dump_folder: str, steps: int) -> Pat
 
 def complete_checkpoints(folder: Path) -> dict[int, Path]:
     """Step -> folder of every complete checkpoint, oldest first."""
-    found = {}
-    for path in folder.glob("step-*"):
-        match = _COMPLETE.fullmatch(path.name)
-        if match and (path / "manifest.json").is_file():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    found = {
+        path.parent.name.removeprefix("step-"): path.parent for path in folder.glob("step-*/manifest.json")
+    }
+    return dict(sorted((int(step), path) for step, path in found.items() if step.isdecimal()))
 
 
 def resume_folder(settings: options.Checkpoint, dump_folder: str) -> Path | None:
@@ -126,13 +122,18 @@ def excluded(settings: options.Checkpoint, manifest: dict[str, Any]) -> set[str]
 
 def check_data(manifest: dict[str, Any], identity: dict[str, Any], folder: Path) -> None:
     """ValueError where the run's data, known by `identity`, is not what the checkpoint was trained on."""
-    for name, value in manifest["data"].items():
-        if identity.get(name) != value:
-            raise ValueError(
-                f"{folder} was trained on other data: {name} was {value!r} there and is"
-                f" {identity.get(name)!r} here: restore it, or"
-                ' set checkpoint.exclude_from_loading = ["dataloader"] to begin this data from its start'
-            )
+    if difference := _difference(manifest["data"], identity):
+        raise ValueError(
+            f"{folder} was trained on other data: {difference}: restore it, or"
+            ' set checkpoint.exclude_from_loading = ["dataloader"] to begin this data from its start'
+        )
+
+
+def _difference(recorded: dict[str, Any], now: dict[str, Any]) -> str:
+    for name, value in recorded.items():
+        if now.get(name) != value:
+            return f"{name} was {value!r} there and is {now.get(name)!r} here"
+    return ""
 
 
 def check(config: Config, args: Any) -> None:
@@ -150,27 +151,24 @@ def check(config: Config, args: Any) -> None:
     kind, folder = choose_start(settings, config.job.dump_folder, config.model.hf_assets_path)
     if kind not in ("checkpoint", "checkpoint weights"):
         return
-    if kind == "checkpoint weights" and (folder / "config.json").exists():
-        if not (folder / "manifest.json").exists():
-            raise ConfigError(
-                f"checkpoint.initial_load_path = {str(folder)!r} is a Hugging Face folder: set"
-                " checkpoint.initial_load_in_hf, too"
-            )
+    if (folder / "config.json").exists() and not (folder / "manifest.json").exists():
+        raise ConfigError(
+            f"checkpoint.initial_load_path = {str(folder)!r} is a Hugging Face folder: set"
+            " checkpoint.initial_load_in_hf, too"
+        )
     manifest = read_manifest(folder)
     if kind == "checkpoint":
         may_differ = {"optimizer.name"} if "optimizer" in excluded(settings, manifest) else set()
         remedy = "set it back, or choose another job.dump_folder to start anew"
     else:  # weights alone, whose context may be extended
-        may_differ = {"optimizer.name", "model.converters"}
-        may_differ |= {"model rope_theta", "model rope_scaling", "model max_positions"}
+        may_differ = {"optimizer.name", "model.converters"} | {
+            f"model {name}" for name in ("rope_theta", "rope_scaling", "max_positions")
+        }
         remedy = "name a checkpoint of this model"
     identity = json.loads(json.dumps(model_identity(flat(config), args)))
-    for name, value in manifest["model"].items():
-        if name not in may_differ and identity.get(name) != value:
-            raise ValueError(
-                f"{folder} is of another model: {name} was {value!r} there and is {identity.get(name)!r}"
-                f" here: {remedy}"
-            )
+    recorded = {name: value for name, value in manifest["model"].items() if name not in may_differ}
+    if difference := _difference(recorded, identity):
+        raise ValueError(f"{folder} is of another model: {difference}: {remedy}")
     if kind == "checkpoint" and not manifest["complete"] and manifest["progress"]["step"] < steps:
         raise ValueError(
             f"{folder} has the model only (checkpoint.last_save_model_only), so training cannot go on to"
