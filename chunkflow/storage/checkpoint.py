@@ -104,8 +104,8 @@ class Checkpoints:
         return Progress()
 
     def _choose_start(self, hf_assets_path: str) -> manifest.Start:
-        """The decision where state comes from. Removes what kills left half done, and renames checkpoints
-        later than that of checkpoint.load_step, which would be taken for the newest at the next start."""
+        """Decides what the run starts from. Removes unfinished folders of runs that were killed, and renames
+        checkpoints later than checkpoint.load_step's, which the next start would take for the newest."""
         start = manifest.choose_start(self.settings, self.dump_folder, hf_assets_path)
         if not self.settings.enable:
             return start
@@ -237,8 +237,8 @@ class Checkpoints:
         )
 
     def _write(self, step: int, state: dict[str, torch.Tensor], content: dict[str, Any]) -> None:
-        """The checkpoint of `step`, whole and on the disk; else SaveFailed, on every rank, and nothing of it
-        is left."""
+        """Writes the checkpoint of `step` and syncs it. Otherwise SaveFailed on every rank, and its files are
+        removed."""
         target, temporary = self.folder / f"step-{step}", self.folder / f"step-{step}.saving"
         try:
             self._on_rank_0(lambda: files.make_empty(temporary))

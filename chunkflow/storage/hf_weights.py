@@ -546,7 +546,7 @@ def gathered_parameters(
     dist.all_gather_object(names_of_ranks, list(parameters))
     rank = dist.get_rank()
     for name, shape in shapes.items():
-        sender = next(rank for rank, names in enumerate(names_of_ranks) if name in names)
+        whole, sender = None, next(rank for rank, names in enumerate(names_of_ranks) if name in names)
         if name in parameters:
             whole = parameters[name].to(device, dtype)
             whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
