@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from chunkflow.storage import checkpoint
 from chunkflow.storage import hf_weights as hf
+from chunkflow.storage import manifest
+from chunkflow.storage.tensors import load_model_weights
 from chunkflow.training import parallel
 from models import families
 from models.hf_config import config_json, hf_name, model_of
@@ -44,13 +45,13 @@ def convert(source: Path, target: Path, dtype: str, assets: Path | None = None) 
         raise ValueError(f"{target} exists: name another folder, or remove it")
     tensors: Iterable[torch.Tensor]
     if (source / "manifest.json").exists():
-        manifest = checkpoint.read_manifest(source)
-        assets = assets or manifest["config"]["model.hf_assets_path"] or None
-        name, args = checkpoint.model_of(manifest)
-        with torch.device("meta"), parallel.default_dtype(manifest["config"]["training.dtype"]):
+        content = manifest.read_manifest(source)
+        assets = assets or content["config"]["model.hf_assets_path"] or None
+        name, args = manifest.model_of(content)
+        with torch.device("meta"), parallel.default_dtype(content["config"]["training.dtype"]):
             model = families[name].Transformer(args)
         model.to_empty(device="cpu")
-        checkpoint.load_model_weights(model, source)
+        load_model_weights(model, source)
         shapes = hf.parameter_shapes(families[name], args)
         named = dict(model.named_parameters())
         tensors = (named[parameter].detach() for parameter in shapes)
@@ -59,7 +60,7 @@ def convert(source: Path, target: Path, dtype: str, assets: Path | None = None) 
         name, args = model_of(source)
         sources = hf.check_weights(source, families[name], args)
         shapes = hf.parameter_shapes(families[name], args)
-        tensors = hf.read_parameters(sources[parameter] for parameter in shapes)
+        tensors = (hf.read(sources[parameter]) for parameter in shapes)
     config = config_json(name, args, dtype, assets)
     shapes = {hf_name(parameter, families[name]): shape for parameter, shape in shapes.items()}
     hf.write_folder(target, shapes, iter(tensors), hf.DTYPES[dtype], config, assets)

@@ -27,9 +27,11 @@ from chunkflow.reporting.pictures import plan_figure
 from chunkflow.reporting.profiling import profiler
 from chunkflow.reporting.step_figures import gather_over_ranks, rank_figures, step_scalars
 from chunkflow.reporting.timeline import gather_timeline, write_timelines
-from chunkflow.settings.config import to_toml
-from chunkflow.storage import checkpoint
+from chunkflow.settings.config import flat, to_toml
 from chunkflow.storage import hf_weights as hf
+from chunkflow.storage import manifest
+from chunkflow.storage.checkpoint import Checkpoints
+from chunkflow.storage.files import claim_folder
 from chunkflow.training import build, parallel, stages
 from chunkflow.training.converters import convert_model
 from chunkflow.training.optimizer import build_optimizer, set_learning_rate
@@ -45,13 +47,13 @@ def check(config) -> None:
     """What the config and the folders it names can tell. Raises ValueError before any process starts."""
     spec = build.check(config)
     hf.check(config, spec.family, spec.args)
-    checkpoint.check(config, spec.args)
+    manifest.check(config, spec.args)
 
 
 def main() -> None:
     config = main_config(check=check)
     init_logger()
-    if checkpoint.finished(config):
+    if manifest.finished(config.checkpoint, config.job.dump_folder, config.training.steps):
         logger.info(
             f"Training is complete: step {config.training.steps} is saved; raise training.steps to go on"
         )
@@ -74,7 +76,7 @@ def main() -> None:
     device, replica, pipeline_rank = processes.device, processes.replica, processes.pipeline_rank
     if processes.rank == 0:
         with user_errors():
-            lock = checkpoint.claim_folder(config, to_toml(config))  # noqa: F841  while this process lives
+            lock = claim_folder(config.job.dump_folder, to_toml(config), locked=not fake)  # noqa: F841  while this process lives
 
     # --- Plans. Lengths become a plan for each step, the same on every rank; the ranks of a replica then read
     # the tokens of its sequences.
@@ -103,8 +105,6 @@ def main() -> None:
             parallel.apply_fsdp(model, processes.data_mesh, training, reshard)
             if not fake:
                 model.to_empty(device="cpu" if training.enable_cpu_offload else device)
-                with user_errors():
-                    checkpoint.initial_weights(model, spec.family, config, seed)
         runner = Runner(
             stages.make_stages(models, len(spec.layers), processes, compute_dtype), device, loss=loss_sum
         )
@@ -112,8 +112,16 @@ def main() -> None:
         progress = Progress()
         if not fake:
             with user_errors():
-                checkpoints = checkpoint.Checkpoints(config, models.values(), optimizer, loader)
-                progress = checkpoints.load()
+                checkpoints = Checkpoints(
+                    config.checkpoint,
+                    folder,
+                    training.steps,
+                    flat(config),
+                    models.values(),
+                    optimizer,
+                    loader,
+                )
+                progress = checkpoints.load(spec.family, config.model.hf_assets_path, seed)
             metrics = MetricsLogger(
                 folder,
                 config.metrics,
@@ -230,7 +238,8 @@ def main() -> None:
             processes.mesh, config.comm.init_timeout_seconds
         )  # ranks wait while rank 0 writes
         with user_errors():
-            hf.save_model(checkpoint.hf_folder(config), models.values(), spec.family, config, device)
+            dtype = config.checkpoint.export_dtype
+            hf.save_model(checkpoints.hf_folder, models.values(), spec.family, config.model, dtype, device)
     logger.info(f"Tokens: {loader.ledger}")
     if config.metrics.enable_tensorboard:
         logger.info(f"See the curves: tensorboard --logdir {metrics.folder}")

@@ -26,7 +26,7 @@ from chunkflow.execution.loss import last_logits
 from chunkflow.execution.state import ChunkTensors, KeyValueState
 from chunkflow.planning.chunks import Chunk, Group, Segment
 from chunkflow.storage import hf_weights as hf
-from chunkflow.storage.checkpoint import load_model_weights
+from chunkflow.storage.tensors import load_model_weights
 from chunkflow.training import parallel
 from chunkflow.training.build import check_cuda_dtype, model_args, open_tokenizer, positions
 from chunkflow.training.start import read_config
@@ -158,7 +158,7 @@ def load_model(
                 f"--checkpoint = {own.checkpoint} is not a folder: name one such as"
                 " outputs/checkpoint/step-100"
             )
-    elif folder := hf.weights_folder(config):
+    elif folder := hf.weights_folder(config.checkpoint, config.model.hf_assets_path):
         hf.check_weights(folder, family, args)
     else:
         raise ValueError(

@@ -442,11 +442,11 @@ def evil_metadata(path: Path) -> None:
     """A pickle that runs a command, with a manifest that vouches for it."""
     import pickle
 
-    from chunkflow.storage.checkpoint import _checksum
+    from chunkflow.storage.files import checksum
 
     path.write_bytes(pickle.dumps(Evil()))
     manifest = json.loads((path.parent / "manifest.json").read_text())
-    manifest["files"][".metadata"] = _checksum(path)
+    manifest["files"][".metadata"] = checksum(path)
     (path.parent / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -545,7 +545,7 @@ def test_two_runs_never_write_one_folder(place):
 def limited(when: str) -> tuple[str, str]:
     """An edit of the recipe: files may not grow beyond 1 MiB, as on a full disk, while `when` holds."""
     # a save in the background is before it, or after
-    lines = "            checkpoints._thread and checkpoints._thread.join()\n"
+    lines = "            checkpoints.saving and checkpoints.saving.exception()\n"
     lines += "            import resource; limit = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
     lines += (
         f"            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20 if {when} else limit[1],"

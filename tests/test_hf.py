@@ -420,12 +420,10 @@ folder = {str(tmp_path)!r}
 name, args = hf.model_of(folder)
 sources = hf.check_weights(folder, families[name], args)
 shapes = hf.parameter_shapes(families[name], args)
-for tensor in hf.read_parameters(list(sources.values())[:1]): pass
-del tensor
+hf.read(next(iter(sources.values())))
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
-named = {{hf.hf_name(parameter): shape for parameter, shape in shapes.items()}}
-hf.write_folder(Path(folder) / "out", named, hf.read_parameters(sources.values()), torch.float32, {{}}, None, max_file_bytes=20_000_000)
+hf.write_folder(Path(folder) / "out", shapes, map(hf.read, sources.values()), torch.float32, {{}}, None, max_file_bytes=20_000_000)
 print("rose by", peak() - before)
 """
     args = {"hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 12, "vocab_size": 512}
@@ -477,18 +475,23 @@ def test_convert(tmp_path):
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
-    target, shapes = tmp_path / "step-3-hf", {"a": torch.Size([2]), "b": torch.Size([2])}
+    target, shapes = (
+        tmp_path / "step-3-hf",
+        {"norm.weight": torch.Size([2]), "output.weight": torch.Size([2])},
+    )
     good = [torch.ones(2), torch.ones(2)]
     hf.write_folder(target, shapes, iter(good), torch.float16, {}, None)
-    with pytest.raises(ValueError, match="b, written as float16, has values that are not finite"):
+    with pytest.raises(
+        ValueError, match="lm_head.weight, written as float16, has values that are not finite"
+    ):
         hf.write_folder(
             target, shapes, iter([torch.zeros(2), torch.full((2,), 1e5)]), torch.float16, {}, None
         )
     assert [path.name for path in tmp_path.iterdir()] == ["step-3-hf"]
-    assert torch.equal(load_file(target / "model.safetensors")["a"], torch.ones(2).half())
+    assert torch.equal(load_file(target / "model.safetensors")["model.norm.weight"], torch.ones(2).half())
     hf.write_folder(target, shapes, iter([torch.zeros(2), torch.zeros(2)]), torch.float16, {}, None)
     assert [path.name for path in tmp_path.iterdir()] == ["step-3-hf"]
-    assert torch.equal(load_file(target / "model.safetensors")["a"], torch.zeros(2).half())
+    assert torch.equal(load_file(target / "model.safetensors")["model.norm.weight"], torch.zeros(2).half())
 
 
 @pytest.mark.parametrize("name", families)
@@ -721,7 +724,8 @@ def test_a_folder_without_weights_starts_random_unless_they_are_asked_for(copy, 
     caplog.set_level("INFO")
     (copy / "model.safetensors").unlink()
     config = read_config([f"--model.hf_assets_path={copy}", "--training.seq_len=100"])
-    assert hf.weights_folder(config) == "" and "parameters start random" in caplog.text
+    folder = hf.weights_folder(config.checkpoint, config.model.hf_assets_path)
+    assert folder == "" and "parameters start random" in caplog.text
     hf.check(config, *model_args(config.model, config.training.seq_len, 0))
     config.checkpoint.initial_load_in_hf = True
     with pytest.raises(ValueError, match="model.safetensors cannot be read: name a folder with"):
@@ -733,7 +737,7 @@ def test_weights_that_could_run_code_are_not_passed_over(copy):
     (copy / "pytorch_model.bin").touch()
     config = read_config([f"--model.hf_assets_path={copy}"])
     with pytest.raises(ValueError, match="pytorch_model.bin: weights are read from safetensors only"):
-        hf.weights_folder(config)
+        hf.weights_folder(config.checkpoint, config.model.hf_assets_path)
 
 
 def test_the_folder_decides_and_the_config_overrides_its_angles(copy):

@@ -6,10 +6,8 @@ or written.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +20,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.hub import tqdm  # the real one where it is installed, else torch's small stand-in
 
+from chunkflow.settings import options
+from chunkflow.settings.config import Config
+from chunkflow.storage import files
+from chunkflow.training import parallel
 from models.hf_config import config_json, hf_name, read_json
 
 logger = logging.getLogger(__name__)
@@ -51,37 +53,32 @@ class Source(NamedTuple):
     twin: tuple[Path, str] | None = None  # a second copy of tied embeddings, which has to be equal
 
 
-def weights_folder(config) -> str:
+def weights_folder(settings: options.Checkpoint, hf_assets_path: str) -> str:
     """The folder that initial weights are read from; "" where they start random.
 
     checkpoint.initial_load_path (with initial_load_in_hf), else model.hf_assets_path if it has any
     safetensors: who names a model wants it. initial_load_in_hf insists on them. ValueError where the folder
     has weights only in a format that can run code.
     """
-    if config.checkpoint.initial_load_path:
-        return config.checkpoint.initial_load_path if config.checkpoint.initial_load_in_hf else ""
-    folder = config.model.hf_assets_path
-    if (
-        not folder
-        or config.checkpoint.initial_load_in_hf
-        or any(Path(folder).expanduser().glob("*.safetensors*"))
-    ):
-        return folder
-    for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5"):
-        for file in Path(folder).expanduser().glob(pattern):
+    if settings.initial_load_path:
+        return settings.initial_load_path if settings.initial_load_in_hf else ""
+    folder = Path(hf_assets_path).expanduser()
+    if not hf_assets_path or settings.initial_load_in_hf or any(folder.glob("*.safetensors*")):
+        return hf_assets_path
+    for file in folder.iterdir():
+        if file.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"):
             raise ValueError(
                 f"{file}: weights are read from safetensors only: save the model as safetensors, or remove"
                 " the file"
             )
-    logger.info(f"There are no weights in {folder}: parameters start random")
+    logger.info(f"There are no weights in {hf_assets_path}: parameters start random")
     return ""
 
 
-def check(config, family: ModuleType, args: Any) -> None:
+def check(config: Config, family: ModuleType, args: Any) -> None:
     """What file names and headers alone can tell about the weights that a run will read and write. Raises
     ValueError."""
-    folder = weights_folder(config)
-    if folder:
+    if folder := weights_folder(config.checkpoint, config.model.hf_assets_path):
         check_weights(folder, family, args)
     if config.checkpoint.last_save_in_hf:
         _safetensors()
@@ -94,7 +91,7 @@ def parameter_shapes(family: ModuleType, args: Any) -> dict[str, torch.Size]:
 
 
 def check_weights(folder: str | Path, family: ModuleType, args: Any) -> dict[str, Source]:
-    """Where each parameter of the whole model lies. Reads headers only.
+    """The file and tensor of each parameter of the whole model. Reads headers only.
 
     Raises ValueError that names the tensor where one is missing, extra, misshapen, or of a type that is not
     read, and the file where one is missing or truncated.
@@ -103,28 +100,26 @@ def check_weights(folder: str | Path, family: ModuleType, args: Any) -> dict[str
     tensors = _tensors(folder)
     sources = {}
     for parameter, shape in parameter_shapes(family, args).items():
-        name = hf_name(parameter, family)
-        copies = (
-            [name, "lm_head.weight"]
-            if parameter == "tok_embeddings.weight" and args.tied_embeddings
-            else [name]
-        )
-        copies = [(copy, *tensors.pop(copy)) for copy in copies if copy in tensors]
-        if not copies:
-            raise ValueError(f"{folder} has no tensor {name}, which its model needs: copy the folder again")
-        for copy, file, has, dtype in copies:
-            if has != list(shape):
+        tied = parameter == "tok_embeddings.weight" and args.tied_embeddings
+        names = [hf_name(parameter, family), *(["lm_head.weight"] if tied else [])]
+        copies = [(tensors[name][0], name) for name in names if name in tensors]
+        for file, name in copies:
+            _, size, dtype = tensors.pop(name)
+            if size != list(shape):
                 raise ValueError(
-                    f"{file}: {copy} has shape {has}, but the model needs {list(shape)}: its config.json is"
+                    f"{file}: {name} has shape {size}, but the model needs {list(shape)}: its config.json is"
                     " another model's"
                 )
             if dtype not in ("F32", "BF16", "F16"):
                 raise ValueError(
-                    f"{file}: {copy} is of type {dtype}: only bfloat16, float16 and float32 are read, convert"
+                    f"{file}: {name} is of type {dtype}: only bfloat16, float16 and float32 are read, convert"
                     " it"
                 )
-        places = [(file, copy) for copy, file, _, _ in copies]
-        sources[parameter] = Source(*places[0], twin=places[1] if len(places) > 1 else None)
+        if not copies:
+            raise ValueError(
+                f"{folder} has no tensor {names[0]}, which its model needs: copy the folder again"
+            )
+        sources[parameter] = Source(*copies[0], *copies[1:])
     # Llama's first files carry each layer's rotary frequencies, which follow from config.json.
     extra = sorted(name for name in tensors if not name.endswith("rotary_emb.inv_freq"))
     if extra:
@@ -142,26 +137,21 @@ def _tensors(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
     index, listed = folder / "model.safetensors.index.json", {}
     if index.is_file():
         listed = read_json(index, "copy the folder again").get("weight_map")
-        plain = isinstance(listed, dict) and all(
-            type(name) is str and Path(name).name == name for name in listed.values()
-        )
-        if not plain:
+        names = listed.values() if isinstance(listed, dict) else [None]
+        if not all(type(name) is str and Path(name).name == name for name in names):
             raise ValueError(f"{index} has no weight_map of file names: copy it again")
+    remedy = "name a folder with model.safetensors or model.safetensors.index.json"
     found = {}
     for file in [folder / name for name in sorted(set(listed.values())) or ["model.safetensors"]]:
         try:
             with safetensors.safe_open(file, "pt") as content:
-                names = content.keys()
-                for name in names:
+                for name in content.keys():  # noqa: SIM118  it is no mapping
                     part = content.get_slice(name)
                     found[name] = file, part.get_shape(), part.get_dtype()
         except OSError:
-            remedy = (
-                "copy the folder again"
-                if listed
-                else "name a folder with model.safetensors or model.safetensors.index.json"
-            )
-            raise ValueError(f"{file} cannot be read: {remedy}") from None
+            raise ValueError(
+                f"{file} cannot be read: {'copy the folder again' if listed else remedy}"
+            ) from None
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file} is truncated or damaged ({error}): copy it again") from None
     for name, file in listed.items():
@@ -182,48 +172,43 @@ def _safetensors() -> ModuleType:
     return safetensors
 
 
-def _rows(parameter: torch.Tensor) -> slice:
-    """The rows of a whole parameter that this rank holds: sharded along its first dimension, as torch.chunk
-    cuts, or whole."""
-    start, stop = 0, parameter.size(0)
-    for dimension, placement in enumerate(parameter.placements if isinstance(parameter, DTensor) else ()):
-        if placement.is_shard():
-            each = -(-(stop - start) // parameter.device_mesh.size(dimension))
-            start = min(start + each * parameter.device_mesh.get_local_rank(dimension), stop)
-            stop = min(start + each, stop)
-    return slice(start, stop)
-
-
 @torch.no_grad()
 def load_weights(model: nn.Module, family: ModuleType, folder: str | Path) -> None:
-    """Fills a model, or the stage of one, from a folder. Each rank reads the rows of its own shards, one
+    """Fills a model, or the stage of one, from a folder. Each rank reads the rows of its shards, one
     parameter at a time.
 
     Raises what check_weights does, and ValueError with the name of a tensor that is not finite.
     """
-    sources, own = check_weights(folder, family, model.args), []
-    for name, parameter in model.named_parameters():
-        if name == "output.weight" and model.args.tied_embeddings:  # a last stage's copy
-            name = "tok_embeddings.weight"
-        own.append((sources[name], parameter))
-    own.sort(key=lambda pair: (pair[0].file, pair[0].tensor))
-    locals_ = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for _, parameter in own]
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    sources, parameters = check_weights(folder, family, model.args), parallel.named_parameters([model])
+    local = {name: parallel.to_local(parameter) for name, parameter in parameters.items()}
     logger.info(
-        f"Reading weights from {folder}: {sum(local.numel() for local in locals_):,} parameters are this"
+        f"Reading weights from {folder}: {sum(part.numel() for part in local.values()):,} parameters are this"
         " rank's"
     )
-    bar = tqdm(total=len(own), unit="tensor", desc="reading weights", mininterval=1, disable=not first)
+    quiet = dist.is_initialized() and dist.get_rank() > 0
+    bar = tqdm(total=len(local), unit="tensor", desc="reading weights", mininterval=1, disable=quiet)
     with bar:
-        for file, pairs in itertools.groupby(zip(own, locals_), key=lambda pair: pair[0][0].file):
-            with _safetensors().safe_open(file, "pt") as tensors:
-                for (source, parameter), local in pairs:
-                    part = tensors.get_slice(source.tensor)[_rows(parameter)]
-                    _check_finite(part, f"{file}: {source.tensor}")
-                    if source.twin:
-                        _check_equal(part, source, _rows(parameter))
-                    local.copy_(part)
-                    bar.update(1)
+        for name in sorted(local, key=lambda name: sources[name][:2]):  # file by file
+            local[name].copy_(read(sources[name], parallel.local_rows(parameters[name])))
+            bar.update(1)
+
+
+def read(source: Source, rows: slice = slice(None)) -> torch.Tensor:
+    """These rows of a tensor. ValueError where they are not finite, or differ from a second copy's."""
+    safe_open = _safetensors().safe_open
+    with safe_open(source.file, "pt") as tensors:
+        part = tensors.get_slice(source.tensor)[rows]
+    _check_finite(part, f"{source.file}: {source.tensor}")
+    if source.twin:
+        file, tensor = source.twin
+        with safe_open(file, "pt") as tensors:
+            equal = torch.equal(part, tensors.get_slice(tensor)[rows])
+        if not equal:
+            raise ValueError(
+                f"{file}: {tensor} differs from {source.tensor}, but config.json ties them: set"
+                " tie_word_embeddings to false, or remove the tensor"
+            )
+    return part
 
 
 def _check_finite(tensor: torch.Tensor, name: str) -> None:
@@ -231,46 +216,33 @@ def _check_finite(tensor: torch.Tensor, name: str) -> None:
         raise ValueError(f"{name} has values that are not finite: use a folder without them")
 
 
-def _check_equal(part: torch.Tensor, source: Source, rows: slice) -> None:
-    file, tensor = source.twin
-    with _safetensors().safe_open(file, "pt") as tensors:
-        if not torch.equal(part, tensors.get_slice(tensor)[rows]):
-            raise ValueError(
-                f"{file}: {tensor} differs from {source.tensor}, but config.json ties them: set"
-                " tie_word_embeddings to false, or remove the tensor"
-            )
-
-
 # ----------------------------------------------------------------------------------------------- weights, out
 
 
 def save_model(
-    target: Path, models: Iterable[nn.Module], family: ModuleType, config, device: torch.device
+    target: Path,
+    models: Iterable[nn.Module],
+    family: ModuleType,
+    settings: options.Model,
+    dtype: str,
+    device: torch.device,
 ) -> None:
-    """Writes a folder that transformers loads, in checkpoint.export_dtype; every rank calls it, with its
-    model or its stages.
+    """Writes a folder that transformers loads; every rank calls it, with its model or its stages.
 
     Parameters come to rank 0 one at a time, which holds those of one file. config.json and tokenizer are
     model.hf_assets_path's.
     """
     models = list(models)
-    args, dtype, source = models[0].args, config.checkpoint.export_dtype, config.model.hf_assets_path
+    args, assets = models[0].args, settings.hf_assets_path
     shapes = parameter_shapes(family, args)
     wholes = gathered_parameters(models, shapes, DTYPES[dtype], device)
     if dist.get_rank() == 0:
-        content = config_json(config.model.name, args, dtype, source)
-        write_folder(
-            target,
-            {hf_name(name, family): shape for name, shape in shapes.items()},
-            wholes,
-            DTYPES[dtype],
-            content,
-            source,
-        )
+        config = config_json(settings.name, args, dtype, assets)
+        names = {hf_name(name, family): shape for name, shape in shapes.items()}
+        write_folder(target, names, wholes, DTYPES[dtype], config, assets)
         logger.info(f"Saved the model in {dtype} as a Hugging Face folder: {target}")
-    else:
-        for _ in wholes:
-            pass
+    for _ in wholes:  # on the other ranks: each parameter is a collective
+        pass
     dist.barrier()
 
 
@@ -280,35 +252,21 @@ def gathered_parameters(
 ) -> Iterator[torch.Tensor | None]:
     """The whole parameters of `shapes`, in that order: on the CPU of rank 0, None elsewhere. A collective at
     each step."""
-    own = {name: parameter for model in models for name, parameter in model.named_parameters()}
-    names_of_ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(names_of_ranks, list(own))
-    first_with = {
-        name: rank for rank in reversed(range(len(names_of_ranks))) for name in names_of_ranks[rank]
-    }
+    parameters = parallel.named_parameters(models)
+    names_of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names_of_ranks, list(parameters))
     rank = dist.get_rank()
     for name, shape in shapes.items():
-        whole, owner = None, first_with[name]
-        if name in own:
-            whole = own[name].to(device, dtype)
+        whole, sender = None, next(rank for rank, names in enumerate(names_of_ranks) if name in names)
+        if name in parameters:
+            whole = parameters[name].to(device, dtype)
             whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-        if owner != 0 and rank == owner:
+        if rank == sender != 0:
             dist.send(whole, dst=0)
-        if owner != 0 and rank == 0:
+        if rank == 0 != sender:
             whole = torch.empty(shape, dtype=dtype, device=device)
-            dist.recv(whole, src=owner)
+            dist.recv(whole, src=sender)
         yield whole.cpu() if rank == 0 else None
-
-
-def read_parameters(sources: Iterable[Source]) -> Iterator[torch.Tensor]:
-    """The whole tensors of `sources`, one after the other."""
-    for source in sources:
-        with _safetensors().safe_open(source.file, "pt") as tensors:
-            whole = tensors.get_tensor(source.tensor)
-        _check_finite(whole, f"{source.file}: {source.tensor}")
-        if source.twin:
-            _check_equal(whole, source, slice(None))
-        yield whole
 
 
 def write_folder(
@@ -324,56 +282,39 @@ def write_folder(
     config.json; the tokenizer's files are copied from the folder `assets`. Holds one file's tensors at a
     time.
 
-    The folder appears whole or not at all: it is written under another name, synced and renamed. One that is
-    there is replaced. Raises ValueError with the name of a tensor that is not finite, or not so in `dtype`.
+    The folder appears whole or not at all: it is written under another name, synced and renamed. One that
+    exists is replaced. Raises ValueError with the name of a tensor that is not finite, or not so in `dtype`.
     """
     save_file = _safetensors().torch.save_file
-    files: list[list[str]] = [[]]
-    size, total = 0, 0
+    groups, size, weight_map = [[]], 0, {}  # the names of each file, the bytes of the last
+    total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
     for name, shape in shapes.items():
-        size_of_tensor = shape.numel() * dtype.itemsize
-        if files[-1] and size + size_of_tensor > max_file_bytes:
-            files.append([])
+        if groups[-1] and size + shape.numel() * dtype.itemsize > max_file_bytes:
+            groups.append([])
             size = 0
-        files[-1].append(name)
-        size, total = size + size_of_tensor, total + size_of_tensor
-
+        groups[-1].append(name)
+        size += shape.numel() * dtype.itemsize
     temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        weight_map = {}
+        files.make_empty(temporary)
         with tqdm(total=len(shapes), unit="tensor", desc="writing weights", mininterval=1) as bar:
-            for number, names in enumerate(files, 1):
-                file = (
-                    "model.safetensors"
-                    if len(files) == 1
-                    else f"model-{number:05}-of-{len(files):05}.safetensors"
-                )
+            for number, names in enumerate(groups, 1):
+                part = f"-{number:05}-of-{len(groups):05}" if len(groups) > 1 else ""
                 content = {}
                 for name in names:
                     content[name] = next(tensors).to(dtype).contiguous()
                     _check_finite(content[name], f"{name}, written as {str(dtype)[6:]},")
                     bar.update(1)
-                save_file(content, temporary / file, metadata={"format": "pt"})
-                weight_map |= dict.fromkeys(names, file)
-        if len(files) > 1:
-            _write_json(
-                temporary / "model.safetensors.index.json",
-                {"metadata": {"total_size": total}, "weight_map": weight_map},
-            )
+                save_file(content, temporary / f"model{part}.safetensors", metadata={"format": "pt"})
+                weight_map |= dict.fromkeys(names, f"model{part}.safetensors")
+        if len(groups) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_json(temporary / "model.safetensors.index.json", index)
         _write_json(temporary / "config.json", config)
-        for name in ASSETS if assets else ():
-            if (Path(assets).expanduser() / name).is_file():
-                shutil.copyfile(Path(assets).expanduser() / name, temporary / name)
-        for path in [*temporary.iterdir(), temporary]:
-            sync(path)
-        before = target.with_name(target.name + ".old")
-        if target.exists():
-            target.rename(before)
-        temporary.rename(target)
-        shutil.rmtree(before, ignore_errors=True)
-        sync(target.parent)
+        for file in [Path(assets).expanduser() / name for name in ASSETS] if assets else []:
+            if file.is_file():
+                shutil.copyfile(file, temporary / file.name)
+        files.publish(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -381,12 +322,3 @@ def write_folder(
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def sync(path: Path) -> None:
-    """Returns when the file, or the folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

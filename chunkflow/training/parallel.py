@@ -223,34 +223,44 @@ def default_dtype(name: str):
         torch.set_default_dtype(before)
 
 
+def named_parameters(models: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters of a model, or of stages of one, by the whole model's names. A last stage's copy of tied
+    embeddings is named as they are, tok_embeddings.weight."""
+    named = {}
+    for model in models:
+        for name, parameter in model.named_parameters():
+            tied = name == "output.weight" and model.args.tied_embeddings
+            named["tok_embeddings.weight" if tied else name] = parameter
+    return named
+
+
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a tensor; the tensor itself where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_rows(parameter: torch.Tensor) -> slice:
+    """The rows of the whole parameter that are in this rank's shard: cut along the first dimension as
+    torch.chunk cuts. All rows where the parameter is not sharded."""
+    start, stop = 0, parameter.size(0)
+    for dimension, placement in enumerate(parameter.placements if isinstance(parameter, DTensor) else ()):
+        if placement.is_shard():
+            each = -(-(stop - start) // parameter.device_mesh.size(dimension))
+            start = min(start + each * parameter.device_mesh.get_local_rank(dimension), stop)
+            stop = min(start + each, stop)
+    return slice(start, stop)
+
+
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int) -> None:
     """Fills all parameters. Each is drawn whole from a generator seeded by (seed, its name), then cut: the
-    same start on any layout, whichever parameters this rank or stage has. A last stage's copy of tied
-    embeddings goes by their name."""
-    for name, parameter in model.named_parameters():
-        if name == "output.weight" and model.args.tied_embeddings:
-            name = "tok_embeddings.weight"
+    same start on any layout, whichever parameters this rank or stage has."""
+    for name, parameter in named_parameters([model]).items():
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         whole = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
         model.init_parameter(name, whole, generator)
-        if isinstance(parameter, DTensor):
-            copy_shard(parameter, whole)
-        else:
-            parameter.copy_(whole)
-
-
-def copy_shard(parameter: DTensor, whole: torch.Tensor) -> None:
-    """Copies this rank's part of a whole tensor into a parameter that is sharded along its first
-    dimension."""
-    mesh = parameter.device_mesh
-    for dimension, placement in enumerate(parameter.placements):
-        if placement.is_shard():
-            parts = list(whole.chunk(mesh.size(dimension), dim=placement.dim))
-            rank = mesh.get_local_rank(dimension)
-            whole = parts[rank] if rank < len(parts) else whole.narrow(placement.dim, 0, 0)
-    parameter.to_local().copy_(whole)
+        to_local(parameter).copy_(whole[local_rows(parameter)])
 
 
 def clip_grad_norm(models: Iterable[nn.Module], max_norm: float, mesh: DeviceMesh) -> torch.Tensor:
@@ -261,11 +271,11 @@ def clip_grad_norm(models: Iterable[nn.Module], max_norm: float, mesh: DeviceMes
     """
     parameters, counted = [], []
     for model in models:
-        copy = model.output if model.args.tied_embeddings and model.tok_embeddings is None else None
-        for parameter in model.parameters():
-            parameters.append(parameter)
-            if parameter.grad is not None and not (copy is not None and parameter is copy.weight):
-                counted.append(parameter.grad)
+        parameters += model.parameters()
+        named = named_parameters([model])
+        if model.tok_embeddings is None:
+            named.pop("tok_embeddings.weight", None)
+        counted += [parameter.grad for parameter in named.values() if parameter.grad is not None]
     norm = nn.utils.get_total_norm(counted)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()

@@ -1,0 +1,111 @@
+"""Folders that appear whole or not at all, and what tells whether their files are still as they were
+written."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def sync(path: Path) -> None:
+    """Returns when the file, or the folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def claim_folder(dump_folder: str, config_toml: str, locked: bool) -> Any:
+    """Makes a run's folder and writes its config.toml. If `locked`, keeps other runs out for as long as the
+    returned object lives; ValueError if one is writing to it."""
+    folder = Path(dump_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w") if locked else None
+    for attempt in range(20) if locked else ():
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:  # a run that was killed may need a moment to be gone
+            if attempt == 19:
+                raise ValueError(
+                    f"another run is writing to job.dump_folder = {dump_folder!r}: end it, or name another"
+                    " folder"
+                ) from None
+            time.sleep(0.5)
+        except OSError as error:
+            logger.warning(
+                f"{lock.name} cannot be locked ({error.strerror}): take care that only one run writes to this"
+                " folder"
+            )
+            break
+    (folder / "config.toml").write_text(config_toml)
+    return lock
+
+
+def checksum(path: Path) -> dict[str, int]:
+    """A file's size and CRC-32, as a manifest records them."""
+    size = crc32 = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            size += len(block)
+            crc32 = zlib.crc32(block, crc32)
+    return {"bytes": size, "crc32": crc32}
+
+
+def check_files(folder: Path, recorded: dict[str, dict[str, int]]) -> None:
+    """ValueError for the first file of a checkpoint that is not as it was when its checksum was recorded."""
+    remedy = f"copy it again, or remove {folder} to go on from an earlier checkpoint"
+    for name, before in recorded.items():
+        path = folder / name
+        try:
+            now = checksum(path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
+        if now["bytes"] != before["bytes"]:
+            raise ValueError(
+                f"{path} has {now['bytes']:,} bytes, but was written with {before['bytes']:,}: {remedy}"
+            )
+        if now != before:
+            raise ValueError(f"{path} is damaged, its checksum is another than when it was written: {remedy}")
+
+
+def make_empty(folder: Path) -> None:
+    """A new, empty folder, whatever had that name."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Renames a folder that is complete, once its files are on the disk. A folder that had the name is
+    replaced."""
+    for path in [*temporary.iterdir(), temporary]:
+        sync(path)
+    replaced = _set_aside(target) if target.exists() else None
+    temporary.rename(target)
+    if replaced:
+        shutil.rmtree(replaced, ignore_errors=True)
+    sync(target.parent)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder so that a kill in the middle leaves nothing that looks complete. One that cannot be
+    removed stays, with a warning."""
+    try:
+        shutil.rmtree(_set_aside(folder), ignore_errors=True)
+    except OSError as error:
+        logger.warning(f"{folder} could not be removed ({error.strerror}): remove it by hand")
+
+
+def _set_aside(folder: Path) -> Path:
+    renamed = folder.with_name(folder.name + ".removing")
+    shutil.rmtree(renamed, ignore_errors=True)
+    return folder.rename(renamed)

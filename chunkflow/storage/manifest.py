@@ -1,0 +1,177 @@
+"""Which checkpoints a run has, what each is of, and which of them, or what else, the run starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from chunkflow.settings import options
+from chunkflow.settings.config import Config, ConfigError, flat
+from chunkflow.storage.hf_weights import weights_folder
+from models import families
+
+FORMAT = 1  # to be raised whenever an older manifest or its tensors would be misread
+
+
+def checkpoint_folder(settings: options.Checkpoint, dump_folder: str) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(dump_folder) / settings.folder
+
+
+def hf_folder(settings: options.Checkpoint, dump_folder: str, steps: int) -> Path:
+    """Where checkpoint.last_save_in_hf writes the last step."""
+    return checkpoint_folder(settings, dump_folder) / f"step-{steps}-hf"
+
+
+def complete_checkpoints(folder: Path) -> dict[int, Path]:
+    """Step -> folder of every complete checkpoint, oldest first."""
+    found = {
+        path.parent.name.removeprefix("step-"): path.parent for path in folder.glob("step-*/manifest.json")
+    }
+    return dict(sorted((int(step), path) for step, path in found.items() if step.isdecimal()))
+
+
+def resume_folder(settings: options.Checkpoint, dump_folder: str) -> Path | None:
+    """The checkpoint that a run goes on from; None: it starts at step 1. ValueError where there is no
+    checkpoint of checkpoint.load_step."""
+    if not settings.enable:
+        return None
+    folder, wanted = checkpoint_folder(settings, dump_folder), settings.load_step
+    found = complete_checkpoints(folder)
+    if wanted == -1:
+        return found[max(found)] if found else None
+    if wanted not in found:
+        steps = f"there are steps {', '.join(map(str, found))}" if found else "there is none"
+        raise ValueError(
+            f"checkpoint.load_step = {wanted}: {folder} has no complete checkpoint of that step ({steps}):"
+            " choose another, or -1 for the newest"
+        )
+    return found[wanted]
+
+
+class Start(NamedTuple):
+    """What a run starts from. "checkpoint": all of a run's state; "checkpoint weights": a checkpoint's model
+    alone; "hf": a Hugging Face folder; "random": no folder."""
+
+    kind: str
+    folder: Path | None = None
+
+
+def choose_start(settings: options.Checkpoint, dump_folder: str, hf_assets_path: str) -> Start:
+    """The run's checkpoint, else checkpoint.initial_load_path, else the weights in model.hf_assets_path."""
+    if folder := resume_folder(settings, dump_folder):
+        return Start("checkpoint", folder)
+    if settings.initial_load_path and not settings.initial_load_in_hf:
+        return Start("checkpoint weights", Path(settings.initial_load_path).expanduser())
+    weights = weights_folder(settings, hf_assets_path)
+    return Start("hf", Path(weights)) if weights else Start("random")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest.json. ValueError where it is missing, damaged or of another format."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        format = manifest["format"]
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): name a checkpoint folder, such as checkpoint/step-100"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: remove {folder} to go on from an earlier checkpoint") from None
+    if format != FORMAT:
+        raise ValueError(
+            f"{path} has format {format}, but this version reads {FORMAT}: use the version that wrote it"
+        )
+    return manifest
+
+
+def finished(settings: options.Checkpoint, dump_folder: str, steps: int) -> bool:
+    """Whether nothing is left to do: the last step is saved, and with checkpoint.last_save_in_hf its Hugging
+    Face folder too."""
+    folder = resume_folder(settings, dump_folder)
+    if folder is None or read_manifest(folder)["progress"]["step"] < steps:
+        return False
+    return not settings.last_save_in_hf or hf_folder(settings, dump_folder, steps).exists()
+
+
+def model_identity(config: dict[str, Any], args: Any) -> dict[str, Any]:
+    """What must be the same for tensors to fit and to mean the same, by the key or size that says it.
+    `config`: the value of every key."""
+    sizes = {f"model {name}": value for name, value in dataclasses.asdict(args).items()}
+    named = ("model.name", "model.converters", "training.dtype", "optimizer.name")
+    return {name: config[name] for name in named} | sizes
+
+
+def model_of(manifest: dict[str, Any]) -> tuple[str, Any]:
+    """The family's name and the sizes of the model that a checkpoint is of."""
+    model = manifest["model"]
+    sizes = {name[len("model ") :]: model[name] for name in model if name.startswith("model ")}
+    return model["model.name"], families[model["model.name"]].ModelArgs(**sizes)
+
+
+def excluded(settings: options.Checkpoint, manifest: dict[str, Any]) -> set[str]:
+    """What of a checkpoint is not loaded. An exclusion counts once: checkpoints written under it are loaded
+    whole."""
+    return set(settings.exclude_from_loading) - set(manifest["excluded"])
+
+
+def check_data(manifest: dict[str, Any], identity: dict[str, Any], folder: Path) -> None:
+    """ValueError where the run's data, known by `identity`, is not what the checkpoint was trained on."""
+    if difference := _difference(manifest["data"], identity):
+        raise ValueError(
+            f"{folder} was trained on other data: {difference}: restore it, or"
+            ' set checkpoint.exclude_from_loading = ["dataloader"] to begin this data from its start'
+        )
+
+
+def _difference(recorded: dict[str, Any], now: dict[str, Any]) -> str:
+    for name, value in recorded.items():
+        if now.get(name) != value:
+            return f"{name} was {value!r} there and is {now.get(name)!r} here"
+    return ""
+
+
+def check(config: Config, args: Any) -> None:
+    """What the config and the manifests can tell about checkpoints that a run will read. Raises
+    ValueError."""
+    settings, steps = config.checkpoint, config.training.steps
+    if settings.async_mode == "async_with_pinned_mem" and not torch.cuda.is_available():
+        raise ConfigError(
+            'checkpoint.async_mode = "async_with_pinned_mem" needs a GPU, whose memory it copies faster: set'
+            ' "async"'
+        )
+    checkpoints = checkpoint_folder(settings, config.job.dump_folder)
+    if settings.enable and checkpoints.exists() and not checkpoints.is_dir():
+        raise ConfigError(f"checkpoint.folder: {checkpoints} is not a folder: remove it, or name another")
+    kind, folder = choose_start(settings, config.job.dump_folder, config.model.hf_assets_path)
+    if kind not in ("checkpoint", "checkpoint weights"):
+        return
+    if (folder / "config.json").exists() and not (folder / "manifest.json").exists():
+        raise ConfigError(
+            f"checkpoint.initial_load_path = {str(folder)!r} is a Hugging Face folder: set"
+            " checkpoint.initial_load_in_hf, too"
+        )
+    manifest = read_manifest(folder)
+    if kind == "checkpoint":
+        may_differ = {"optimizer.name"} if "optimizer" in excluded(settings, manifest) else set()
+        remedy = "set it back, or choose another job.dump_folder to start anew"
+    else:  # weights alone, whose context may be extended
+        may_differ = {"optimizer.name", "model.converters"} | {
+            f"model {name}" for name in ("rope_theta", "rope_scaling", "max_positions")
+        }
+        remedy = "name a checkpoint of this model"
+    identity = json.loads(json.dumps(model_identity(flat(config), args)))
+    recorded = {name: value for name, value in manifest["model"].items() if name not in may_differ}
+    if difference := _difference(recorded, identity):
+        raise ValueError(f"{folder} is of another model: {difference}: {remedy}")
+    if kind == "checkpoint" and not manifest["complete"] and manifest["progress"]["step"] < steps:
+        raise ValueError(
+            f"{folder} has the model only (checkpoint.last_save_model_only), so training cannot go on to"
+            f" training.steps = {steps}: start in another job.dump_folder with"
+            f" checkpoint.initial_load_path = {str(folder)!r}"
+        )
