@@ -151,7 +151,7 @@ def _tensors(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
     for file in [folder / name for name in sorted(set(listed.values())) or ["model.safetensors"]]:
         try:
             with safetensors.safe_open(file, "pt") as content:
-                for name in content:
+                for name in content.keys():  # noqa: SIM118  it is no mapping
                     part = content.get_slice(name)
                     found[name] = file, part.get_shape(), part.get_dtype()
         except OSError:
