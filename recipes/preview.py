@@ -28,7 +28,7 @@ RULE, RESET = "\33[36m", "\33[0m"
 
 
 def main() -> None:
-    config = main_config(planned=True)
+    config = main_config(planned=True, check=lambda config: model_args(config, vocab_size=0))
     training = config.training
     colours = (
         sys.stdout.isatty() and not os.environ.get("NO_COLOR") and not config.metrics.disable_color_printing
