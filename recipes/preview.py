@@ -24,7 +24,7 @@ RULE, RESET = "\33[36m", "\33[0m"
 
 def main() -> None:
     # ---- The first step, for as many replicas as there would be.
-    config = main_config(planned=True)
+    config = main_config(planned=True, check=build.model_spec)
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     colours = colours and not config.metrics.disable_color_printing
     with user_errors():

@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from chunkflow.execution.loss import loss_sum
 from chunkflow.execution.state import dummy_chunk
 from chunkflow.planning.memory import Layout, StageSizes
 from chunkflow.settings.config import load_config
@@ -237,6 +238,7 @@ def test_float8_products_take_chunks_of_any_length(monkeypatch, recipe):
     )
     monkeypatch.setattr(torch, "_scaled_mm", checked)
     chunk = dummy_chunk()
+    chunk.end = loss_sum
     model(chunk.tokens, chunk).backward()
     assert len(products) == 28 * (2 if recipe == "rowwise_with_gw_hp" else 3)
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out, against transformers: same logits, gradients and training; bad folders are
+"""Hugging Face folders in and out, against transformers: same logits, gradients and training; bad weights are
 a sentence each."""
 
 import json
@@ -18,15 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from chunkflow.execution.state import ChunkTensors
-from chunkflow.planning.chunks import Chunk, Segment
+from chunkflow.execution.loss import loss_sum
 from chunkflow.settings.config import ConfigError, load_config
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import stages
 from chunkflow.training.build import model_args
 from chunkflow.training.start import read_config
 from models import families
+from models.hf_config import hf_name, model_of
 from tests.helpers.distributed import run_ranks
+from tests.helpers.reference import whole_sequence
 from tests.helpers.runs import REPO, environment, run, train, write_rows
 
 CONVERT = REPO / "recipes" / "convert.py"
@@ -94,7 +95,7 @@ def as_transformers_4(folder):
 
 
 def ours(folder):
-    name, args = hf.model_of(folder)
+    name, args = model_of(folder)
     with torch.device("meta"):
         model = families[name].Transformer(args)
     model.to_empty(device="cpu")
@@ -102,18 +103,8 @@ def ours(folder):
     return model
 
 
-def whole(tokens, labels=None):
-    tokens_only = Chunk((Segment(0, 0, len(tokens)),))
-    return ChunkTensors(
-        tokens_only, 0, tokens, tokens if labels is None else labels, torch.arange(len(tokens))
-    )
-
-
 def logits_of(model, tokens):
-    head, model.output = model.output, None
-    logits = model(tokens, whole(tokens)) @ head.weight.t()
-    model.output = head
-    return logits
+    return model(tokens, whole_sequence(tokens, None, lambda hidden, weight, chunk: hidden @ weight.t()))
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -132,10 +123,10 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path, kind, tied, ro
 
     targets = torch.cat([tokens[1:], torch.tensor([-100])])
     F.cross_entropy(expected, targets, reduction="sum").backward()
-    model(tokens, whole(tokens, targets)).backward()
+    model(tokens, whole_sequence(tokens, targets, loss_sum)).backward()
     gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
     for name, parameter in model.named_parameters():
-        gradient = gradients.pop(hf.hf_name(name))
+        gradient = gradients.pop(hf_name(name, sys.modules[type(model).__module__]))
         assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm(), name
     assert not gradients
 
@@ -356,7 +347,7 @@ def load_on_this_rank(folder):
     gathered on rank 0."""
     dist.init_process_group("gloo")
     safetensors.safe_open = Watched
-    name, args = hf.model_of(folder)
+    name, args = model_of(folder)
     family, answers = families[name], []
     written = {
         key: value.float()
@@ -383,11 +374,13 @@ def load_on_this_rank(folder):
         right = True
         for name, parameter in model.named_parameters():
             name = "tok_embeddings.weight" if name == "output.weight" else name
-            right &= torch.equal(parameter.full_tensor(), written[hf.hf_name(name)])
+            right &= torch.equal(parameter.full_tensor(), written[hf_name(name, family)])
         shapes = hf.parameter_shapes(family, args)
         wholes = hf.gathered_parameters([model], shapes, torch.float32, torch.device("cpu"))
         for name, whole in zip(shapes, wholes, strict=True):
-            right &= torch.equal(whole, written[hf.hf_name(name)]) if dist.get_rank() == 0 else whole is None
+            right &= (
+                torch.equal(whole, written[hf_name(name, family)]) if dist.get_rank() == 0 else whole is None
+            )
         own = sum(parameter.to_local().numel() for parameter in model.parameters())
         answers.append((sum(Watched.read.values()), own, right))
     return answers
@@ -413,17 +406,19 @@ import sys, torch
 from pathlib import Path
 from chunkflow.storage import hf_weights as hf
 from models import families
+from models.hf_config import hf_name, model_of
 def peak():
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(lines["VmHWM"].split()[0]) / 1024
 folder = {str(tmp_path)!r}
-name, args = hf.model_of(folder)
+name, args = model_of(folder)
 sources = hf.check_weights(folder, families[name], args)
 shapes = hf.parameter_shapes(families[name], args)
 hf.read(next(iter(sources.values())))
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
-hf.write_folder(Path(folder) / "out", shapes, map(hf.read, sources.values()), torch.float32, {{}}, None, max_file_bytes=20_000_000)
+named = {{hf_name(parameter, families[name]): shape for parameter, shape in shapes.items()}}
+hf.write_folder(Path(folder) / "out", named, map(hf.read, sources.values()), torch.float32, {{}}, None, max_file_bytes=20_000_000)
 print("rose by", peak() - before)
 """
     args = {"hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 12, "vocab_size": 512}
@@ -494,21 +489,6 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert torch.equal(load_file(target / "model.safetensors")["model.norm.weight"], torch.zeros(2).half())
 
 
-@pytest.mark.parametrize("name", families)
-def test_config_json_of_every_flavor_is_read_back_and_is_what_transformers_builds(tmp_path, name):
-    for flavor, args in families[name].flavors.items():
-        (tmp_path / "config.json").write_text(json.dumps(hf.config_json(name, args, "bfloat16")))
-        again = hf.model_of(tmp_path)
-        assert again == (name, args), flavor
-        config = transformers.AutoConfig.from_pretrained(tmp_path)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
-        parameters = {key: value.shape for key, value in model.named_parameters()}
-        assert parameters == {
-            hf.hf_name(key): shape for key, shape in hf.parameter_shapes(families[name], args).items()
-        }, flavor
-
-
 # ------------------------------------------------------------------------------------------------ bad folders
 
 
@@ -524,110 +504,6 @@ def copy(folder, tmp_path):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
-
-
-@pytest.mark.parametrize(
-    "changes, said",
-    [
-        (
-            {"model_type": "mistral"},
-            "model_type = 'mistral' is not one of the models here: use a folder of llama, qwen2, qwen3",
-        ),
-        ({"model_type": None}, "model_type = None"),
-        (
-            {"architectures": ["Qwen2ForSequenceClassification"]},
-            "architectures = ['Qwen2ForSequenceClassification']",
-        ),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' asks for another activation"),
-        ({"mlp_bias": True}, "mlp_bias = True asks for biases in the MLP"),
-        ({"model_type": "llama", "architectures": None, "attention_bias": True}, "attention_bias = True"),
-        ({"attention_dropout": 0.1}, "attention_dropout = 0.1 asks for dropout"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-        (
-            {"quantization_config": {"bits": 4}},
-            "quantization_config = {'bits': 4} asks for quantised weights",
-        ),
-        ({"num_experts": 8}, "num_experts = 8 asks for a mixture of experts"),
-        ({"auto_map": {"AutoModel": "x.Y"}}, "code of its own, which is never run"),
-        (
-            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "layer_types": None},
-            "sliding_window = 64",
-        ),
-        (
-            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
-            "layer_types has ['sliding_attention']",
-        ),
-        (
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
-            "rope_type 'dynamic': use one of default, linear, llama3, yarn",
-        ),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "needs 'factor', a number above 0"),
-        (
-            {"rope_parameters": {"rope_type": "yarn", "factor": "4"}},
-            "rope_parameters has factor '4', which is not a number above 0",
-        ),
-        (
-            dict.fromkeys(("architectures", "layer_types", "use_sliding_window", "max_window_layers"))
-            | {"model_type": "llama", "sliding_window": 64},
-            "sliding_window = 64",
-        ),
-        (
-            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-            "rope_parameters = {'full_attention'",
-        ),
-        (
-            {"rope_parameters": {"rope_type": "default", "mrope_section": [1]}},
-            "rope_parameters has 'mrope_section'",
-        ),
-        (
-            {"rope_parameters": {"partial_rotary_factor": 0.5}},
-            "rope_parameters has partial_rotary_factor 0.5",
-        ),
-        (
-            {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_scaling and rope_parameters are both there",
-        ),
-        ({"rope_parameters": None, "rope_theta": -1}, "rope_theta = -1"),
-        ({"hidden_size": None}, "hidden_size is missing"),
-        ({"vocab_size": "2048"}, "vocab_size = '2048' is not a whole number"),
-        ({"num_key_value_heads": 3}, "num_attention_heads = 4 is not a multiple of num_key_value_heads = 3"),
-        ({"head_dim": 15}, "head_dim = 15 is odd"),
-        (
-            {"hidden_size": 66, "head_dim": None},
-            "hidden_size = 66 is not a multiple of num_attention_heads = 4",
-        ),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes' is not true or false"),
-        ({"rms_norm_eps": 0}, "rms_norm_eps = 0 is not a number above 0"),
-    ],
-)
-def test_what_cannot_be_honoured_is_named(copy, changes, said):
-    rewrite(copy, **changes)
-    with pytest.raises(ValueError) as refused:
-        hf.model_of(copy)
-    sentence = str(refused.value)
-    assert sentence.startswith(f"{copy / 'config.json'}: ") and said in sentence and "\n" not in sentence, (
-        sentence
-    )
-
-
-def test_files_that_are_no_config(tmp_path):
-    with pytest.raises(ValueError, match="config.json cannot be read .No such file"):
-        hf.model_of(tmp_path)
-    for text, said in (("{", "is not JSON"), ("[]", "is not a JSON object")):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=said):
-            hf.model_of(tmp_path)
-
-
-def test_keys_that_say_what_is_so_anyway(copy):
-    plain = hf.model_of(copy)
-    rewrite(
-        copy, use_sliding_window=False, sliding_window=4096, attention_bias=True, quantization_config=None, partial_rotary_factor=1.0,
-        rope_scaling=None, attention_dropout=0.0, use_mrope=False, num_experts=0, architectures=None,
-    )  # fmt: skip
-    assert hf.model_of(copy) == plain
-    rewrite(copy, use_sliding_window=True, max_window_layers=3, layer_types=None)
-    assert hf.model_of(copy) == plain
 
 
 def broken(folder, **tensors):
@@ -738,35 +614,6 @@ def test_weights_that_could_run_code_are_not_passed_over(copy):
     config = read_config([f"--model.hf_assets_path={copy}"])
     with pytest.raises(ValueError, match="pytorch_model.bin: weights are read from safetensors only"):
         hf.weights_folder(config.checkpoint, config.model.hf_assets_path)
-
-
-def test_the_folder_decides_and_the_config_overrides_its_angles(copy):
-    config = read_config(
-        [
-            f"--model.hf_assets_path={copy}",
-            "--model.name=llama3",
-            "--model.flavor=8B",
-            "--training.seq_len=512",
-        ]
-    )
-    assert (config.model.name, config.model.flavor) == ("qwen2", copy.name)
-    family, args = model_args(config.model, config.training.seq_len, 100)
-    assert family is families["qwen2"] and (args.dim, args.vocab_size, args.rope_theta) == (64, 2048, 20000.0)
-    with pytest.raises(ValueError, match="the tokenizer has 2,049 tokens"):
-        model_args(config.model, config.training.seq_len, 2049)
-    config.training.seq_len = 513
-    with pytest.raises(ValueError, match="beyond the 512 positions"):
-        model_args(config.model, config.training.seq_len, 100)
-    config.model.rope_theta, config.model.rope_scaling = 1e6, {"rope_type": "linear", "factor": 2.0}
-    _, args = model_args(config.model, config.training.seq_len, 100)
-    assert (args.rope_theta, args.rope_scaling) == (1e6, {"rope_type": "linear", "factor": 2.0})
-    # Qwen's way to extend: YaRN is turned on, max_position_embeddings stays.
-    config.model.rope_theta = config.model.rope_scaling = None
-    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
-    rewrite(copy, rope_parameters=None, rope_theta=1e6, rope_scaling=yarn)
-    config.training.seq_len = 2048
-    _, args = model_args(config.model, config.training.seq_len, 100)
-    assert (args.rope_theta, args.rope_scaling, args.max_positions) == (1e6, yarn, 512)
 
 
 def test_initial_weights_need_a_folder():
