@@ -472,7 +472,7 @@ def test_convert(tmp_path):
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     target, shapes = (
         tmp_path / "step-3-hf",
-        {"norm.weight": torch.Size([2]), "output.weight": torch.Size([2])},
+        {"model.norm.weight": torch.Size([2]), "lm_head.weight": torch.Size([2])},
     )
     good = [torch.ones(2), torch.ones(2)]
     hf.write_folder(target, shapes, iter(good), torch.float16, {}, None)

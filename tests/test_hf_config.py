@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 import transformers
-from chunkflow.training.model import model_args
 
-from chunkflow.settings.config import load_config
 from chunkflow.storage.hf_weights import parameter_shapes
+from chunkflow.training.build import model_args
+from chunkflow.training.start import read_config
 from models import families
 from models.hf_config import config_json, hf_name, model_of
 from tests.test_hf import rewrite, theirs
@@ -148,7 +148,7 @@ def test_keys_that_say_what_is_so_anyway(copy):
 
 
 def test_the_folder_decides_and_the_config_overrides_its_angles(copy):
-    config = load_config(
+    config = read_config(
         [
             f"--model.hf_assets_path={copy}",
             "--model.name=llama3",
@@ -157,20 +157,20 @@ def test_the_folder_decides_and_the_config_overrides_its_angles(copy):
         ]
     )
     assert (config.model.name, config.model.flavor) == ("qwen2", copy.name)
-    family, args = model_args(config, 100)
+    family, args = model_args(config.model, config.training.seq_len, 100)
     assert family is families["qwen2"] and (args.dim, args.vocab_size, args.rope_theta) == (64, 2048, 20000.0)
     with pytest.raises(ValueError, match="the tokenizer has 2,049 tokens"):
-        model_args(config, 2049)
+        model_args(config.model, config.training.seq_len, 2049)
     config.training.seq_len = 513
     with pytest.raises(ValueError, match="beyond the 512 positions"):
-        model_args(config, 100)
+        model_args(config.model, config.training.seq_len, 100)
     config.model.rope_theta, config.model.rope_scaling = 1e6, {"rope_type": "linear", "factor": 2.0}
-    _, args = model_args(config, 100)
+    _, args = model_args(config.model, config.training.seq_len, 100)
     assert (args.rope_theta, args.rope_scaling) == (1e6, {"rope_type": "linear", "factor": 2.0})
     # Qwen's way to extend: YaRN is turned on, max_position_embeddings stays.
     config.model.rope_theta = config.model.rope_scaling = None
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
     rewrite(copy, rope_parameters=None, rope_theta=1e6, rope_scaling=yarn)
     config.training.seq_len = 2048
-    _, args = model_args(config, 100)
+    _, args = model_args(config.model, config.training.seq_len, 100)
     assert (args.rope_theta, args.rope_scaling, args.max_positions) == (1e6, yarn, 512)
