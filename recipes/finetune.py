@@ -8,6 +8,7 @@ the chunks of its replica, a data-parallel rank or a pipeline of several ranks; 
 replicas; the optimizer steps.
 """
 
+import functools
 import logging
 import math
 from contextlib import nullcontext
@@ -62,7 +63,7 @@ def main() -> None:
     seed = parallel.set_seed(config.debug)
     logger.info(f"Starting job: {config.job.description}")
 
-    # --- Data. Text becomes tokens on disk, once; whichever process comes first does it while the others
+    # ---- Data. Text becomes tokens on disk, once; whichever process comes first does it while the others
     # wait.
     training, fake = config.training, config.comm.mode == "fake_backend"
     folder = Path(config.job.dump_folder)
@@ -76,7 +77,7 @@ def main() -> None:
     device, replica, pipeline_rank = processes.device, processes.replica, processes.pipeline_rank
     if processes.rank == 0:
         with user_errors():
-            lock = claim_folder(config.job.dump_folder, to_toml(config), locked=not fake)  # noqa: F841  while this process lives
+            claim_folder(config.job.dump_folder, to_toml(config), locked=not fake)
 
     # --- Plans. Lengths become a plan for each step, the same on every rank; the ranks of a replica then read
     # the tokens of its sequences.
@@ -87,7 +88,7 @@ def main() -> None:
         if config.validation.enable and not fake:
             validation = Validation(config, spec, settings, processes, seed)
 
-    # --- Model. Built without memory, cut into stages and shards, then filled: from a checkpoint, from a
+    # ---- Model. Built without memory, cut into stages and shards, then filled: from a checkpoint, from a
     # Hugging Face folder, or at random, which depends on each parameter's name and the seed alone, whatever
     # the layout.
     reshard, compute_dtype = settings.lockstep, parallel.DTYPES[training.mixed_precision_param]
@@ -105,31 +106,18 @@ def main() -> None:
             parallel.apply_fsdp(model, processes.data_mesh, training, reshard)
             if not fake:
                 model.to_empty(device="cpu" if training.enable_cpu_offload else device)
-        runner = Runner(
-            stages.make_stages(models, len(spec.layers), processes, compute_dtype), device, loss=loss_sum
-        )
+        chunk_stages = stages.make_stages(models, len(spec.layers), processes, compute_dtype)
+        runner = Runner(chunk_stages, device, loss=loss_sum)
         optimizer = build_optimizer(nn.ModuleList(models.values()), config.optimizer)
         progress = Progress()
         if not fake:
             with user_errors():
-                checkpoints = Checkpoints(
-                    config.checkpoint,
-                    folder,
-                    training.steps,
-                    flat(config),
-                    models.values(),
-                    optimizer,
-                    loader,
-                )
+                where = config.checkpoint, folder, training.steps, flat(config)
+                checkpoints = Checkpoints(*where, models.values(), optimizer, loader)
                 progress = checkpoints.load(spec.family, config.model.hf_assets_path, seed)
+            begin = {"start_step": progress.step, "tokens_seen": progress.tokens_seen}
             metrics = MetricsLogger(
-                folder,
-                config.metrics,
-                device,
-                compute_dtype,
-                validates=config.validation.enable,
-                start_step=progress.step,
-                tokens_seen=progress.tokens_seen,
+                folder, config.metrics, device, compute_dtype, validates=config.validation.enable, **begin
             )
 
     first_step, stopping = progress.step + 1, False
@@ -148,9 +136,8 @@ def main() -> None:
             for model in models.values():
                 parallel.begin_step(model, reshard)
             optimizer.zero_grad()
-            result = runner.step(
-                plan.programs[replica][pipeline_rank], plan.groups[replica], data.chunks, targets
-            )
+            program, groups = plan.programs[replica][pipeline_rank], plan.groups[replica]
+            result = runner.step(program, groups, data.chunks, targets)
             stages.sum_tied_gradients(models, processes)
             grad_norm = parallel.clip_grad_norm(models.values(), training.max_norm, processes.mesh)
             lr = set_learning_rate(optimizer, step, config.optimizer.lr, config.lr_scheduler, training.steps)
@@ -167,21 +154,19 @@ def main() -> None:
             if data.targets and not not_finite:
                 optimizer.step()
             if not data.targets:
-                logger.info(
-                    f"step {step}: none of its {plan.tokens:,} tokens is supervised, so nothing was updated"
-                )
+                what = f"none of its {plan.tokens:,} tokens is supervised"
+                logger.info(f"step {step}: {what}, so nothing was updated")
 
             # ---- Figures, of this rank and gathered over all.
             metrics.count(plan.tokens, sum(map(settings.cost.training, data.lengths)), loader.take_wait())
             if metrics.due(step):
+                has_loss = data.own_targets and processes.last_stage
                 figures = gather_over_ranks(rank_figures(result, plan.simulations[replica]), device)
                 metrics.log(
                     step,
                     plan,
                     loss=loss / targets,
-                    max_loss=loss / data.own_targets
-                    if data.own_targets and processes.last_stage
-                    else -math.inf,
+                    max_loss=loss / data.own_targets if has_loss else -math.inf,
                     grad_norm=norm,
                     lr=lr,
                     supervised_tokens=data.targets,
@@ -196,21 +181,16 @@ def main() -> None:
                     ),
                 )
             if step == 1:
-                metrics.add_figure(
-                    "chunkflow/plan of step 1", lambda: plan_figure(plan, config.chunkflow.chunk_size), step
-                )
-            if processes.pipeline_ranks > 1 and (
-                step == 1 or profile and step % config.profiling.profile_freq == 0
-            ):
-                measured = (
-                    gather_timeline(result.clock.timeline(), processes.mesh.get_group("pp"))
-                    if profile
-                    else None
-                )
+                draw_plan = functools.partial(plan_figure, plan, config.chunkflow.chunk_size)
+                metrics.add_figure("chunkflow/plan of step 1", draw_plan, step)
+            traced = profile and step % config.profiling.profile_freq == 0
+            if processes.pipeline_ranks > 1 and (step == 1 or traced):
+                group = processes.mesh.get_group("pp")
+                measured = gather_timeline(result.clock.timeline(), group) if profile else None
                 if processes.rank == 0:
-                    path = folder / f"timeline_step_{step}.json"
-                    timelines = write_timelines(path, plan.simulations[replica].timeline, measured)
-                    metrics.add_figure("chunkflow/timeline", lambda: picture(timelines), step)
+                    planned, path = plan.simulations[replica].timeline, folder / f"timeline_step_{step}.json"
+                    draw_timelines = functools.partial(picture, write_timelines(path, planned, measured))
+                    metrics.add_figure("chunkflow/timeline", draw_timelines, step)
             if validation and validation.due(step):
                 validation.run(step, metrics, models.values(), runner)
             if profile:
@@ -218,7 +198,7 @@ def main() -> None:
             if step == first_step:
                 parallel.set_timeouts(processes.mesh, config.comm.train_timeout_seconds)
 
-            # --- Progress. A step that was not finite is reported, and too many of them end the run; else
+            # ---- Progress. A step that was not finite is reported, and too many of them end the run; else
             # what was trained is saved when it is due.
             stopping = stopping and step < training.steps
             with user_errors():
@@ -234,9 +214,8 @@ def main() -> None:
         dist.destroy_process_group()
         stop.leave(saved=config.checkpoint.enable)
     if config.checkpoint.last_save_in_hf:
-        parallel.set_timeouts(
-            processes.mesh, config.comm.init_timeout_seconds
-        )  # ranks wait while rank 0 writes
+        # Ranks wait while rank 0 writes.
+        parallel.set_timeouts(processes.mesh, config.comm.init_timeout_seconds)
         with user_errors():
             dtype = config.checkpoint.export_dtype
             hf.save_model(checkpoints.hf_folder, models.values(), spec.family, config.model, dtype, device)

@@ -10,9 +10,10 @@ import shutil
 import time
 import zlib
 from pathlib import Path
-from typing import Any
 
 logger = logging.getLogger(__name__)
+
+_locks = []  # open files, which hold their locks until the process ends
 
 
 def sync(path: Path) -> None:
@@ -24,9 +25,9 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def claim_folder(dump_folder: str, config_toml: str, locked: bool) -> Any:
-    """Makes a run's folder and writes its config.toml. If `locked`, keeps other runs out for as long as the
-    returned object lives; ValueError if one is writing to it."""
+def claim_folder(dump_folder: str, config_toml: str, locked: bool) -> None:
+    """Makes a run's folder and writes its config.toml. If `locked`, keeps other runs out until this
+    process ends; ValueError if one is writing to it."""
     folder = Path(dump_folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w") if locked else None
@@ -48,7 +49,7 @@ def claim_folder(dump_folder: str, config_toml: str, locked: bool) -> Any:
             )
             break
     (folder / "config.toml").write_text(config_toml)
-    return lock
+    _locks.append(lock)
 
 
 def checksum(path: Path) -> dict[str, int]:
