@@ -10,7 +10,6 @@ unset, it is the one that the weights came from.
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -40,10 +39,9 @@ def main() -> None:
 
 
 def convert(source: Path, target: Path, dtype: str, assets: Path | None = None) -> None:
-    """Raises ValueError where the source is no good folder of a model here, or the target exists."""
+    """ValueError where `source` is not a complete folder of a supported model, or `target` exists."""
     if target.exists():
         raise ValueError(f"{target} exists: name another folder, or remove it")
-    tensors: Iterable[torch.Tensor]
     if (source / "manifest.json").exists():
         content = manifest.read_manifest(source)
         assets = assets or content["config"]["model.hf_assets_path"] or None
@@ -52,22 +50,16 @@ def convert(source: Path, target: Path, dtype: str, assets: Path | None = None) 
             model = families[name].Transformer(args)
         model.to_empty(device="cpu")
         load_model_weights(model, source)
-        shapes = hf.parameter_shapes(families[name], args)
-        named = dict(model.named_parameters())
-        tensors = (named[parameter].detach() for parameter in shapes)
+        tensors = (parameter.detach() for parameter in model.parameters())
     else:
         assets = assets or source
         name, args = model_of(source)
-        sources = hf.check_weights(source, families[name], args)
-        shapes = hf.parameter_shapes(families[name], args)
-        tensors = (hf.read(sources[parameter]) for parameter in shapes)
-    config = config_json(name, args, dtype, assets)
+        tensors = map(hf.read, hf.check_weights(source, families[name], args).values())
+    config, shapes = config_json(name, args, dtype, assets), hf.parameter_shapes(families[name], args)
     shapes = {hf_name(parameter, families[name]): shape for parameter, shape in shapes.items()}
-    hf.write_folder(target, shapes, iter(tensors), hf.DTYPES[dtype], config, assets)
-    print(
-        f"Wrote {name} with {sum(shape.numel() for shape in shapes.values()):,} parameters in {dtype} to"
-        f" {target}"
-    )
+    hf.write_folder(target, shapes, tensors, hf.DTYPES[dtype], config, assets)
+    count = sum(shape.numel() for shape in shapes.values())
+    print(f"Wrote {name} with {count:,} parameters in {dtype} to {target}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Says what a config will do before it runs: chunks, padding, balance, bubble, peak memory by part. Launches
-nothing.
+"""Prints what a config will do, without running it: chunks, padding, balance, bubble, peak memory by part.
 
     NGPU=64 python recipes/plan.py --job.config_file my.toml
 
@@ -24,7 +23,7 @@ from chunkflow.storage import hf_weights as hf
 from chunkflow.training import build, parallel, stages
 from chunkflow.training.start import main_config, user_errors, world_size
 
-# What each step is measured by: name in JSON, line in the table, format.
+# The figures of a step: name in JSON, text in the table, format.
 FIGURES = {
     "sequences": ("sequences", ",.0f"),
     "tokens": ("tokens", ",.0f"),
@@ -41,14 +40,14 @@ Parts = dict[str, int]  # name of a part of memory -> bytes
 
 
 class Step(NamedTuple):
-    """What one step was planned to be."""
+    """The figures and the memory of a planned step."""
 
     figures: dict[str, float]
     peaks: list[Parts]  # pipeline rank -> the parts at its peak, on the replica where they are largest
 
 
 def check(config) -> None:
-    """What the training recipe refuses too, but for what depends on this machine's devices."""
+    """The training recipe's checks, except those of this machine's devices."""
     spec = build.model_spec(config)
     hf.check(config, spec.family, spec.args)
 
@@ -73,8 +72,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def predict(config, count: int) -> dict:
-    """Everything that is printed, as one JSON object. Memory is in GiB."""
-    # ---- Data and plan settings are those of the training recipe.
+    """The whole report, as one JSON object. Memory is in GiB."""
+    # ---- Data and plan settings, as in the training recipe.
     training, pipeline_ranks = config.training, config.parallelism.pipeline_parallel_degree
     ranks = world_size(planned=True)
     spec, seed = build.model_spec(config), parallel.set_seed(config.debug)
@@ -82,8 +81,7 @@ def predict(config, count: int) -> dict:
     settings = build.plan_settings(config, spec, ranks // pipeline_ranks)
     loader = build.open_loader(training, dataset, settings, 0, seed)
 
-    # --- The first steps as they will be, then the first one again with the longest sequence of all in the
-    # place of its longest.
+    # ---- The first steps, then the first one again with the longest sequence of all instead of its longest.
     batches, cursor = [], 0
     while len(batches) < count and cursor < len(dataset):
         _, lengths, _, cursor = loader.batch_at(cursor)
@@ -111,19 +109,19 @@ def predict(config, count: int) -> dict:
         "k": settings.k if settings.enable else None,
         "notice": loader.notice,
         "steps": len(batches),
-        "mean": {name: sum(own[name] for own in figures) / len(figures) for name in figures[0]},
-        "worst": {name: max(own[name] for own in figures) for name in figures[0]},
+        "mean": {name: sum(step[name] for step in figures) / len(figures) for name in figures[0]},
+        "worst": {name: max(step[name] for step in figures) for name in figures[0]},
         "longest_sequence": steps[-1].figures,
         "memory": memory([step.peaks for step in steps[:-1]]),
         "memory_longest_sequence": memory([steps[-1].peaks]),
-        "host_gib_per_rank": max(host_bytes(own.values()) for own in sizes) / 2**30,
+        "host_gib_per_rank": max(host_bytes(rank.values()) for rank in sizes) / 2**30,
     }
 
 
 def stage_sizes(
     config, spec: build.ModelSpec, settings: PlanSettings
 ) -> tuple[list[dict[int, StageSizes]], Layout]:
-    """Bytes of each pipeline rank's stages, by number, from the shapes of their parameters."""
+    """Memory of each pipeline rank's stages, by number, from the shapes of their parameters."""
     training, recomputing = config.training, config.activation_checkpoint
     every = {"none": 0, "full": 1, "selective": int(recomputing.selective_ac_option)}[recomputing.mode]
     layout = Layout(
@@ -142,11 +140,10 @@ def stage_sizes(
     with torch.device("meta"):
         for rank in range(settings.pipeline_ranks):
             models = stages.build_stages(spec.family, spec.args, spec.layers, rank, settings.pipeline_ranks)
-            shapes = {
-                stage: {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-                for stage, model in models.items()
-            }
-            sizes.append({stage: StageSizes(spec.args, own, layout) for stage, own in shapes.items()})
+            sizes.append({})
+            for stage, model in models.items():
+                shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+                sizes[rank][stage] = StageSizes(spec.args, shapes, layout)
     return sizes, layout
 
 
@@ -170,43 +167,36 @@ def plan(lengths: list[int], settings: PlanSettings, sizes: list[dict[int, Stage
         figures["template_overhead_percent"] = made.template_overhead_percent
     if settings.pipeline_ranks > 1:
         simulations = made.simulations.values()
-        figures["bubble_percent"] = 100 * sum(own.bubble for own in simulations) / settings.replicas
-        figures["idle_percent"] = 100 * sum(own.idle for own in simulations) / settings.replicas
+        figures["bubble_percent"] = 100 * sum(pipeline.bubble for pipeline in simulations) / settings.replicas
+        figures["idle_percent"] = 100 * sum(pipeline.idle for pipeline in simulations) / settings.replicas
     return Step(figures, peaks)
 
 
 def memory(peaks_of_steps: list[list[Parts]]) -> dict:
-    """Of the fullest rank: its parts, and each pipeline rank's total."""
-    fullest = [max(own, key=lambda parts: sum(parts.values())) for own in zip(*peaks_of_steps)]
+    """The parts of the fullest rank, and each pipeline rank's total, over all steps."""
+    fullest = [max(peaks, key=lambda parts: sum(parts.values())) for peaks in zip(*peaks_of_steps)]
     parts = max(fullest, key=lambda parts: sum(parts.values()))
     return {
         "parts_gib": {part: amount / 2**30 for part, amount in parts.items()},
         "total_gib": sum(parts.values()) / 2**30,
         "pipeline_rank": fullest.index(parts),
-        "pipeline_ranks_gib": [sum(own.values()) / 2**30 for own in fullest],
+        "pipeline_ranks_gib": [sum(parts.values()) / 2**30 for parts in fullest],
     }
 
 
 def table(report: dict) -> str:
     """The report as text."""
-    chunks = (
-        f"chunks of {report['chunk_size']:,}, k = {report['k']}"
-        if report["chunk_size"]
-        else "whole sequences"
-    )
-    layers = report["stage_layers"]
-    runs = [f"{len(list(own))} x {count}" for count, own in groupby(layers)]
-    ranks = len(report["memory"]["pipeline_ranks_gib"])
-    stage_text = (
-        f"pipelines of {ranks} ranks, layers of stages {', '.join(runs)}; " if len(layers) > 1 else ""
-    )
-    gathered = (
-        "gathered layer by layer (ZeRO-3)" if report["reshard_after_forward"] else "gathered once a step"
-    )
+    chunks = "whole sequences"
+    if report["chunk_size"]:
+        chunks = f"chunks of {report['chunk_size']:,}, k = {report['k']}"
+    layers, ranks = report["stage_layers"], len(report["memory"]["pipeline_ranks_gib"])
+    runs = ", ".join(f"{len(list(equal))} x {count}" for count, equal in groupby(layers))
+    stage_text = f"pipelines of {ranks} ranks, layers of stages {runs}; " if len(layers) > 1 else ""
+    gathered = "layer by layer (ZeRO-3)" if report["reshard_after_forward"] else "once a step"
     lines = [
         f"{report['model']}, {report['parameters']:,} parameters, {chunks}",
         f"{report['ranks']} ranks: {stage_text}{report['replicas']} data-parallel; {report['shards']} shards,"
-        f" {gathered}",
+        f" gathered {gathered}",
     ]
     if report["notice"]:
         lines.append(report["notice"])
@@ -214,9 +204,8 @@ def table(report: dict) -> str:
     lines += ["", f"{'a step, of the first ' + str(report['steps']):<46}{'mean':>12}{'worst':>12}{last:>16}"]
     for name, (text, form) in FIGURES.items():
         if name in report["mean"]:
-            mean, worst, stress = (
-                format(report[column][name], form) for column in ("mean", "worst", "longest_sequence")
-            )
+            columns = report["mean"], report["worst"], report["longest_sequence"]
+            mean, worst, stress = (format(column[name], form) for column in columns)
             lines.append(f"  {text:<44}{mean:>12}{worst:>12}{stress:>16}")
     ours, stress = report["memory"], report["memory_longest_sequence"]
     lines += ["", f"{'GiB at the peak of the fullest rank, predicted':<58}{'worst':>12}{last:>16}"]
@@ -227,10 +216,8 @@ def table(report: dict) -> str:
     lines.append(f"  {'total':<56}{ours['total_gib']:>12.2f}{stress['total_gib']:>16.2f}")
     if len(layers) > 1:
         form = ".0f" if stress["total_gib"] >= 10 else ".2f"
-        lines.append(
-            "  total of each pipeline rank: "
-            + ", ".join(format(gib, form) for gib in stress["pipeline_ranks_gib"])
-        )
+        totals = ", ".join(format(gib, form) for gib in stress["pipeline_ranks_gib"])
+        lines.append(f"  total of each pipeline rank: {totals}")
     if report["host_gib_per_rank"]:
         lines.append(f"  in host memory, a rank: {report['host_gib_per_rank']:.2f}")
     lines.append(

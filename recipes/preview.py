@@ -1,5 +1,4 @@
-"""Shows the sequences of a config's first step as the model will get them: tokens, which have loss, chunk
-boundaries.
+"""Shows the sequences of a config's first step as the model gets them: tokens, their loss mask, chunks.
 
     python recipes/preview.py --job.config_file train_configs/debug_model.toml
 
@@ -16,8 +15,7 @@ from chunkflow.training import build, parallel
 from chunkflow.training.start import main_config, user_errors, world_size
 
 EDGE = 300  # tokens shown at each end of a longer piece
-# ANSI backgrounds, two of each kind in turn, so that one sees where a token ends: greens with loss, greys
-# without.
+# ANSI backgrounds, two in turn to show where a token ends: greens with loss, greys without.
 WITH_LOSS, WITHOUT_LOSS = ("\33[48;5;22m", "\33[48;5;28m"), ("\33[48;5;236m", "\33[48;5;240m")
 RULE, RESET = "\33[36m", "\33[0m"
 
@@ -36,15 +34,16 @@ def main() -> None:
         step = loader.step_at(0)
     tokenizer = None if config.training.dataset == "synthetic" else spec.tokenizer  # its ids are no text
 
-    # ---- Of each sequence, its pieces in order: where they start and end, and in which chunk they lie.
+    # ---- The pieces of each sequence in order: start, end, and chunk.
     pieces = defaultdict(list)
     for replica, groups in enumerate(step.plan.groups):
         for group_number, group in enumerate(groups):
             for number, chunk in enumerate(group.chunks, start=1):
                 name = f"rank {replica}, group {group_number}, chunk {number} of {len(group.chunks)}"
+                name += f" ({chunk.tokens:,} tokens)"
                 for segment in chunk.segments:
-                    piece = segment.start, segment.start + segment.length, f"{name} ({chunk.tokens:,} tokens)"
-                    pieces[segment.sequence].append(piece)
+                    end = segment.start + segment.length
+                    pieces[segment.sequence].append((segment.start, end, name))
 
     # ---- The pages.
     legend = "".join(painted(["with loss", "without loss"], [True, False], colours))
@@ -53,10 +52,7 @@ def main() -> None:
     for sequence, (row, length) in enumerate(zip(step.rows, step.lengths)):
         tokens, labels = dataset.row(row, length)
         ids = tokens.tolist()
-        has_loss = [
-            False,
-            *(label != -100 for label in labels.tolist()[1:]),
-        ]  # nothing comes before the first
+        has_loss = [False, *(label != -100 for label in labels.tolist()[1:])]  # nothing predicts the first
         cut = f", cut from {dataset.lengths[row]:,}" if dataset.lengths[row] > length else ""
         print(f"\n{dataset.source(row)}: {length:,} tokens{cut}, {sum(has_loss):,} with loss")
         texts = list(tokenizer.pieces(ids)) if tokenizer else [f"{number} " for number in ids]
@@ -69,24 +65,19 @@ def main() -> None:
 
 
 def painted(texts: list[str], has_loss: list[bool], colours: bool) -> Iterator[str]:
-    """Each token's text on its colour; without colours tokens end in "|", and those with loss stand within «
-    and »."""
+    """Each token's text on its colour; without colours tokens end in "|", and « » enclose those with loss."""
     before = False
-    for place, (text, loss) in enumerate(zip(texts, has_loss)):
+    for index, (text, loss) in enumerate(zip(texts, has_loss)):
         text = "".join(
             letter if letter.isprintable() else "⏎\n" if letter == "\n" else ascii(letter)[1:-1]
             for letter in text
         )
         if colours:
-            paint = (WITH_LOSS if loss else WITHOUT_LOSS)[place % 2]
+            paint = (WITH_LOSS if loss else WITHOUT_LOSS)[index % 2]
             yield paint + text.replace("\n", f"{RESET}\n{paint}") + RESET
         else:
-            yield (
-                ("«" if loss and not before else "»" if before and not loss else "")
-                + text.removesuffix("\n")
-                + "|"
-                + ("\n" if text.endswith("\n") else "")
-            )
+            mark = "«" if loss and not before else "»" if before and not loss else ""
+            yield mark + text.removesuffix("\n") + "|" + ("\n" if text.endswith("\n") else "")
         before = loss
     if before and not colours:
         yield "»"

@@ -1,7 +1,4 @@
-"""From a config to what a run is made of: tokenizer, model sizes, plan settings, loader; and all checks of
-them."""
-
-from __future__ import annotations
+"""From a config to the parts of a run: tokenizer, model, plan settings, data loader; and their checks."""
 
 import dataclasses
 import difflib
@@ -54,11 +51,10 @@ class ModelSpec(NamedTuple):
 
 
 def model_spec(config: Config) -> ModelSpec:
-    """The model, its tokenizer and its stages. ValueError where the settings do not go together."""
+    """The model, its tokenizer and its stages. ValueError where the settings contradict each other."""
     tokenizer = open_tokenizer(config.model)
     family, args = model_args(config.model, config.training.seq_len, tokenizer.vocab_size if tokenizer else 0)
-    name = f"{config.model.name} {config.model.flavor}"
-    parallelism = config.parallelism
+    name, parallelism = f"{config.model.name} {config.model.flavor}", config.parallelism
     if parallelism.pipeline_parallel_degree > 1 and parallelism.fsdp_reshard_after_forward == "always":
         raise ConfigError(
             'parallelism.fsdp_reshard_after_forward = "always" would gather every layer for every chunk, and'
@@ -68,10 +64,7 @@ def model_spec(config: Config) -> ModelSpec:
 
 
 def check(config: Config) -> ModelSpec:
-    """All that the config, this machine's devices and the named model can tell, save for what storage reads.
-
-    Raises ValueError, one sentence.
-    """
+    """Checks the config against the model and this machine's devices. ValueError, one sentence."""
     spec, training, fake = model_spec(config), config.training, config.comm.mode == "fake_backend"
     float8 = config.quantize.linear.float8
     check_converters(config.model.converters, float8, spec.family, spec.args, training.dtype, fake)
@@ -89,10 +82,9 @@ def check_cuda_dtype(settings: options.Training) -> None:
 
 
 def plan_settings(config: Config, spec: ModelSpec, replicas: int) -> PlanSettings:
-    """What plans depend on, for so many data-parallel replicas."""
-    chunkflow, ranks = config.chunkflow, config.parallelism.pipeline_parallel_degree
-    last = len(spec.layers) - 1
-    costs = [Cost.of_layers(spec.args, len(own), stage == last) for stage, own in enumerate(spec.layers)]
+    """What plans depend on, for this number of data-parallel replicas."""
+    chunkflow, last = config.chunkflow, spec.layers[-1]
+    costs = [Cost.of_layers(spec.args, len(layers), head=layers is last) for layers in spec.layers]
     return PlanSettings(
         Cost.of_model(spec.args),
         replicas=replicas,
@@ -103,15 +95,15 @@ def plan_settings(config: Config, spec: ModelSpec, replicas: int) -> PlanSetting
         balance=chunkflow.balance,
         lockstep=reshards(config.parallelism, replicas),
         stages=tuple(costs),
-        pipeline_ranks=ranks,
+        pipeline_ranks=config.parallelism.pipeline_parallel_degree,
     )
 
 
 def open_data(settings: options.Training, spec: ModelSpec, seed: int) -> TokenDataset | SyntheticDataset:
-    """The sequences that the run trains on. ValueError for whatever is wrong with them."""
-    logger.info(f"Preparing {settings.dataset} dataset from {settings.dataset_path or 'its default place'}")
-    source, vocab_size = (settings.dataset, settings.dataset_path), spec.args.vocab_size
-    dataset = open_dataset(*source, spec.tokenizer, vocab_size=vocab_size, seed=seed)
+    """The training sequences. ValueError for rows that cannot be used."""
+    name, path = settings.dataset, settings.dataset_path
+    logger.info(f"Preparing {name} dataset from {path or 'its default place'}")
+    dataset = open_dataset(name, path, spec.tokenizer, vocab_size=spec.args.vocab_size, seed=seed)
     total, longest = sum(dataset.lengths), max(dataset.lengths)
     logger.info(f"{len(dataset):,} sequences, {total:,} tokens, the longest has {longest:,}")
     return dataset
@@ -120,23 +112,15 @@ def open_data(settings: options.Training, spec: ModelSpec, seed: int) -> TokenDa
 def open_loader(
     settings: options.Training, dataset, plan: PlanSettings, replica: int, seed: int, **changes: Any
 ) -> ChunkDataLoader:
-    """The chunks of one replica. `changes`: other arguments of ChunkDataLoader than training's.
+    """The chunks of one replica. `changes` replace arguments of ChunkDataLoader.
 
-    Plans of pipelines take long enough to be made in a process of their own. ValueError for overlong
-    sequences that the settings do not admit.
+    ValueError for overlong sequences that the settings do not admit.
     """
-    arguments = {
-        "replica": replica,
-        "global_batch_size": settings.global_batch_size,
-        "seq_len": settings.seq_len,
-        "overlong": settings.overlong,
-        "shuffle": settings.shuffle,
-        "seed": seed,
-        "make_plan": PlanProcess(plan, replica)
-        if plan.pipeline_ranks > 1 and "make_plan" not in changes
-        else None,
-    }
-    loader = ChunkDataLoader(dataset, plan, **(arguments | changes))
+    if plan.pipeline_ranks > 1 and "make_plan" not in changes:
+        changes["make_plan"] = PlanProcess(plan, replica)  # plans of pipelines take long: not in this process
+    names = ("global_batch_size", "seq_len", "overlong", "shuffle")
+    arguments = {name: getattr(settings, name) for name in names} | changes
+    loader = ChunkDataLoader(dataset, plan, replica=replica, seed=seed, **arguments)
     if loader.notice:
         logger.info(loader.notice)
     return loader
@@ -146,21 +130,20 @@ def open_loader(
 
 
 def open_tokenizer(settings: options.Model) -> Tokenizer | None:
-    """That of model.tokenizer_path, else of model.hf_assets_path, else the shipped one. None: the folder has
-    none, and ready token ids are all that can be read."""
-    path, folder = settings.tokenizer_path, settings.hf_assets_path
-    if folder and not path:
-        files = [Path(folder).expanduser() / name for name in ("tokenizer.json", "tokenizer.model")]
+    """From model.tokenizer_path, else model.hf_assets_path, else the shipped one. None where hf_assets_path
+    is a folder without a tokenizer: then only ready token ids can be read."""
+    path = settings.tokenizer_path or settings.hf_assets_path
+    if path and not settings.tokenizer_path:
+        files = [Path(path).expanduser() / name for name in ("tokenizer.json", "tokenizer.model")]
         if not any(file.is_file() for file in files):
             return None
-        path = folder
     return Tokenizer(path)
 
 
 def model_args(settings: options.Model, seq_len: int, vocab_size: int):
-    """The module of the model's family and its sizes, overrides applied.
+    """The module of the model's family and its sizes, with the config's overrides.
 
-    `vocab_size` is the tokenizer's. A debug model takes it over; for a real model it is only an upper bound.
+    `vocab_size` is the tokenizer's: a debug model takes it over, any other must have at least as many.
     ValueError where name, flavor, positions (for sequences of `seq_len` tokens) or vocabulary don't fit.
     """
     if settings.name not in families:
@@ -173,8 +156,16 @@ def model_args(settings: options.Model, seq_len: int, vocab_size: int):
     family: ModuleType = families[settings.name]
     if settings.hf_assets_path:
         _, args = model_of(settings.hf_assets_path)
+    elif settings.flavor not in family.flavors:
+        near = difflib.get_close_matches(settings.flavor, family.flavors, n=1, cutoff=0.3)
+        raise ValueError(
+            f'model.flavor = "{settings.flavor}" is not a {settings.name} model: use one of'
+            f" {', '.join(family.flavors)}" + (f'; did you mean "{near[0]}"?' if near else "")
+        )
     else:
-        args = _flavor(settings, family, vocab_size)
+        args = family.flavors[settings.flavor]
+        if settings.flavor == "debugmodel":
+            args = dataclasses.replace(args, vocab_size=vocab_size)
     if vocab_size > args.vocab_size:
         raise ValueError(
             f"the tokenizer has {vocab_size:,} tokens, but {settings.name} {settings.flavor} embeds"
@@ -194,24 +185,11 @@ def model_args(settings: options.Model, seq_len: int, vocab_size: int):
     return family, args
 
 
-def _flavor(settings, family: ModuleType, vocab_size: int):
-    if settings.flavor not in family.flavors:
-        near = difflib.get_close_matches(settings.flavor, family.flavors, n=1, cutoff=0.3)
-        raise ValueError(
-            f'model.flavor = "{settings.flavor}" is not a {settings.name} model: use one of'
-            f" {', '.join(family.flavors)}" + (f'; did you mean "{near[0]}"?' if near else "")
-        )
-    args = family.flavors[settings.flavor]
-    return dataclasses.replace(args, vocab_size=vocab_size) if settings.flavor == "debugmodel" else args
-
-
 def positions(args) -> int:
-    """How far a model reaches, in tokens. Qwen's folders keep max_position_embeddings when they turn on
-    YaRN."""
+    """The longest sequence of a model, in tokens. Qwen's folders keep max_position_embeddings with YaRN."""
     scaling = args.rope_scaling or {}
-    extended = (
-        scaling.get("original_max_position_embeddings", 0) * scaling["factor"]
-        if rope_type(scaling) == "yarn"
-        else 0
+    if rope_type(scaling) != "yarn":
+        return args.max_positions
+    return max(
+        args.max_positions, int(scaling.get("original_max_position_embeddings", 0) * scaling["factor"])
     )
-    return max(args.max_positions, int(extended))

@@ -1,12 +1,8 @@
-"""Linear layers that multiply in float8 or int8 (torchao): inputs, weights and gradients are cast for each
-product.
+"""Linear layers that cast inputs, weights and gradients to float8 or int8 for each product (torchao).
 
-The layers' parameters keep their names, their dtype and their bytes. The head stays as it is: its product is
-the loss's own (chunkflow.execution.loss). torchao is imported here only when a converter is asked for: that
-takes seconds, and it warns.
+Parameters keep their names, dtype and bytes. The head is not converted: chunkflow.execution.loss computes its
+product. torchao is imported only when a converter is set: that takes seconds, and it warns.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import logging
@@ -20,15 +16,14 @@ from chunkflow.settings import options
 
 logger = logging.getLogger(__name__)
 
-# torchtitan's word in filter_fqns: also leave out the layers that torchao's benchmarks found too small to
-# gain.
+# torchtitan's word in filter_fqns: also skip the layers that torchao's benchmarks found too small to gain.
 SMALL_LAYERS = "auto_filter_small_kn"
 
 
 def check_converters(
     converters: list[str], float8: options.Float8, family: ModuleType, args: Any, dtype: str, fake: bool
 ) -> None:
-    """That model.converters can run here and find layers. ValueError, one sentence, where not.
+    """ValueError, one sentence, where model.converters cannot run on this machine or find no layers.
 
     `dtype`: training.dtype; `fake`: on the fake backend.
     """
@@ -49,14 +44,12 @@ def check_converters(
             device = f"{torch.cuda.get_device_name()} has none" if cuda else "this runs on the CPU"
             raise ValueError(
                 'model.converters = "float8" needs a GPU with float8 products (compute capability 8.9), but'
-                f" {device}: set"
-                ' quantize.linear.float8.emulate to try it without, or use "int8"'
+                f' {device}: set quantize.linear.float8.emulate to try it without, or use "int8"'
             )
         if SMALL_LAYERS in float8.filter_fqns and float8.recipe_name == "rowwise_with_gw_hp":
             raise ValueError(
                 f'quantize.linear.float8.filter_fqns = "{SMALL_LAYERS}" has no figures for recipe_name ='
-                ' "rowwise_with_gw_hp": name'
-                " the layers to leave out instead"
+                ' "rowwise_with_gw_hp": name the layers to leave out instead'
             )
     with torch.device("meta"):
         model = family.Transformer(args)
@@ -66,25 +59,21 @@ def check_converters(
             if word != SMALL_LAYERS and not any(word in name for name in names):
                 raise ValueError(
                     f'quantize.linear.float8.filter_fqns = "{word}" is part of no linear layer\'s name: use'
-                    " parts of names such as"
-                    f" {', '.join(name for name in names if name.startswith('layers.0.'))}"
+                    f" parts of names such as {', '.join(n for n in names if n.startswith('layers.0.'))}"
                 )
     if not layers_to_convert(model, converters, float8):
         raise ValueError(
             f'model.converters = "{converters[0]}" finds no layer of the model to convert: remove it, or'
-            " change"
-            " quantize.linear.float8.filter_fqns (sizes have to be multiples of 16, too)"
+            " change quantize.linear.float8.filter_fqns (sizes have to be multiples of 16, too)"
         )
 
 
 def layers_to_convert(model: nn.Module, converters: list[str], float8: options.Float8) -> set[str]:
-    """Names of the linear layers whose sizes are multiples of 16, save for the head and, with float8, those
-    of filter_fqns."""
-    left_out = {"output"}
-    if converters == ["float8"]:
-        left_out |= set(float8.filter_fqns)
+    """Names of the linear layers with sizes that are multiples of 16, except the head and, with float8, those
+    that filter_fqns excludes."""
+    excluded = {"output", *(float8.filter_fqns if converters == ["float8"] else ())}
     large = None
-    if SMALL_LAYERS in left_out:
+    if SMALL_LAYERS in excluded:
         from torchao.float8 import _auto_filter_for_recipe
 
         large = _auto_filter_for_recipe(float8.recipe_name or "tensorwise", [])
@@ -93,26 +82,25 @@ def layers_to_convert(model: nn.Module, converters: list[str], float8: options.F
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and module.in_features % 16 == 0 == module.out_features % 16
-        and not any(word in name for word in left_out)
+        and not any(word in name for word in excluded)
         and (large is None or large(module, name))
     }
 
 
 def convert_model(model: nn.Module, converters: list[str], float8: options.Float8) -> None:
-    """Applies model.converters to a model, or to the stage of one; before it is compiled, sharded and
-    filled."""
+    """Applies model.converters to a model or a stage of one, before it is compiled, sharded and filled."""
     if not converters:
         return
     (converter,) = converters
     names = layers_to_convert(model, converters, float8)
     linear_layers = sum(isinstance(module, nn.Linear) for module in model.modules())
+    how = ""
     chosen = lambda module, name: name in names  # noqa: E731
     if converter == "float8":
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
         recipe = Float8LinearConfig.from_recipe_name(float8.recipe_name or "tensorwise")
-        # A weight's gradient is a product over a chunk's tokens, of which float8 kernels want a multiple of
-        # 16: pad with zeros.
+        # A weight's gradient is a product over a chunk's tokens; float8 kernels want a multiple of 16: pad.
         recipe = dataclasses.replace(recipe, emulate=float8.emulate, pad_inner_dim=True)
         convert_to_float8_training(model, config=recipe, module_filter_fn=chosen)
         how = f", {float8.recipe_name or 'tensorwise'}{', emulated' if float8.emulate else ''}"
@@ -120,10 +108,8 @@ def convert_model(model: nn.Module, converters: list[str], float8: options.Float
         from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
         from torchao.quantization import quantize_
 
-        # Swapped modules instead of weights of a tensor subclass: parameters are then like any others for
-        # FSDP2 and checkpoints.
+        # Modules are swapped, not weights' classes, so that FSDP2 and checkpoints see ordinary parameters.
         quantize_(model, Int8MixedPrecisionTrainingConfig(module_swap=True), filter_fn=chosen)
-        how = ""
     logger.info(
         f"Converted {len(names)} of {linear_layers} linear layers to {converter} training{how}; weights stay"
     )

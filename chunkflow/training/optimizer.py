@@ -1,7 +1,5 @@
 """The optimizer and torchtitan's learning-rate schedule: warm-up, stable, decay."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -9,10 +7,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from chunkflow.settings import options
+from chunkflow.training.parallel import to_local
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +18,7 @@ logger = logging.getLogger(__name__)
 def check_optimizer(
     settings: options.Optimizer, compiling: options.Compile, training: options.Training, fake: bool
 ) -> None:
-    """That the optimizer can run here (`fake`: on the fake backend). ValueError, one sentence, where not."""
+    """ValueError, one sentence, where the optimizer cannot run on this machine (`fake`: the fake backend)."""
     if settings.name == "AdamW8bit":
         if training.dtype == "float64":
             raise ValueError(
@@ -30,14 +28,12 @@ def check_optimizer(
         if settings.implementation != "fused":
             raise ValueError(
                 f'optimizer.implementation = "{settings.implementation}" is for AdamW, optimizer.name ='
-                ' "AdamW8bit" has its own'
-                " kernels: remove one"
+                ' "AdamW8bit" has its own kernels: remove one'
             )
         if fake:
             raise ValueError(
                 'optimizer.name = "AdamW8bit" reads its tensors, which have no content with comm.mode ='
-                ' "fake_backend": set "AdamW"'
-                " for this check"
+                ' "fake_backend": set "AdamW" for this check'
             )
     compiled = {
         'optimizer.name = "AdamW8bit"': settings.name == "AdamW8bit",
@@ -72,21 +68,19 @@ def build_optimizer(model: nn.Module, settings: options.Optimizer) -> Optimizer:
     }
     if settings.name == "AdamW8bit":
         return _adamw_8bit(model, arguments)
-    fused, foreach = settings.implementation == "fused", settings.implementation == "foreach"
-    return torch.optim.AdamW(model.parameters(), **arguments, fused=fused, foreach=foreach)
+    arguments |= {name: settings.implementation == name for name in ("fused", "foreach")}
+    return torch.optim.AdamW(model.parameters(), **arguments)
 
 
 def _adamw_8bit(model: nn.Module, arguments: dict) -> Optimizer:
-    """Moments in 8 bits with a scale for each block of 256; a rank's part of fewer than 4096 elements, or of
-    no whole number of blocks, keeps its moments in float32. torchao is imported here: it takes seconds, and
-    it warns."""
+    """Moments in 8 bits with a scale for each block of 256; shards of fewer than 4096 elements, or of no
+    whole blocks, have theirs in float32. torchao is imported only here: it takes seconds, and it warns."""
     from torchao.optim import AdamW8bit
     from torchao.optim.subclass_8bit import OptimState8bit
 
     @OptimState8bit.implements(torch.ops.aten.new_empty.default)
     def new_empty(function, types, given, named):
-        """What torchao 0.18 lacks for dcp.async_save, which makes such a state and then copies the three
-        tensors of another."""
+        """For dcp.async_save, which makes an empty state to copy another into; torchao 0.18 lacks it."""
         state, size = given
         scale, qmap = (part.new_empty(part.shape, **named) for part in (state.scale, state.qmap))
         return OptimState8bit(
@@ -95,21 +89,16 @@ def _adamw_8bit(model: nn.Module, arguments: dict) -> Optimizer:
 
     optimizer = AdamW8bit(model.parameters(), **arguments)
     tensors = optimizer_tensors(optimizer, dict(model.named_parameters()))
-    moments = [state for name, state in tensors.items() if not name.endswith(".step")]
-    locals_ = [state.to_local() if isinstance(state, DTensor) else state for state in moments]
-    parts = [
-        part
-        for state in locals_
-        for part in ([state.codes, state.scale, state.qmap] if hasattr(state, "codes") else [state])
-    ]
+    moments = [to_local(state) for name, state in tensors.items() if not name.endswith(".step")]
+    parts = []
+    for state in moments:
+        parts += [state.codes, state.scale, state.qmap] if hasattr(state, "codes") else [state]
     logger.info(
         f"AdamW8bit keeps this rank's moments in {sum(part.nbytes for part in parts):,} bytes, AdamW would"
-        f" take {4 * sum(state.numel() for state in locals_):,}"
+        f" take {4 * sum(state.numel() for state in moments):,}"
     )
-    if _compiles_nothing():
-        torch.compiler.set_stance(
-            "force_eager"
-        )  # torchao asks for one whole graph, which is an error where nothing compiles
+    if _compiles_nothing():  # torchao asks for one whole graph, which is then an error
+        torch.compiler.set_stance("force_eager")
     else:
         logger.info("AdamW8bit compiles its update in the first step, which takes up to a minute")
     return optimizer
@@ -118,12 +107,11 @@ def _adamw_8bit(model: nn.Module, arguments: dict) -> Optimizer:
 def optimizer_tensors(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, torch.Tensor]:
-    """All state of the optimizer as "optimizer.NAME.KEY", for the names given; zeros where there has been no
-    step yet.
+    """State of the optimizer as "optimizer.NAME.KEY", for the given parameters; zeros before the first step.
 
-    The tensors themselves, sharded as their parameters are: torch.distributed.checkpoint saves them and loads
-    into them. Another number of ranks may load them, with one exception: where it would cut an 8-bit block of
-    256 elements, torchao raises a ValueError (rows whose length is a multiple of 256 are never cut).
+    The tensors themselves, sharded like their parameters: torch.distributed.checkpoint saves them and loads
+    into them. Another number of ranks may load them, except where it would cut an 8-bit block of 256
+    elements: torchao then raises ValueError (rows with a multiple of 256 elements are never cut).
     """
     tensors = {}
     for group in optimizer.param_groups:
@@ -135,22 +123,15 @@ def optimizer_tensors(
             if not state:  # as the first step would make it
                 step_device = parameter.device if group.get("fused") else "cpu"
                 state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
-                zeros = getattr(optimizer, "_new_buffer", None)  # torchao's
-                state["exp_avg"] = zeros(parameter, True) if zeros else torch.zeros_like(parameter)
-                state["exp_avg_sq"] = zeros(parameter, False) if zeros else torch.zeros_like(parameter)
+                # torchao's optimizers choose their dtype
+                zeros = getattr(optimizer, "_new_buffer", lambda like, signed: torch.zeros_like(like))
+                state |= {"exp_avg": zeros(parameter, True), "exp_avg_sq": zeros(parameter, False)}
             tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
     return tensors
 
 
-def learning_rate_factor(
-    step: int, steps: int, warmup: int, decay_ratio: float | None, decay_type: str, minimum: float
-) -> float:
-    """The share of the full rate that the update of `step` (from 1) uses.
-
-    Linear warm-up over `warmup` steps, then the full rate, then decay over the last `decay_ratio` of all
-    steps (unset: over all that is left after warm-up) towards `minimum`.
-    """
-    warmup = min(warmup, steps)
+def _factor(step: int, steps: int, schedule: options.LrScheduler) -> float:
+    warmup, decay_ratio = min(schedule.warmup_steps, steps), schedule.decay_ratio
     decay = steps - warmup if decay_ratio is None else min(round(steps * decay_ratio), steps - warmup)
     if step <= warmup:
         return step / warmup
@@ -158,25 +139,25 @@ def learning_rate_factor(
     if done < 0:
         return 1.0
     progress = done / decay
-    left = {
+    remaining = {
         "linear": 1 - progress,
         "sqrt": 1 - math.sqrt(progress),
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-    }[decay_type]
-    return minimum + (1 - minimum) * left
+    }[schedule.decay_type]
+    return schedule.min_lr_factor + (1 - schedule.min_lr_factor) * remaining
 
 
 def set_learning_rate(
     optimizer: Optimizer, step: int, rate: float, schedule: options.LrScheduler, steps: int
 ) -> float:
-    """Sets and returns the rate that the update of `step` uses; `rate` is the full one, `steps` those of the
-    run."""
-    warmup, minimum = schedule.warmup_steps, schedule.min_lr_factor
-    rate *= learning_rate_factor(step, steps, warmup, schedule.decay_ratio, schedule.decay_type, minimum)
+    """Sets and returns the learning rate of `step` (from 1), of a run of `steps` with the full rate `rate`.
+
+    Linear warm-up, then the full rate, then decay over the last decay_ratio of all steps (unset: over all
+    after warm-up) towards min_lr_factor of the full rate.
+    """
+    rate *= _factor(step, steps, schedule)
     for group in optimizer.param_groups:
-        if isinstance(
-            group["lr"], torch.Tensor
-        ):  # torchao's, so that a new rate is no reason to compile anew
+        if isinstance(group["lr"], torch.Tensor):  # torchao's: a new rate then compiles nothing anew
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate

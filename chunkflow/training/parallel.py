@@ -1,7 +1,4 @@
-"""Processes, device meshes, FSDP2: how one model becomes many ranks, with the same start and the same sums on
-any layout."""
-
-from __future__ import annotations
+"""Processes, device meshes, FSDP2: the same initial weights and the same sums on any number of ranks."""
 
 import functools
 import hashlib
@@ -29,8 +26,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 
 class Processes(NamedTuple):
-    """This process among all. A pipeline rank's replicas are next to each other:
-    rank = pipeline_rank * replicas + replica."""
+    """This process among all: rank = pipeline_rank * replicas + replica."""
 
     device: torch.device
     mesh: DeviceMesh
@@ -39,11 +35,11 @@ class Processes(NamedTuple):
     pipeline_rank: int
     pipeline_ranks: int
     replica: int
-    replicas: int  # data-parallel ranks, each of them perhaps a pipeline
+    replicas: int  # data-parallel, each one rank or one pipeline
 
     @property
     def last_stage(self) -> bool:
-        """Whether this rank has the last stage, which makes the loss."""
+        """Whether this rank has the last stage, which computes the loss."""
         return self.pipeline_rank == self.pipeline_ranks - 1
 
     @property
@@ -54,13 +50,13 @@ class Processes(NamedTuple):
 
     @property
     def data_mesh(self) -> DeviceMesh:
-        """The ranks that share, or replicate, the parameters of this rank's stages."""
+        """The ranks that shard or replicate the parameters of this rank's stages."""
         return self.mesh[tuple(name for name in self.mesh.mesh_dim_names if name != "pp")]
 
 
 def set_seed(settings: options.Debug) -> int:
-    """The seed of weights and data order: debug.seed, or 0. With debug.deterministic, only kernels that
-    repeat bit for bit."""
+    """Sets and returns the seed of weights and data order: debug.seed, or 0. debug.deterministic allows only
+    kernels that repeat bit for bit."""
     seed = settings.seed or 0
     torch.manual_seed(seed)
     if settings.deterministic:
@@ -70,11 +66,11 @@ def set_seed(settings: options.Debug) -> int:
 
 
 def init_processes(comm: options.Comm, degrees: options.Parallelism) -> Processes:
-    """Joins the process group that torchrun set up (alone: a group of one) and builds the device mesh.
+    """Joins torchrun's process group (without torchrun: a group of one) and builds the device mesh.
 
-    The mesh is (dp_shard,) or, with replicated shards (HSDP), (dp_replicate, dp_shard); a pipeline puts "pp"
-    before them. With comm.mode = "fake_backend" this process stands for rank 0 of NGPU x NNODES, on the CPU,
-    and nothing is sent.
+    Its dimensions are ("pp", "dp_replicate", "dp_shard"); the first two only where their size is above 1.
+    With comm.mode = "fake_backend" this process stands for rank 0 of NGPU x NNODES, on the CPU, and nothing
+    is sent.
     """
     fake = comm.mode == "fake_backend"
     cuda = torch.cuda.is_available() and not fake
@@ -89,8 +85,7 @@ def init_processes(comm: options.Comm, degrees: options.Parallelism) -> Processe
         timeout = timedelta(seconds=comm.init_timeout_seconds)
         store, rank, count = dist.HashStore(), 0, 1
         if "RANK" in os.environ:
-            # torchrun's restarts share one store: without a prefix, ranks would look for those of the attempt
-            # that crashed.
+            # torchrun's restarts share one store: the prefix hides the ranks of the attempt that crashed.
             store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
             store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if cuda else "gloo"
@@ -104,24 +99,13 @@ def init_processes(comm: options.Comm, degrees: options.Parallelism) -> Processe
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     if not fake:
         set_timeouts(mesh, comm.init_timeout_seconds)
-    return Processes(
-        device=device,
-        mesh=mesh,
-        rank=rank,
-        count=count,
-        pipeline_rank=rank // replicas,
-        pipeline_ranks=pipeline_ranks,
-        replica=rank % replicas,
-        replicas=replicas,
-    )
+    pipeline_rank, replica = divmod(rank, replicas)
+    return Processes(device, mesh, rank, count, pipeline_rank, pipeline_ranks, replica, replicas)
 
 
 def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:
-    """Gives every process group this timeout: a rank that stops answering then ends the job instead of
-    hanging it.
-
-    The groups of a mesh do not take init_process_group's timeout by themselves.
-    """
+    """Gives every process group this timeout, so that a rank that stops answering ends the job. A mesh's
+    groups do not take over init_process_group's timeout."""
     for group in [dist.group.WORLD, *mesh.get_all_groups()]:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
@@ -129,8 +113,7 @@ def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:
 def apply_activation_checkpoint(model: nn.Module, settings: options.ActivationCheckpoint) -> None:
     """Recomputes whole layers in backward: all ("full") or every n-th ("selective"), as in torchtitan.
 
-    Within the runner this comes on top of k, which recomputes whole chunks; a layer's forward may run again
-    at any time, since writing a chunk's K/V twice changes nothing.
+    This adds to k, which recomputes whole chunks. Writing a chunk's K/V twice changes nothing.
     """
     if settings.mode == "none":
         return
@@ -142,7 +125,7 @@ def apply_activation_checkpoint(model: nn.Module, settings: options.ActivationCh
 
 
 def apply_compile(model: nn.Module, settings: options.Compile) -> None:
-    """Compiles each layer's forward; chunk-aware attention and its state stay outside, as a graph break."""
+    """Compiles each layer's forward, with a graph break at chunk-aware attention and its K/V state."""
     if not settings.enable:
         return
     for layer in model.layers.values():
@@ -151,70 +134,55 @@ def apply_compile(model: nn.Module, settings: options.Compile) -> None:
 
 
 def reshards(settings: options.Parallelism, replicas: int) -> bool:
-    """Whether parameters are resharded after each forward (ZeRO-3): torchtitan's rule, except that one rank
-    has no shards, and that pipelines keep them gathered, since their replicas need not agree on their
-    chunks."""
-    setting = settings.fsdp_reshard_after_forward
+    """Whether parameters are resharded after each forward (ZeRO-3): torchtitan's rule, but never with a
+    pipeline, since replicas have unequal numbers of chunks, and by default not on one rank."""
     if settings.pipeline_parallel_degree > 1:
         return False
+    setting = settings.fsdp_reshard_after_forward
     return setting == "always" or (setting == "default" and replicas > 1)
 
 
 def apply_fsdp(model: nn.Module, mesh: DeviceMesh, settings: options.Training, reshard: bool) -> None:
-    """FSDP2 with one group a layer; embeddings, final norm and head belong to the root (tied ones must share
-    a group).
-
-    Gradients are summed over ranks, never averaged: each rank's loss is divided by the targets of all ranks
-    already.
-    """
-    policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES[settings.mixed_precision_param],
-        reduce_dtype=DTYPES[settings.mixed_precision_reduce],
-    )
-    sharding = {"mesh": mesh, "mp_policy": policy}
+    """FSDP2 with one group a layer; embeddings, final norm and head are in the root's (tied ones must share
+    it). Gradients are summed, not averaged: each rank's loss is divided by the targets of all ranks."""
+    dtype, reduce_dtype = DTYPES[settings.mixed_precision_param], DTYPES[settings.mixed_precision_reduce]
+    sharding = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype)}
     if settings.enable_cpu_offload:
         sharding["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for layer in model.layers.values():
         fully_shard(layer, reshard_after_forward=reshard, **sharding)
     fully_shard(model, reshard_after_forward=False, **sharding)
-    for module in _fsdp_modules(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    whole_gib = (
-        sum(parameter.numel() for parameter in model.parameters()) * policy.param_dtype.itemsize / 2**30
-    )
-    layer_gib = whole_gib / (len(model.layers) + 1)
-    cost = (
-        f"ZeRO-3: about {layer_gib:.2f}GiB, a layer, is gathered at a time, for every chunk; ranks run one"
-        " template of slots"
-        if reshard
-        else f"all {whole_gib:.2f}GiB are gathered once a step and stay; ranks need not agree on their chunks"
-    )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    gib = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize / 2**30
+    cost = f"all {gib:.2f}GiB are gathered once a step and stay; ranks need not agree on their chunks"
+    if reshard:
+        cost = (
+            f"ZeRO-3: about {gib / (len(model.layers) + 1):.2f}GiB, a layer, is gathered at a time, for every"
+            " chunk; ranks run one template of slots"
+        )
     logger.info(f"Applied FSDP to the model, reshard_after_forward = {reshard} ({cost})")
 
 
 def begin_step(model: nn.Module, reshard: bool) -> None:
-    """Before the first chunk. Resharding ranks run in lockstep and reduce at every backward; the others keep
-    parameters and gradients whole until `before_last_backward`, and so need not agree on how many chunks they
-    have."""
+    """Call before the first chunk. Resharding ranks run in lockstep and reduce at every backward; others keep
+    parameters and gradients whole until `before_last_backward`: their numbers of chunks may differ."""
     if not reshard:
         model.set_requires_gradient_sync(False)
         model.set_reshard_after_backward(False)
 
 
 def before_last_backward(model: nn.Module) -> None:
-    """From here on gradients are reduced, layer by layer, and parameters become shards again."""
+    """Makes the next backward reduce gradients and reshard parameters, layer by layer."""
     model.set_requires_gradient_sync(True)
     model.set_reshard_after_backward(True)
 
 
-def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
 @contextmanager
 def default_dtype(name: str):
-    """Parameters made inside are of this dtype."""
+    """Context in which new parameters are of this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[name])
     try:
@@ -224,8 +192,8 @@ def default_dtype(name: str):
 
 
 def named_parameters(models: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
-    """The parameters of a model, or of stages of one, by the whole model's names. A last stage's copy of tied
-    embeddings is named as they are, tok_embeddings.weight."""
+    """Parameters of a model, or of stages of one, by the whole model's names. A last stage's copy of tied
+    embeddings is tok_embeddings.weight, too."""
     named = {}
     for model in models:
         for name, parameter in model.named_parameters():
@@ -235,13 +203,12 @@ def named_parameters(models: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
 
 
 def to_local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a tensor; the tensor itself where it is not sharded."""
+    """This rank's shard; the tensor itself where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_rows(parameter: torch.Tensor) -> slice:
-    """The rows of the whole parameter that are in this rank's shard: cut along the first dimension as
-    torch.chunk cuts. All rows where the parameter is not sharded."""
+    """The rows of the whole parameter in this rank's shard, cut as torch.chunk cuts; all if not sharded."""
     start, stop = 0, parameter.size(0)
     for dimension, placement in enumerate(parameter.placements if isinstance(parameter, DTensor) else ()):
         if placement.is_shard():
@@ -253,8 +220,8 @@ def local_rows(parameter: torch.Tensor) -> slice:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int) -> None:
-    """Fills all parameters. Each is drawn whole from a generator seeded by (seed, its name), then cut: the
-    same start on any layout, whichever parameters this rank or stage has."""
+    """Fills all parameters. Each is drawn whole from a generator seeded by (seed, its name), then cut: all
+    layouts start with the same weights."""
     for name, parameter in named_parameters([model]).items():
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -264,11 +231,8 @@ def init_weights(model: nn.Module, seed: int) -> None:
 
 
 def clip_grad_norm(models: Iterable[nn.Module], max_norm: float, mesh: DeviceMesh) -> torch.Tensor:
-    """Scales gradients so that their global norm is at most `max_norm`; returns the norm before, the same on
-    all ranks. `models`: this rank's stages.
-
-    The second copy of tied embeddings, on a last stage, is scaled like the first, but counts once.
-    """
+    """Scales gradients of this rank's stages so that the global norm is at most `max_norm`; returns the norm
+    before, the same on all ranks. Tied embeddings count once, a last stage's copy is scaled, too."""
     parameters, counted = [], []
     for model in models:
         parameters += model.parameters()
@@ -288,7 +252,7 @@ def clip_grad_norm(models: Iterable[nn.Module], max_norm: float, mesh: DeviceMes
 
 
 def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
-    """Each flag, whether any rank has it: one small collective, by which ranks agree on what comes next."""
+    """For each flag, whether it is set on any rank. One small collective."""
     if dist.get_world_size() == 1:
         return flags
     flags = torch.tensor(flags, dtype=torch.int32, device=device)

@@ -1,11 +1,9 @@
-"""A run that is asked to stop: SIGTERM or SIGUSR1 finish the step and save; the signal again ends at once.
+"""Stopping on request: SIGTERM or SIGUSR1 finish the step and save; a second signal ends at once.
 
-run_train.sh takes the signals for its processes: it writes the file `stop` into the folder
-$CHUNKFLOW_CONTROL, where they look for it, and they answer with the file `saved`. So no launcher in between
-has to forward anything, and each process hears of it once.
+run_train.sh receives the signals for its processes: it writes the file `stop` into the folder
+$CHUNKFLOW_CONTROL, and they answer with the file `saved`. So torchrun need not forward signals, and each
+process is told once.
 """
-
-from __future__ import annotations
 
 import logging
 import os
@@ -21,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether this process was asked to stop. Made once, at the start of a recipe."""
+    """Whether this process was asked to stop. Create one, at the start of a recipe."""
 
     def __init__(self):
         folder = os.environ.get("CHUNKFLOW_CONTROL")
@@ -34,7 +32,7 @@ class StopRequest:
 
     def _receive(self, number: int, frame) -> None:
         if self._signal:
-            os._exit(128 + number)  # what is on the disk is whole at any moment
+            os._exit(128 + number)  # files on the disk are complete at any moment
         self._signal = number
 
     @property
@@ -42,8 +40,7 @@ class StopRequest:
         return self._signal > 0 or (self.control is not None and (self.control / "stop").exists())
 
     def _outlive_no_launcher(self) -> None:
-        """Ends this process when run_train.sh is gone, however it went: two runs must not write one
-        folder."""
+        """Ends this process when run_train.sh is gone, since two runs must not write one folder."""
         launcher = int(os.environ["CHUNKFLOW_LAUNCHER"])
         while True:
             try:
@@ -60,7 +57,5 @@ class StopRequest:
         logger.info(f"Stopped as asked: the same command goes on from here (exit status {SAVED_STATUS})")
         if self.control is None:
             raise SystemExit(SAVED_STATUS)
-        (
-            self.control / "saved"
-        ).touch()  # to torchrun a status other than 0 is a crash, and it might start the run anew
-        raise SystemExit(0)
+        (self.control / "saved").touch()
+        raise SystemExit(0)  # torchrun takes another status for a crash, and may restart the run

@@ -1,6 +1,4 @@
-"""How far a run has come, over all its starts; and steps whose loss or gradients are not finite."""
-
-from __future__ import annotations
+"""How far a run has come, over all restarts; and steps with a loss or gradients that are not finite."""
 
 import logging
 from dataclasses import dataclass
@@ -12,19 +10,16 @@ logger = logging.getLogger(__name__)
 class Progress:
     """Saved with each checkpoint."""
 
-    step: int = 0  # the last one done
+    step: int = 0  # the last finished one
     tokens_seen: int = 0
-    bad_steps: int = 0  # that were not applied
+    bad_steps: int = 0  # not finite, so not applied
     bad_steps_in_a_row: int = 0
 
     def count(
         self, step: int, tokens: int, not_finite: bool, limit: int, grad_norm: float, sources: list[str]
     ) -> None:
-        """A step is done; one whose loss or gradients are not finite was not applied, and is reported with
-        its sequences' FILE:LINE, `sources`.
-
-        ValueError where that makes `limit` (training.max_bad_steps) in a row.
-        """
+        """Counts a step. One that was not finite, so not applied, is reported with its sequences' FILE:LINE,
+        `sources`; ValueError at `limit` (training.max_bad_steps) of them in a row."""
         self.step = step
         self.tokens_seen += tokens
         if not not_finite:

@@ -1,30 +1,22 @@
-"""A model as pipeline stages: which layers are whose, and what stages must agree on once their backwards are
-done."""
-
-from __future__ import annotations
+"""A model as pipeline stages: each stage's layers, and the exchange of tied embeddings' gradients."""
 
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from chunkflow.execution.stage import WholeModel
 from chunkflow.planning.balance import split_layers
 from chunkflow.planning.cost import Cost
 from chunkflow.settings import options
-from chunkflow.training.parallel import Processes, before_last_backward
-
-if TYPE_CHECKING:
-    from chunkflow.execution.pipeline_stage import ChunkStage
+from chunkflow.training.parallel import Processes, before_last_backward, to_local
 
 
 def layers_of_stages(settings: options.Parallelism, args, model: str) -> list[range]:
-    """Each stage's layers: one range where there is no pipeline. `model`: what to call it in errors.
+    """Each stage's layers; one range without a pipeline. `model` is its name in errors.
 
-    ValueError where layers, ranks and schedule do not go together.
+    ValueError where the numbers of layers and ranks do not fit the schedule.
     """
     ranks, each = settings.pipeline_parallel_degree, settings.pipeline_parallel_layers_per_stage
     if ranks == 1:
@@ -53,15 +45,11 @@ def layers_of_stages(settings: options.Parallelism, args, model: str) -> list[ra
     return [range(end - count, end) for end, count in zip(ends, counts)]
 
 
-def stage_costs(args, layers: list[range]) -> list[Cost]:
-    return [Cost.of_layers(args, len(own), head=stage == len(layers) - 1) for stage, own in enumerate(layers)]
-
-
 def build_stages(
     family: ModuleType, args, layers: list[range], rank: int, ranks: int
 ) -> dict[int, nn.Module]:
-    """The stages of one pipeline rank, by number: the whole model with the others' layers and ends deleted,
-    names unchanged."""
+    """The stages of one pipeline rank, by number: each the whole model without other stages' modules, names
+    unchanged."""
     models = {}
     for stage in range(rank, len(layers), ranks):
         model = models[stage] = family.Transformer(args)
@@ -76,9 +64,8 @@ def build_stages(
 
 
 def sum_tied_gradients(models: dict[int, nn.Module], processes: Processes) -> None:
-    """Where the head is the embeddings' weight, the first and the last rank hold a copy each. They exchange
-    its gradients and add them up, which gives both the same bits; equal optimizer steps then keep the copies
-    equal."""
+    """Adds up the gradients of tied embeddings, of the first and of the last pipeline rank.
+    Both get the same bits, so that equal optimizer steps keep the copies equal."""
     if processes.pipeline_ranks == 1:
         return
     mesh, device = processes.mesh, processes.device
@@ -86,25 +73,24 @@ def sum_tied_gradients(models: dict[int, nn.Module], processes: Processes) -> No
         end = model.tok_embeddings or model.output
         if end is None or not model.args.tied_embeddings:
             continue
-        gradient = end.weight.grad
-        own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        sent, received = own.to(device), torch.empty_like(own, device=device)
+        gradient = to_local(end.weight.grad)
+        sent, received = gradient.to(device), torch.empty_like(gradient, device=device)
         group, peer = mesh.get_group("pp"), 0 if model.tok_embeddings is None else mesh.size(0) - 1
         both = [(dist.isend, sent), (dist.irecv, received)]
         operations = [dist.P2POp(kind, tensor, group=group, group_peer=peer) for kind, tensor in both]
         for work in dist.batch_isend_irecv(operations):
             work.wait()
-        own += received.to(own.device)
+        gradient += received.to(gradient.device)
 
 
 def make_stages(
     models: dict[int, nn.Module], count: int, processes: Processes, hidden_dtype: torch.dtype
-) -> list[WholeModel | ChunkStage]:
-    """What the runner runs: the whole model, or this rank's of `count` stages of
-    torch.distributed.pipelining, which pass hidden states in `hidden_dtype`."""
+) -> list:
+    """The runner's stages: one WholeModel, or this rank's ChunkStages of `count` in the pipeline; these pass
+    hidden states in `hidden_dtype`."""
     if count == 1:
         return [WholeModel(model, before_last_backward) for model in models.values()]
-    from chunkflow.execution.pipeline_stage import ChunkStage  # here: one process does without pipelines
+    from chunkflow.execution.pipeline_stage import ChunkStage  # here: one process needs no pipelining
 
     device, group = processes.device, processes.mesh.get_group("pp")
     return [

@@ -1,7 +1,5 @@
-"""How a recipe starts: its checked config, error messages instead of tracebacks, the log, garbage collection.
-Torch is imported only where it is needed, so that a mistyped key is answered at once."""
-
-from __future__ import annotations
+"""How a recipe starts: its checked config, errors as one sentence, the log, garbage collection. Torch is
+imported only where it is needed, so that a mistyped key is answered at once."""
 
 import gc
 import logging
@@ -22,10 +20,10 @@ logger = logging.getLogger(__name__)
 def main_config(
     argv: list[str] | None = None, check: Callable | None = None, planned: bool = False
 ) -> Config:
-    """The first line of a recipe: the checked config, or `error: ...` on stderr and exit status 2.
+    """The checked config of a command line, or `error: ...` on stderr and exit status 2.
 
-    `check(config)` adds the recipe's rules: it raises ValueError with one sentence. With --check on the
-    command line nothing but the checks runs. `planned` is that of world_size.
+    `check(config)` adds the recipe's rules: it raises ValueError with one sentence. With --check among the
+    arguments the process ends after the checks. `planned`: see world_size.
     """
     argv = sys.argv[1:] if argv is None else argv
     only_check = "--check" in argv
@@ -51,8 +49,8 @@ def main_config(
 
 
 def read_config(argv: list[str]) -> Config:
-    """The config of a command line; model.hf_assets_path decides on model.name and model.flavor. ValueError
-    for wrong settings, or a config.json of that folder that cannot be used."""
+    """The config of a command line; the folder model.hf_assets_path determines model.name and model.flavor.
+    ValueError for wrong settings, or where that folder's config.json cannot be used."""
     config = load_config(argv)
     if folder := config.model.hf_assets_path:
         from models.hf_config import model_of
@@ -63,9 +61,9 @@ def read_config(argv: list[str]) -> Config:
 
 
 def world_size(planned: bool = False) -> int:
-    """The number of processes: torchrun's; without torchrun one or, if `planned`, NGPU x NNODES: for a
-    process that stands for as many (--check, recipes that only plan, the fake backend). ConfigError where
-    these are no whole numbers of at least 1."""
+    """The number of processes: torchrun's; without torchrun one or, if `planned`, NGPU x NNODES, which one
+    process stands for (--check, recipes that only plan, the fake backend). ConfigError where these are not
+    whole numbers of at least 1."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     count = 1
@@ -107,7 +105,7 @@ def check_paths(config: Config) -> None:
 @contextmanager
 def user_errors():
     """Turns ValueError and OSError (of data, model or disk) into `error: ...` on stderr and exit status 1.
-    Ranks other than 0 raise the error, which may be theirs alone: torchrun then reports it."""
+    Ranks other than 0 raise the error, since rank 0 may not have it: torchrun then reports it."""
     try:
         yield
     except (OSError, ValueError) as error:

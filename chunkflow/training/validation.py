@@ -1,12 +1,8 @@
-"""The loss of other data while a model trains: [validation], by the same chunks, forward only, exact, and by
-position.
+"""[validation]: the exact loss of other data while a model trains, in the same chunks, forward only.
 
 Sequences longer than a chunk run chunk after chunk on the K/V of those before, so any length fits, and no
-activations are kept. The loss at far positions beside that at near ones shows whether a model makes use of
-far context.
+activations are kept. The loss by position shows whether a model makes use of far context.
 """
-
-from __future__ import annotations
 
 import functools
 import logging
@@ -31,15 +27,13 @@ logger = logging.getLogger(__name__)
 
 
 class LossByPosition:
-    """Sums of token losses, and how many there are, in fp64 on the device: a column for positions below 1K,
-    4K, 16K, 64K, ...
+    """Sums and numbers of token losses, in fp64 on the device: a column for positions below 1K, 4K, 16K, ...
+    up to `longest`, the tokens of the longest sequence.
 
-    A loss belongs to the position of the token that predicts: at position p, p + 1 tokens of its sequence are
-    known.
+    The position of a loss is that of the token that predicts: at position p, p + 1 tokens are known.
     """
 
     def __init__(self, longest: int, device: torch.device):
-        """`longest`: tokens of the longest sequence there may be."""
         ends = [1024]
         while ends[-1] < longest:
             ends.append(4 * ends[-1])
@@ -55,48 +49,32 @@ class LossByPosition:
         self.figures[1] += inside.sum(1)
 
     def result(self) -> tuple[float, int, dict[str, tuple[float, int]]]:
-        """Mean loss (0 without targets) and targets of everything; the same of each range of positions that
-        has a target."""
+        """Mean loss (0 without targets) and number of targets; both again for each column with targets."""
         sums, counts = self.figures.tolist()
-        by_position = {
-            name: (total / count, int(count)) for name, total, count in zip(self.names, sums, counts) if count
-        }
+        ranges = zip(self.names, sums, counts)
+        by_position = {name: (total / count, int(count)) for name, total, count in ranges if count}
         return sum(sums) / max(sum(counts), 1), int(sum(counts)), by_position
 
 
 class Validation:
-    """What [validation] asks for. Every rank has one, and calls `run` after each step where `due`.
+    """Measures the loss of [validation]. Every rank has one, and calls `run` after each step where `due`.
 
-    `plan` is that of training's loader; plans are made at the first validation and kept.
-    Nothing of training is touched: not its data, nor gradients, nor a random generator. ValueError, a
-    sentence, for whatever is wrong with the data.
+    `plan` is that of training's loader. Plans are made at the first validation and kept. Training's data,
+    gradients and random generators are not touched. ValueError, one sentence, for data that cannot be used.
     """
 
     def __init__(self, config: Config, spec: ModelSpec, plan: PlanSettings, processes: Processes, seed: int):
         training, settings = config.training, config.validation
         self.settings, self.last_step, self.device = settings, training.steps, processes.device
         self.replica, self.pipeline_rank = processes.replica, processes.pipeline_rank
-        # Another seed than training's: synthetic sequences are then others, drawn from the same mixture.
-        dataset = open_dataset(
-            settings.dataset,
-            settings.dataset_path,
-            spec.tokenizer,
-            vocab_size=spec.args.vocab_size,
-            seed=seed + 1,
-            section="validation",
-        )
+        source = settings.dataset, settings.dataset_path, spec.tokenizer
+        # Another seed than training's gives other synthetic sequences, of the same distribution.
+        options = {"vocab_size": spec.args.vocab_size, "seed": seed + 1, "section": "validation"}
+        dataset = open_dataset(*source, **options)
         plan = plan._replace(forward_only=True)
         make_plan = functools.cache(lambda *lengths: plan_step(list(lengths), plan, [self.replica]))
-        self.loader = open_loader(
-            training,
-            dataset,
-            plan,
-            self.replica,
-            seed,
-            shuffle=False,
-            make_plan=lambda lengths: make_plan(*lengths),
-            once=True,
-        )
+        options = {"shuffle": False, "once": True, "make_plan": lambda lengths: make_plan(*lengths)}
+        self.loader = open_loader(training, dataset, plan, self.replica, seed, **options)
         logger.info(
             f"Validation data: {len(dataset):,} sequences of {settings.dataset}, {sum(dataset.lengths):,}"
             f" tokens, the longest has {max(dataset.lengths):,}"
@@ -106,7 +84,7 @@ class Validation:
         return step % self.settings.freq == 0 or step == self.last_step
 
     def run(self, step: int, metrics: MetricsLogger, models: Iterable[FSDPModule], runner: Runner) -> None:
-        """Measures and logs. `models` and `runner` are this rank's. A collective: all ranks call."""
+        """Measures and logs. `models` and `runner` are this rank's; all ranks must call."""
         metrics.interrupt()
         total, tokens, targets = LossByPosition(self.loader.longest, self.device), 0, 0
         self.loader.cursor = 0
@@ -114,8 +92,7 @@ class Validation:
             batch = LossByPosition(self.loader.longest, self.device)
             program = data.plan.programs[self.replica][self.pipeline_rank]
             runner.evaluate(program, data.plan.groups[self.replica], data.chunks, batch.take)
-            # Over ranks after every batch, as in training: none runs so far ahead that another's collectives
-            # time out.
+            # After every batch, as in training: no rank runs so far ahead that a collective times out.
             dist.all_reduce(batch.figures)
             total.figures += batch.figures
             tokens += data.plan.tokens
