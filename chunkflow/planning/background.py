@@ -1,11 +1,8 @@
-"""Plans made in a process of their own.
+"""Plans made in a separate process, so that training does not wait for them.
 
-Planning is pure Python. A thread that plans holds Python's lock, and whatever the training thread starts
-meanwhile waits for it: a plan of 600 chunks on 16 stages takes 1.4 s, and a step beside it as much longer. A
-process of its own costs the step nothing.
+Planning is pure Python: a thread would hold the interpreter's lock and delay the training thread by as long
+as it takes (1.4 s for 600 chunks on 16 stages).
 """
-
-from __future__ import annotations
 
 import pickle
 import signal
@@ -16,14 +13,11 @@ from chunkflow.planning.planner import Plan, PlanSettings, plan_step
 
 
 class PlanProcess:
-    """`plan_step` with these settings for one replica, elsewhere.
-
-    The process imports no torch, and ends with this one.
-    """
+    """Calls `plan_step`, for one replica, in a process that imports no torch and ends with this one."""
 
     def __init__(self, settings: PlanSettings, replica: int):
         self.settings, self.replica = settings, replica
-        self.process: subprocess.Popen | None = None  # started when the first plan is asked for
+        self.process: subprocess.Popen | None = None  # started by the first call
 
     def _send(self, message) -> None:
         pickle.dump(message, self.process.stdin)
@@ -56,7 +50,7 @@ def main() -> None:
             answer = plan_step(lengths, settings, [replica])
         except Exception as error:
             answer = error
-        pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
+        pickle.dump(answer, answers)
         answers.flush()
 
 

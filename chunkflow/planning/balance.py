@@ -1,17 +1,13 @@
-"""Which data-parallel rank trains which sequences, which stage has which layers. Pure Python; every rank
-computes the same answer, so nothing is sent."""
-
-from __future__ import annotations
+"""Divides sequences among data-parallel ranks, and layers among pipeline stages. Every rank computes the same
+answer, so nothing is sent."""
 
 from heapq import heapify, heapreplace
 
 
 def assign(costs: list[float], ranks: int) -> list[list[int]]:
-    """Indices of the sequences of each rank: longest processing time first, ties by index.
+    """Indices of the sequences of each rank, by longest processing time first, ties by index.
 
-    A cost belongs to the sequence alone, whatever it is packed with later, so ranks are balanced sequence by
-    sequence and each rank then packs its own. The slowest rank is at most 4/3 of the optimum (Graham 1969),
-    and close to the larger of the mean and the costliest sequence where most sequences are short.
+    The slowest rank takes at most 4/3 of the optimum (Graham 1969).
     """
     if ranks == 1:
         return [list(range(len(costs)))]
@@ -26,11 +22,10 @@ def assign(costs: list[float], ranks: int) -> list[list[int]]:
 
 
 def split_layers(layers: int, head: float, stages: int) -> list[int]:
-    """How many layers each pipeline stage gets, so that the costliest is as cheap as can be.
+    """How many layers each pipeline stage gets, so that the costliest stage costs as little as possible.
 
-    `head` is what the last stage computes behind its layers, in units of a layer; embeddings cost nothing.
-    Where the head outweighs a stage's share of layers, the last stage has none. Later stages get the odd
-    layers: they hold fewer activations.
+    `head` is the cost of the output head on the last stage, in units of a layer; embeddings cost nothing.
+    The last stage may get no layers. A remainder goes to later stages, since they hold fewer activations.
     """
     if stages == 1:
         return [layers]
@@ -40,7 +35,7 @@ def split_layers(layers: int, head: float, stages: int) -> list[int]:
         return [each + (stage >= stages - 1 - odd) for stage in range(stages - 1)] + [last]
 
     def costs(counts: list[int]) -> tuple[float, float]:
-        own = [*counts[:-1], counts[-1] + head]
-        return max(own), sum(cost * cost for cost in own)
+        stage_costs = [*counts[:-1], counts[-1] + head]
+        return max(stage_costs), sum(cost * cost for cost in stage_costs)
 
     return min((split(last) for last in range(layers - stages + 2)), key=costs)

@@ -1,19 +1,17 @@
 """Chunk construction: sequence lengths -> groups of chunks (ChunkFlow, section 4.1). Pure Python, no torch.
 
-Sequences longer than `chunk_size` are cut, in order, into dependent chunks; all others are packed whole. The
-last chunk of a cut sequence is usually not full, and nothing in its group comes after it, so short sequences
-may be packed behind it without adding a dependency ("filled tails").
+Sequences longer than `chunk_size` are cut into dependent chunks; all others are packed whole. Nothing in a
+group comes after the last chunk of a cut sequence, so short sequences may be packed behind it without adding
+a dependency ("filled tails").
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
+from collections import defaultdict
 from typing import NamedTuple
 
 
 class Segment(NamedTuple):
-    """A contiguous run of one sequence's tokens inside a chunk: tokens `start .. start + length - 1` of
-    `sequence`."""
+    """The tokens `start .. start + length - 1` of one sequence, inside a chunk."""
 
     sequence: int  # index into the batch's list of lengths
     start: int
@@ -21,8 +19,7 @@ class Segment(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The micro-batch: segments laid one behind the other. Only the first may be a part of a longer
-    sequence."""
+    """The micro-batch: segments one after the other. Only the first may be a part of a longer sequence."""
 
     segments: tuple[Segment, ...]
 
@@ -36,7 +33,7 @@ class Chunk(NamedTuple):
         return self.segments[0].start
 
 
-ONE_TOKEN = Chunk((Segment(0, 0, 1),))  # a dummy: it keeps collectives in step, and has no target
+ONE_TOKEN = Chunk((Segment(0, 0, 1),))  # a dummy, without targets, for ranks that only join collectives
 
 
 class Group(NamedTuple):
@@ -50,7 +47,7 @@ class Group(NamedTuple):
 
 
 def whole_sequences(lengths: list[int], sequences: list[int] | None = None) -> list[Group]:
-    """One group of one chunk for each sequence, however long: the baseline that chunks are compared with.
+    """One group of one chunk for each sequence, however long: the baseline without ChunkFlow.
 
     `sequences` are the indices of those wanted; None: all.
     """
@@ -61,60 +58,50 @@ def whole_sequences(lengths: list[int], sequences: list[int] | None = None) -> l
 def build_groups(
     lengths: list[int], chunk_size: int, fill_tails: bool = True, sequences: list[int] | None = None
 ) -> list[Group]:
-    """Cuts and packs sequences of the given lengths (tokens, each at least 1) into groups, the longest group
-    first.
+    """Cuts and packs sequences of these lengths (tokens, each at least 1) into groups, the longest first.
 
-    `sequences` are the indices of those wanted; None: all. The short ones are packed by best-fit-decreasing,
-    ties broken by index, so that every rank builds the same groups.
+    `sequences` are the indices of those wanted; None: all. Short ones are packed by best-fit-decreasing, ties
+    broken by index, so that every rank builds the same groups.
     """
-    tails: list[int] = []  # free tokens behind each long sequence
-    cut: list[list[Chunk]] = []
-    short: list[tuple[int, int]] = []  # (-length, index): sorts longest first, then by index
-    for index in range(len(lengths)) if sequences is None else sequences:
-        length = lengths[index]
-        if length <= chunk_size:
-            short.append((-length, index))
-            continue
-        starts = range(0, length, chunk_size)
-        cut.append([Chunk((Segment(index, start, min(chunk_size, length - start)),)) for start in starts])
-        tails.append(-length % chunk_size if fill_tails else 0)
-    short.sort()
-    bins = _best_fit(short, chunk_size, tails)
+    indices = range(len(lengths)) if sequences is None else sequences
+    long = [index for index in indices if lengths[index] > chunk_size]
+    short = [Segment(index, 0, lengths[index]) for index in indices if lengths[index] <= chunk_size]
+    short.sort(key=lambda segment: (-segment.length, segment.sequence))
+    bins = _best_fit(short, chunk_size, [-lengths[index] % chunk_size if fill_tails else 0 for index in long])
     groups = []
-    for chunks, neighbours in zip(cut, bins):
-        last = Chunk(chunks[-1].segments + tuple(Segment(index, 0, lengths[index]) for index in neighbours))
-        groups.append(Group((*chunks[:-1], last)))
-    for members in bins[len(cut) :]:
-        groups.append(Group((Chunk(tuple(Segment(index, 0, lengths[index]) for index in members)),)))
+    for index, neighbours in zip(long, bins):
+        starts = range(0, lengths[index], chunk_size)
+        *cut, tail = [Segment(index, start, min(chunk_size, lengths[index] - start)) for start in starts]
+        groups.append(Group((*(Chunk((segment,)) for segment in cut), Chunk((tail, *neighbours)))))
+    groups += [Group((Chunk(tuple(segments)),)) for segments in bins[len(long) :]]
     groups.sort(key=lambda group: (-group.tokens, group.chunks[0].segments[0].sequence))
     return groups
 
 
-def _best_fit(short: list[tuple[int, int]], chunk_size: int, tails: list[int]) -> list[list[int]]:
-    """Puts each sequence into the bin that it leaves least room in; opens a bin when none has room.
+def _best_fit(short: list[Segment], chunk_size: int, tails: list[int]) -> list[list[Segment]]:
+    """Puts each segment into the fullest bin that has room for it, or into a new one. `tails` are the free
+    tokens of the first bins.
 
     Bins are kept by their free room: at most `chunk_size` different values, so a step costs one bisection.
     """
-    bins: list[list[int]] = [[] for _ in tails]
-    by_room: dict[int, list[int]] = {}
+    bins: list[list[Segment]] = [[] for _ in tails]
+    by_room: defaultdict[int, list[int]] = defaultdict(list)  # free tokens -> bins
     for position, room in enumerate(tails):
-        by_room.setdefault(room, []).append(position)
+        by_room[room].append(position)
     rooms = sorted(by_room)
-    for negative, index in short:
-        place = bisect_left(rooms, -negative)
-        if place == len(rooms):
+    for segment in short:
+        fit = bisect_left(rooms, segment.length)
+        if fit == len(rooms):
             position, room = len(bins), chunk_size
             bins.append([])
         else:
-            room = rooms[place]
+            room = rooms[fit]
             position = by_room[room].pop()
             if not by_room[room]:
-                del by_room[room], rooms[place]
-        bins[position].append(index)
-        room += negative
-        if room in by_room:
-            by_room[room].append(position)
-        else:
-            by_room[room] = [position]
+                del by_room[room], rooms[fit]
+        bins[position].append(segment)
+        room -= segment.length
+        if room not in by_room:
             insort(rooms, room)
+        by_room[room].append(position)
     return bins

@@ -1,5 +1,4 @@
-"""What a sequence costs, from the model's dimensions: FLOPs that grow with its tokens and with its pairs of
-tokens."""
+"""FLOPs of a sequence, from the model's dimensions and the sequence's length."""
 
 from __future__ import annotations
 
@@ -7,35 +6,33 @@ from typing import NamedTuple
 
 
 class Cost(NamedTuple):
-    """Forward FLOPs: `per_token` in matrix products of weights, `per_pair` for a query and a key that attend
-    (all layers)."""
+    """Forward FLOPs: `per_token` in products with weights, `per_pair` of a query and a key (all layers)."""
 
     per_token: float
     per_pair: float
 
     @classmethod
     def of_model(cls, args) -> Cost:
-        """From a model's sizes (`models.*.ModelArgs`): every weight matrix counts 2 FLOPs an element,
-        embeddings none."""
+        """From a model's sizes (`models.*.ModelArgs`): 2 FLOPs for each element of a weight matrix."""
         return cls.of_layers(args, args.n_layers, head=True)
 
     @classmethod
     def of_layers(cls, args, layers: int, head: bool) -> Cost:
-        """Of so many of the model's layers, with or without the head: a pipeline stage."""
+        """Of a pipeline stage: so many of the model's layers, with or without the head."""
         attention = args.n_heads * args.head_dim
         keys_values = 2 * args.n_kv_heads * args.head_dim
         layer = args.dim * (2 * attention + keys_values + 3 * args.hidden_dim)
         return cls(2.0 * (layers * layer + head * args.dim * args.vocab_size), 4.0 * layers * attention)
 
     def forward(self, tokens: int, prefix: int = 0) -> float:
-        """Forward FLOPs of `tokens` that follow `prefix` others of their sequence."""
+        """Forward FLOPs of `tokens` tokens that follow `prefix` others of their sequence."""
         return tokens * (self.per_token + self.per_pair * (prefix + (tokens + 1) / 2))
 
     def training(self, length: int) -> float:
-        """Forward and backward of a whole sequence: what counts as useful work (mfu)."""
+        """FLOPs of forward and backward of a whole sequence, the useful work that mfu counts."""
         return 3 * self.forward(length)
 
     def chunked_training(self, length: int, chunk_size: int, k: int) -> float:
-        """The same, with the second forward of the chunks that kept no activations."""
+        """FLOPs of `training`, and of the second forward of chunks that kept no activations."""
         discarded = max(0, -(-length // chunk_size) - k)
         return self.training(length) + self.forward(discarded * chunk_size)

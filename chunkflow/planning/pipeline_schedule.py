@@ -1,20 +1,17 @@
-"""State-aware 1F1B and interleaved 1F1B: the groups of a step -> a list of actions for every pipeline rank.
-Pure Python.
+"""State-aware 1F1B and interleaved 1F1B: groups -> a list of actions for every pipeline rank. Pure Python.
 
-Stage s lives on rank s % ranks: each rank has one stage for 1F1B, several (virtual stages) for interleaved
+Stage s runs on rank s % ranks: each rank has one stage for 1F1B, several (virtual stages) for interleaved
 1F1B. All stages run the groups in one order, forward ascending within a group and backward descending, and
 recompute from the stage input they saved, so that neighbours exchange each chunk's output and its gradient
-once.
-
-Memory: stage s holds the activations of at most `live_limit` = k + stages - 1 - s chunks. A rank with several
-stages holds at most the sum over them, counted in chunks of one stage (1 / virtual of the rank's layers): for
-k = 1 about what Megatron's interleaved schedule holds.
+once. Stage s holds the activations of at most `live_limit` chunks; for k = 1, a rank with several stages
+holds about what it does in Megatron's interleaved schedule.
 """
 
-from __future__ import annotations
-
+from collections import deque
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from itertools import chain
+from operator import add
 from typing import NamedTuple
 
 from chunkflow.planning.schedule import Action, Kind, linear_schedule
@@ -27,8 +24,7 @@ class Timed(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Time of each chunk's forward and backward, `[stage][group][chunk]`, above 0, in any unit. A recompute
-    is a forward."""
+    """Time of a forward (or recompute) and a backward, `[stage][group][chunk]`, above 0, in any unit."""
 
     forward: Sequence[Sequence[Sequence[float]]]
     backward: Sequence[Sequence[Sequence[float]]]
@@ -44,15 +40,14 @@ def equal_stages(forward: Sequence[Sequence[float]], stages: int) -> Costs:
 
 
 def live_limit(k: int, stages: int, stage: int) -> int:
-    """How many chunks may hold activations on a stage: k, and one more for each stage behind it."""
+    """How many chunks may hold activations on a stage: k, and one more for each later stage."""
     return k + stages - 1 - stage
 
 
 def paper_schedule(costs: Costs, k: int, ranks: int) -> Schedule:
-    """The paper's rule (ChunkFlow, section 4.3): groups in the order given, stage s always stages - 1 - s
-    forwards ahead.
+    """The paper's rule (ChunkFlow, section 4.3): groups in this order, stage s stages - 1 - s forwards ahead.
 
-    Where every group is one chunk, this is ordinary 1F1B.
+    If every group is one chunk, this is ordinary 1F1B.
     """
     stages = len(costs.forward)
     linear = linear_schedule([len(group) for group in costs.forward[0]], k)
@@ -65,33 +60,34 @@ def paper_schedule(costs: Costs, k: int, ranks: int) -> Schedule:
             if action.kind in (Kind.FORWARD, Kind.FORWARD_STATE):
                 due += 1
                 continue
-            actions += [forward._replace(stage=stage) for forward in forwards[done:due]]
-            actions.append(action._replace(stage=stage))
+            actions += [*forwards[done:due], action]
             done = due
-        lists.append(actions)
+        lists.append([action._replace(stage=stage) for action in actions])
+    return _merge(lists, costs, ranks)
+
+
+def _merge(lists: Schedule, costs: Costs, ranks: int) -> Schedule:
+    """Each rank's actions, from those of each stage."""
     timeline = play([lists[rank::ranks] for rank in range(ranks)], costs)
-    return [[timed.action for timed in own] for own in timeline]
+    return [[timed.action for timed in actions] for actions in timeline]
 
 
 def forward_schedule(counts: Sequence[int], stages: int, ranks: int) -> tuple[Schedule, Costs]:
     """Validation of groups with so many chunks each, and the costs it is made for: each chunk costs the same.
 
-    So all ranks move in step, one chunk a slot: a stage never gets more than a few inputs ahead, however
-    unequal stages and chunks are. (By their true costs, cheap stages would run ahead and fill the next rank's
+    So all ranks move in step. (With the true costs, cheap stages would run ahead and fill the next rank's
     memory with hidden states.)
     """
     costs = equal_stages([[1.0] * count for count in counts], stages)
     chunks = [(group, chunk) for group, count in enumerate(counts) for chunk in range(count)]
     lists = [[Action(Kind.EVALUATE, *chunk, stage) for chunk in chunks] for stage in range(stages)]
-    timeline = play([lists[rank::ranks] for rank in range(ranks)], costs)
-    return [[timed.action for timed in own] for own in timeline], costs
+    return _merge(lists, costs, ranks), costs
 
 
 def state_aware_schedule(costs: Costs, k: int, ranks: int) -> Schedule:
-    """The best of a few plans made by `list_schedule`: four orders of the groups, two ways to break ties.
+    """The best plan of `list_schedule` for four orders of the groups, with two ways to break ties.
 
-    Longest first is the best single order; none of the others is good throughout, but each wins where it
-    fails.
+    Longest first is the best single order; each of the others wins in some cases where it fails.
     """
     sizes = [sum(map(sum, group)) for group in zip(*costs.forward)]
     longest = sorted(range(len(sizes)), key=lambda group: (-sizes[group], group))
@@ -116,11 +112,11 @@ def list_schedule(
 ) -> tuple[float, Schedule]:
     """Event-driven list scheduling of the groups in this order: (makespan, schedule).
 
-    A rank that has nothing to do takes what is ready, on its deepest stage: if both a forward and a backward
-    are, the other than last time (`alternate`) or the forward. A forward runs ahead of the next backward's
-    group only within the live limit, and leaves a slot for that backward's recompute, which excludes
-    deadlock. FORWARD_STATE keeps no activations, so that limit does not concern it; only the stage inputs it
-    saves are bounded. A rank that would wait recomputes for the backwards to come, as far as slots are free.
+    An idle rank takes what is ready on its deepest stage; of a forward and a backward, the other kind than
+    last time (`alternate`) or the forward. A forward runs ahead of the next backward's group only within the
+    live limit, less a slot for that backward's recompute, which excludes deadlock. FORWARD_STATE keeps no
+    activations, so only the number of stage inputs it saves is bounded. A rank that would wait recomputes for
+    later backwards, within the live limit.
     """
     stages = len(costs.forward)
     counts = [len(group) for group in costs.forward[0]]
@@ -134,10 +130,8 @@ def list_schedule(
         forward_of += range(end - 1, len(needed) - 1, -1)
         needed += [end] * counts[group]
     total, last_stage = len(chunks), stages - 1
-    discarded = [
-        index for index, forward in enumerate(forward_of) if not kept[forward]
-    ]  # backwards that need a recompute
-    discarded.append(total)
+    # Backwards that need a recompute, and an end mark.
+    discarded = [*(index for index, forward in enumerate(forward_of) if not kept[forward]), total]
     forward_cost = [[cost[group][chunk] for group, chunk in chunks] for cost in costs.forward]
     backward_cost = [[cost[group][chunk] for group, chunk in chunks] for cost in costs.backward]
     limits = [live_limit(k, stages, stage) for stage in range(stages)]
@@ -162,12 +156,11 @@ def list_schedule(
             ahead = len(forwarded[stage])
             to_recompute = discarded[recomputed[stage]]
             missing = to_recompute == done  # the next backward's activations
-            if ahead < total and (stage == 0 or _ended(forwarded[stage - 1], ahead, now)):
-                if ahead < needed[done] or (
-                    live[stage] + 1 + missing <= limits[stage] if kept[ahead] else saved[stage] < most_saved
-                ):
-                    forward = stage
             room = live[stage] < limits[stage]
+            if ahead < total and (stage == 0 or _ended(forwarded[stage - 1], ahead, now)):
+                fits = live[stage] + missing < limits[stage] if kept[ahead] else saved[stage] < most_saved
+                if ahead < needed[done] or fits:
+                    forward = stage
             gradient = stage == last_stage or _ended(backwarded[stage + 1], done, now)
             if gradient and ahead >= needed[done] and (room or not missing):
                 backward = stage
@@ -218,13 +211,13 @@ def _ended(ends: list[float], index: int, now: float) -> bool:
 def play(lists: Sequence[Sequence[Sequence[Action]]], costs: Costs) -> list[list[Timed]]:
     """When each action runs, if every rank runs its lists in their order and each action waits for its input.
 
-    `lists[rank]` is one list, or one for each stage of the rank. Those are merged: of the actions that are
-    ready the rank takes a forward after a backward and the reverse, and that of the deepest stage. Raises
+    `lists[rank]` holds one list, or one for each stage of the rank, which are merged: of the actions that are
+    ready the rank prefers a forward after a backward and the reverse, then the deepest stage. Raises
     ValueError on a deadlock.
     """
     stages, ranks = len(costs.forward), len(lists)
     ended: dict[tuple[bool, int, int, int], float] = {}  # (backward, stage, group, chunk) -> time
-    position = [[0] * len(own) for own in lists]
+    pending = [[deque(actions) for actions in of_rank] for of_rank in lists]
     was_backward, free = [True] * ranks, [0.0] * ranks
     timeline: list[list[Timed]] = [[] for _ in lists]
     wakes = [(0.0, rank) for rank in range(ranks)]
@@ -232,25 +225,19 @@ def play(lists: Sequence[Sequence[Sequence[Action]]], costs: Costs) -> list[list
         now, rank = heappop(wakes)
         if free[rank] > now:
             continue
-        best = None
-        for number, actions in enumerate(lists[rank]):
-            if position[rank][number] == len(actions):
-                continue
-            kind, group, chunk, stage = actions[position[rank][number]]
-            if kind is Kind.BACKWARD:
-                ready = stage == stages - 1 or ended.get((True, stage + 1, group, chunk), now + 1) <= now
-            else:
-                saved = stage == 0 or kind is Kind.RECOMPUTE
-                ready = saved or ended.get((False, stage - 1, group, chunk), now + 1) <= now
-            is_backward = kind in (Kind.RECOMPUTE, Kind.BACKWARD)
-            if ready and (best is None or (is_backward != was_backward[rank], stage) > best[:2]):
-                best = is_backward != was_backward[rank], stage, number
-        if best is None:
+        ready = []
+        for actions in filter(None, pending[rank]):
+            kind, group, chunk, stage = actions[0]
+            backward = kind is Kind.BACKWARD
+            has_input = kind is Kind.RECOMPUTE or stage == (stages - 1 if backward else 0)
+            source = (backward, stage + 1 if backward else stage - 1, group, chunk)
+            if has_input or ended.get(source, now + 1) <= now:
+                changes = (backward or kind is Kind.RECOMPUTE) != was_backward[rank]
+                ready.append((changes, stage, actions))
+        if not ready:
             continue
-        number = best[2]
-        action = lists[rank][number][position[rank][number]]
-        kind, group, chunk, stage = action
-        position[rank][number] += 1
+        actions = max(ready, key=lambda entry: entry[:2])[2]
+        kind, group, chunk, stage = action = actions.popleft()
         was_backward[rank] = kind in (Kind.RECOMPUTE, Kind.BACKWARD)
         cost = costs.backward if kind is Kind.BACKWARD else costs.forward
         end = now + cost[stage][group][chunk]
@@ -262,11 +249,9 @@ def play(lists: Sequence[Sequence[Sequence[Action]]], costs: Costs) -> list[list
             peer = stage - 1 if kind is Kind.BACKWARD else stage + 1
             if 0 <= peer < stages and free[peer % ranks] < end:
                 heappush(wakes, (end, peer % ranks))
-    for rank, own in enumerate(lists):
-        for number, actions in enumerate(own):
-            if position[rank][number] < len(actions):
-                action = actions[position[rank][number]]
-                raise ValueError(f"deadlock: rank {rank} waits for ever for the input of {describe(action)}")
+    for rank, of_rank in enumerate(pending):
+        for actions in filter(None, of_rank):
+            raise ValueError(f"deadlock: rank {rank} waits for ever for the input of {describe(actions[0])}")
     return timeline
 
 
@@ -275,12 +260,12 @@ def describe(action: Action) -> str:
 
 
 def lower_bound(costs: Costs, k: int, ranks: int) -> float:
-    """A makespan that no schedule can beat which discards all but the last k chunks of a group.
+    """A makespan that no schedule that recomputes all but the last k chunks of a group can beat.
 
-    The largest of: the work of a rank, with the way of a smallest chunk to it and back; the way of each group
-    through all stages and back; and, on the last stage, the preemptive one-machine bound (Jackson 1955), each
-    chunk being a job that is released when its group's forwards have come so far, and has its group's earlier
-    backwards still before it.
+    The largest of: the work of a rank, plus the time of a smallest chunk to reach it and to return; the time
+    of each group through all stages and back; and, on the last stage, the preemptive one-machine bound
+    (Jackson 1955), in which a chunk is released when its group's forwards have reached it, and is followed by
+    its group's earlier backwards.
     """
     stages = len(costs.forward)
     bound, jobs = 0.0, []
@@ -290,44 +275,36 @@ def lower_bound(costs: Costs, k: int, ranks: int) -> float:
         backward = [costs.backward[stage][group] for stage in range(stages)]
         discarded = max(0, len(forward[0]) - k)
         for stage in range(stages):
-            work[stage % ranks] += (
-                sum(forward[stage]) + sum(forward[stage][:discarded]) + sum(backward[stage])
-            )
-        there, back = _ways(forward), _ways(backward)
-        bound = max(bound, there[-1] + back[-1])
-        for chunk, (own_forward, own_backward) in enumerate(zip(forward[-1], backward[-1])):
-            own = own_forward + own_backward + (own_forward if chunk < discarded else 0)
-            jobs.append((there[chunk] - own_forward, own, back[chunk] - own_backward))
-    chunks = [(group, chunk) for group, own in enumerate(costs.forward[0]) for chunk in range(len(own))]
-    to_rank = back_from_rank = [0.0] * len(chunks)
+            twice = sum(forward[stage][:discarded])
+            work[stage % ranks] += sum(forward[stage]) + twice + sum(backward[stage])
+        forward_ends, backward_ends = _ends(forward), _ends(backward)
+        bound = max(bound, forward_ends[-1] + backward_ends[-1])
+        for chunk, (once, back) in enumerate(zip(forward[-1], backward[-1])):
+            time = once + back + (once if chunk < discarded else 0)
+            jobs.append((forward_ends[chunk] - once, time, backward_ends[chunk] - back))
+    to_rank = back_from_rank = [0.0] * len(jobs)  # time of each chunk through the ranks before
     for rank in range(ranks):
         bound = max(bound, min(to_rank) + work[rank] + min(back_from_rank))
-        to_rank = [way + costs.forward[rank][group][chunk] for way, (group, chunk) in zip(to_rank, chunks)]
-        back_from_rank = [
-            way + costs.backward[rank][group][chunk] for way, (group, chunk) in zip(back_from_rank, chunks)
-        ]
+        to_rank = [*map(add, to_rank, chain.from_iterable(costs.forward[rank]))]
+        back_from_rank = [*map(add, back_from_rank, chain.from_iterable(costs.backward[rank]))]
     return max(bound, _one_machine(jobs))
 
 
-def _ways(cost: Sequence[Sequence[float]]) -> list[float]:
-    """When each chunk leaves the last stage if its group has the stages to itself: the longest way,
-    `cost[stage][chunk]`."""
+def _ends(cost: Sequence[Sequence[float]]) -> list[float]:
+    """When each chunk ends on the last stage if its group runs alone; `cost[stage][chunk]`."""
     ends = [0.0] * len(cost[0])
-    for own in cost:
+    for stage_cost in cost:
         before = 0.0
-        for chunk, time in enumerate(own):
+        for chunk, time in enumerate(stage_cost):
             ends[chunk] = before = max(before, ends[chunk]) + time
     return ends
 
 
 def _one_machine(jobs: list[tuple[float, float, float]]) -> float:
-    """The least time in which one machine does all jobs (release, work, time needed after it), if it may
-    interrupt them.
-
-    It always works on the released job that needs most time afterwards.
-    """
+    """The least time to finish all jobs (release, work, time needed afterwards) on one machine that may
+    interrupt them: it always works on the released job that needs most time afterwards."""
     jobs = sorted(jobs)
-    waiting: list[list[float]] = []  # [-time needed after it, work left]
+    waiting: list[list[float]] = []  # [-time needed afterwards, remaining work]
     now = latest = 0.0
     index = 0
     while index < len(jobs) or waiting:

@@ -1,13 +1,9 @@
-"""The state-aware schedule (ChunkFlow, section 4.2, corrected): a plan's groups -> a list of actions. Pure
-Python, no torch.
+"""The state-aware schedule (ChunkFlow, section 4.2, corrected): groups -> a list of actions. No torch.
 
-Within a group of N chunks, at most k keep their activations. The first N - k run forward for their K/V only;
-the others keep their graph. Backward goes from the last chunk to the first, since a chunk's K/V gradient is
-complete only when every later chunk has sent its share; a chunk without activations is recomputed just before
-its backward.
+Of a group of N chunks, the first N - k run forward for their K/V only; the last k keep their activations.
+Backward goes from the last chunk to the first, since a chunk's K/V gradient is complete only when every later
+chunk has added to it; a chunk without activations is recomputed just before its backward.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import Enum
@@ -19,22 +15,21 @@ class Kind(str, Enum):
     FORWARD_STATE = "S"  # keeps the chunk's K/V only
     RECOMPUTE = "R"  # a second forward, with activations
     BACKWARD = "B"
-    # a forward for the loss alone (validation): keeps the chunk's K/V, and its group's last one drops them
-    EVALUATE = "E"
+    EVALUATE = "E"  # validation: a forward for the loss; keeps K/V until the group's last chunk
 
 
 class Action(NamedTuple):
     kind: Kind
     group: int  # of the replica's groups, or DUMMY
-    chunk: int  # its index in the group; of dummies, a number of its own
-    stage: int = 0  # of all stages of the pipeline; 0 where there is but one
+    chunk: int  # its index in the group; dummies are counted separately
+    stage: int = 0  # of the pipeline
 
 
 DUMMY = -1  # `Action.group` of a 1-token chunk without loss, which keeps a rank's collectives in step
 
 
 def linear_schedule(chunks_per_group: Iterable[int], k: int) -> list[Action]:
-    """One stage's actions, group after group: exact, and never more than k chunks alive."""
+    """One stage's actions, group after group; at most k chunks hold activations."""
     actions = []
     for group, count in enumerate(chunks_per_group):
         discarded = max(0, count - k)
@@ -48,18 +43,18 @@ def linear_schedule(chunks_per_group: Iterable[int], k: int) -> list[Action]:
 
 
 def lockstep(chunks_per_group: Sequence[Sequence[int]], k: int) -> list[list[Action]]:
-    """Every rank's actions (from the chunk counts of its groups), so that all ranks run one template of
-    forward and backward slots.
+    """Every rank's actions (from the chunk counts of its groups) in one template of forward and backward
+    slots.
 
     With parameters resharded between chunks (ZeRO-3), the n-th slot of each rank must be of the same kind, or
-    gathers of different layers meet. A slot is a backward if every rank has one to run, else a forward; who
-    has nothing to run in it runs a dummy. All K/V-only forwards come first, since ranks then alternate in
-    step: for k = 1 the template has exactly 2 x (most backwards of a rank) + (most recomputed chunks of a
-    rank) slots, and none is shorter. The price is that the K/V of all of a rank's long groups are held from
-    the start. At most k chunks of a rank are alive, dummies aside.
+    gathers of different layers meet. A slot is a backward if every rank has one to run, else a forward; a
+    rank that has nothing to run in it runs a dummy. All K/V-only forwards come first, which makes the
+    template as short as possible for k = 1: 2 x (most backwards of a rank) + (most recomputed chunks of a
+    rank). In return, the K/V of all of a rank's long groups are held from the start. At most k chunks of a
+    rank hold activations, dummies aside.
     """
     ranks = [_LockstepRank(counts, k) for counts in chunks_per_group]
-    while not all(rank.finished for rank in ranks):
+    while any(rank.backwards for rank in ranks):
         backward = all(rank.can_backward() for rank in ranks)
         for rank in ranks:
             rank.backward() if backward else rank.forward()
@@ -67,26 +62,19 @@ def lockstep(chunks_per_group: Sequence[Sequence[int]], k: int) -> list[list[Act
 
 
 class _LockstepRank:
-    """One rank's place in its own work, while the common template is built."""
+    """How far one rank has come, while the common template is built."""
 
     def __init__(self, counts: Sequence[int], k: int):
-        self.k = k
+        self.k, self.counts = k, counts
         self.actions: list[Action] = []
         groups = list(enumerate(counts))
         self.forwards = [Action(Kind.FORWARD_STATE, g, c) for g, n in groups for c in range(n - k)]
         self.forwards += [Action(Kind.FORWARD, g, c) for g, n in groups for c in range(max(0, n - k), n)]
         self.forwards.reverse()  # the next one is popped from the end, as of the backwards
         self.backwards = [Action(Kind.BACKWARD, g, c) for g, n in reversed(groups) for c in range(n)]
-        self.discarded = {
-            (action.group, action.chunk) for action in self.forwards if action.kind is Kind.FORWARD_STATE
-        }
-        self.live: set[tuple[int, int]] = set()
+        self.live: set[tuple[int, int]] = set()  # (group, chunk) with activations
         self.dummies: list[int] = []  # those whose backward has not run
         self.dummies_made = 0
-
-    @property
-    def finished(self) -> bool:
-        return not self.backwards
 
     def _next(self) -> tuple[int, int] | None:
         """Group and chunk of the backward that comes next."""
@@ -104,7 +92,7 @@ class _LockstepRank:
 
     def forward(self) -> None:
         due = self._next()
-        if due in self.discarded and due not in self.live:
+        if due and due not in self.live and due[1] < self.counts[due[0]] - self.k:
             self.live.add(due)
             self.actions.append(Action(Kind.RECOMPUTE, *due))
         elif self.forwards and (self.forwards[-1].kind is Kind.FORWARD_STATE or len(self.live) < self.k):
@@ -119,12 +107,10 @@ class _LockstepRank:
 
 
 def forward_only(chunks_per_group: Sequence[Sequence[int]], lockstep: bool) -> list[list[Action]]:
-    """Every rank's actions for validation (from the chunk counts of its groups): each chunk once, group after
-    group.
+    """Every rank's actions for validation (from the chunk counts of its groups): each chunk once, in order.
 
-    Only the K/V of one group are there at a time, and no activations. With `lockstep` (ZeRO-3: every forward
-    gathers parameters) dummies make all ranks run as many; without, one makes a rank without chunks take part
-    in the one gathering.
+    With `lockstep` (ZeRO-3: every forward gathers parameters), dummies make all ranks run equally many
+    actions; otherwise a rank without chunks runs one, to take part in the one gathering.
     """
     actions = [
         [Action(Kind.EVALUATE, group, chunk) for group, count in enumerate(counts) for chunk in range(count)]
