@@ -93,7 +93,9 @@ class Transformer(nn.Module):
     def init_parameter(self, name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
         """Fills one unsharded parameter in-place, from its name, its shape and the generator alone."""
         module = name.split(".")[-2]
-        if module.endswith("norm"):
+        if name.endswith("bias"):
+            nn.init.zeros_(whole)
+        elif module.endswith("norm"):
             nn.init.ones_(whole)
         else:  # each layer adds to the residual stream twice: its variance should not grow with depth
             std = 0.02 / math.sqrt(2 * self.args.n_layers) if module in ("wo", "w2") else 0.02
