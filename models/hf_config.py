@@ -1,11 +1,8 @@
 """Hugging Face's config.json and parameter names, in and out.
 
-A config.json means here what transformers takes it to mean, keys that it leaves out included. What the models
-cannot do is refused by the key's name, never ignored. What differs between families, each family's file says
-in its HUGGING_FACE.
+A config.json is read as transformers reads it, defaults of missing keys included. What the models cannot do
+is refused by the key's name, never ignored. Each family's file has what only that family needs: HUGGING_FACE.
 """
-
-from __future__ import annotations
 
 import json
 from pathlib import Path
@@ -15,7 +12,7 @@ from typing import Any
 from chunkflow.execution.rotary import rope_type
 from models import families
 
-# key -> the values that the models have, what another one asks for. An absent key is good.
+# key -> the values that the models support, what any other value asks for. The key may be missing.
 _FIXED: dict[str, tuple[tuple, str]] = {
     "hidden_act": (("silu",), "another activation"),
     "attention_bias": ((False, None), "biases in attention"),
@@ -33,7 +30,7 @@ _ROPE_KEYS = {"rope_type", "type", "truncate", "rope_theta", "factor", "original
 _ROPE_KEYS |= {"low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"}
 _ROPE_KEYS |= {"mscale", "mscale_all_dim", "partial_rotary_factor"}
 
-# module of a model here -> Hugging Face's; more, of a family alone, in its HUGGING_FACE["modules"]
+# module of a model here -> Hugging Face's; HUGGING_FACE["modules"] has those that only one family has
 _ENDS = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
     "attention.wq": "self_attn.q_proj",
@@ -49,7 +46,7 @@ _BLOCK = {
 
 
 def hf_name(parameter: str, family: ModuleType) -> str:
-    """What Hugging Face calls a parameter of a family's model."""
+    """Hugging Face's name of a parameter of a family's model."""
     module, _, kind = parameter.rpartition(".")
     if module in _ENDS:
         return f"{_ENDS[module]}.{kind}"
@@ -58,9 +55,9 @@ def hf_name(parameter: str, family: ModuleType) -> str:
 
 
 def model_of(folder: str | Path) -> tuple[str, Any]:
-    """The family's name and the sizes that a folder's config.json describes (transformers 4 or 5).
+    """The family's name and the ModelArgs that a folder's config.json describes (transformers 4 or 5).
 
-    Raises ValueError that names the key where the file is not good, or asks for what the models don't do.
+    Raises ValueError, with the key, where the file is wrong or asks for what the models do not have.
     """
     path = Path(folder).expanduser() / "config.json"
     config = read_json(path, "name a Hugging Face model folder")
@@ -74,16 +71,14 @@ def _model_of(config: dict[str, Any]) -> tuple[str, Any]:
     kind, architectures = config.get("model_type"), config.get("architectures")
     kinds = [family.HUGGING_FACE["model_type"] for family in families.values()]
     if kind not in kinds:
-        known = ", ".join(kinds)
-        raise ValueError(
-            f"model_type = {kind!r} is not one of the models here: use a folder of {known} (dense)"
-        )
+        use = f"use a folder of {', '.join(kinds)} (dense)"
+        raise ValueError(f"model_type = {kind!r} is not one of the models here: {use}")
     name = list(families)[kinds.index(kind)]
     dialect = families[name].HUGGING_FACE
-    if architectures and architectures != [dialect["architecture"]]:
+    known = [dialect["architecture"]]
+    if architectures and architectures != known:
         raise ValueError(
-            f"architectures = {architectures} is not a language model here: it has to be"
-            f" [{dialect['architecture']!r}]"
+            f"architectures = {architectures} is not a language model here: it has to be {known}"
         )
     for key, (values, meaning) in _FIXED.items():
         if key in config and key not in dialect.get("unread", ()) and config[key] not in values:
@@ -98,10 +93,8 @@ def _model_of(config: dict[str, Any]) -> tuple[str, Any]:
     _refuse_sliding_window(config, layers)
     kv_heads = heads if config.get("num_key_value_heads") is None else _size(config, "num_key_value_heads")
     if heads % kv_heads:
-        raise ValueError(
-            f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}: correct"
-            " one"
-        )
+        both = f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
+        raise ValueError(f"{both}: correct one")
     if config.get("head_dim") is None and dim % heads:
         raise ValueError(
             f"hidden_size = {dim} is not a multiple of num_attention_heads = {heads}: set head_dim"
@@ -111,13 +104,9 @@ def _model_of(config: dict[str, Any]) -> tuple[str, Any]:
         raise ValueError(f"head_dim = {head_dim} is odd, but rotary positions turn pairs: correct it")
     positions = _size(config, "max_position_embeddings")
     theta, scaling = _rope(config)
+    sizes = dim, layers, heads, kv_heads, head_dim, _size(config, "intermediate_size")
     return name, families[name].ModelArgs(
-        dim=dim,
-        n_layers=layers,
-        n_heads=heads,
-        n_kv_heads=kv_heads,
-        head_dim=head_dim,
-        hidden_dim=_size(config, "intermediate_size"),
+        *sizes,
         vocab_size=_size(config, "vocab_size"),
         norm_eps=_positive(config, "rms_norm_eps", 1e-6),
         rope_theta=theta,
@@ -134,8 +123,7 @@ def _refuse_sliding_window(config: dict[str, Any], layers: int) -> None:
         raise ValueError(
             f"layer_types has {others}: attention here is never cut, use a model with full_attention only"
         )
-    window = config.get("sliding_window")
-    first = config.get("max_window_layers", 0)
+    window, first = config.get("sliding_window"), config.get("max_window_layers", 0)
     if kinds is None and window is not None and config.get("use_sliding_window", True) and first < layers:
         raise ValueError(
             f"sliding_window = {window} limits attention in layers from {first} on, but attention here is"
@@ -144,31 +132,27 @@ def _refuse_sliding_window(config: dict[str, Any], layers: int) -> None:
 
 
 def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """theta and rope_scaling (None: plain), from transformers 4's rope_theta and rope_scaling or 5's
-    rope_parameters."""
+    """theta and rope_scaling (None: plain). transformers 4 has two keys for them, 5 has rope_parameters."""
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
     if old and new and old != new:
         raise ValueError("rope_scaling and rope_parameters are both there and differ: remove one of them")
     key, rope = ("rope_scaling", old) if old else ("rope_parameters", new or {})
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"{key} = {rope} is not one set of rotary angles for all layers: use another model")
-    if unknown := set(rope) - _ROPE_KEYS:
-        raise ValueError(
-            f"{key} has {sorted(unknown)[0]!r}, which the models here don't know: use another model, or"
-            " remove it"
-        )
+    if unknown := sorted(set(rope) - _ROPE_KEYS):
+        remedy = "use another model, or remove it"
+        raise ValueError(f"{key} has {unknown[0]!r}, which the models here don't know: {remedy}")
     for name, value in rope.items():
         if name not in ("rope_type", "type", "truncate", "rope_theta") and value is not None:
             if type(value) not in (int, float) or not 0 < value < float("inf"):  # nan, too
                 raise ValueError(f"{key} has {name} {value!r}, which is not a number above 0: correct it")
-    if rope.get("partial_rotary_factor") not in (1, None):
-        factor = rope["partial_rotary_factor"]
+    if (part := rope.get("partial_rotary_factor")) not in (1, None):
         raise ValueError(
-            f"{key} has partial_rotary_factor {factor}: heads are rotated whole, use another model"
+            f"{key} has partial_rotary_factor {part}: heads are rotated whole, use another model"
         )
     theta = _positive(rope, "rope_theta", config.get("rope_theta") or 10000.0)
-    elsewhere = ("rope_theta", "partial_rotary_factor")
-    scaling = {name: value for name, value in rope.items() if name not in elsewhere and value is not None}
+    others = ("rope_theta", "partial_rotary_factor")
+    scaling = {name: value for name, value in rope.items() if name not in others and value is not None}
     if scaling.get("rope_type", scaling.get("type", "default")) == "default":
         return theta, None
     original = "original_max_position_embeddings"
@@ -200,7 +184,8 @@ def _flag(config: dict[str, Any], key: str) -> bool:
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a file. ValueError where it cannot be read (`remedy` ends the sentence) or is none."""
+    """The object in a JSON file. ValueError where the file cannot be read (its sentence ends with `remedy`),
+    is not JSON, or not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -213,8 +198,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def end_tokens(folder: str | Path) -> list[int]:
-    """The ids that end a generated text: eos_token_id of generation_config.json or, without that file, of
-    config.json."""
+    """eos_token_id, as a list, of generation_config.json or, without that file, of config.json."""
     path = Path(folder).expanduser() / "generation_config.json"
     if not path.is_file():
         path = path.with_name("config.json")
@@ -228,8 +212,8 @@ def end_tokens(folder: str | Path) -> list[int]:
 
 
 def config_json(name: str, args: Any, dtype: str, source: str | Path | None = None) -> dict[str, Any]:
-    """The config.json of a model of the family `name`: that of the folder `source` where there is one, with
-    this dtype and these rotary angles."""
+    """The config.json of a model of the family `name`: that of the folder `source` if one is given, with
+    the rotary positions of `args` and this dtype."""
     before = None
     if source:
         config = read_json(Path(source).expanduser() / "config.json", "name a Hugging Face model folder")

@@ -1,13 +1,10 @@
-"""Qwen2.5, the whole family in one file. Rotary pairs lie as Hugging Face has them, so weights load
-unpermuted.
+"""Qwen2.5, the whole family in one file.
 
-There is no batch dimension: the model gets one chunk. A pipeline stage is this model with layers and ends
-deleted.
+Rotary pairs lie as in Hugging Face's files, so weights load unpermuted. No batch dimension: the input is one
+chunk. A pipeline stage is this model with layers and ends deleted.
 
 Shape suffixes: T tokens of the chunk, C model width, H query heads, G key/value heads, D head dimension.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -37,8 +34,7 @@ HUGGING_FACE = {
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """Sizes of one model. `rope_scaling` has the keys of Hugging Face's config.json; `max_positions` is in
-    tokens."""
+    """Sizes of one model; `rope_scaling` as in Hugging Face's config.json, `max_positions` in tokens."""
 
     dim: int
     n_layers: int
@@ -83,28 +79,26 @@ class Transformer(nn.Module):
         self.tie_embeddings()
 
     def forward(self, x: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor | None:
-        """One chunk through this stage. x: tokens (T,) where there are embeddings, else hidden states (T, C).
+        """One chunk through this stage. x: tokens (T,) where the stage has the embeddings, else hidden states
+        (T, C).
 
-        Returns hidden states (T, C) or, with an output head, what `chunk.end` makes of them and the head's
-        weight. Without an end only the chunk's keys and values are wanted: None.
+        Returns hidden states (T, C) or, on the stage with the output head, `chunk.end` of them and the head's
+        weight; None where `chunk.end` is None, as then only the chunk's keys and values are stored.
         """
         x_TC = x if self.tok_embeddings is None else self.tok_embeddings(x)
-        args, device = self.args, chunk.positions.device
+        args, compute = self.args, torch.promote_types(x_TC.dtype, torch.float32)
         angles = args.head_dim, args.rope_theta, args.rope_scaling, args.max_positions
-        compute = torch.promote_types(x_TC.dtype, torch.float32)
-        rotary = Rotary(rotary_frequencies(*angles, device), chunk.positions, compute)
+        rotary = Rotary(rotary_frequencies(*angles, x_TC.device), chunk.positions, compute)
         ends_early = self.output is not None and chunk.end is None
         for number, (name, layer) in enumerate(self.layers.items(), 1):
-            last = number == len(self.layers)
-            x_TC = layer(x_TC, rotary, chunk, int(name), keys_values_only=ends_early and last)
+            keys_values_only = ends_early and number == len(self.layers)
+            x_TC = layer(x_TC, rotary, chunk, int(name), keys_values_only)
         if self.output is None:
             return x_TC  # a stage before the last
-        if ends_early:
-            return None  # the last layer computed keys and values only
-        return chunk.end(self.norm(x_TC), self.output.weight, chunk)
+        return None if ends_early else chunk.end(self.norm(x_TC), self.output.weight, chunk)
 
     def init_parameter(self, name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
-        """Fills one unsharded parameter in place, from its name, its shape and the generator alone."""
+        """Fills one unsharded parameter in-place, from its name, its shape and the generator alone."""
         module = name.split(".")[-2]
         if name.endswith("bias"):
             nn.init.zeros_(whole)
@@ -115,12 +109,12 @@ class Transformer(nn.Module):
             nn.init.trunc_normal_(whole, std=std, a=-3 * std, b=3 * std, generator=generator)
 
     def tie_embeddings(self) -> None:
-        """Makes the head's weight that of the embeddings where the model ties them and the stage has both."""
+        """Shares the embeddings' weight with the head where the model ties them and this stage has both."""
         if self.args.tied_embeddings and self.tok_embeddings is not None and self.output is not None:
             self.output.weight = self.tok_embeddings.weight
 
-    def to_empty(self, *, device: str | torch.device | int | None, recurse: bool = True) -> Transformer:
-        super().to_empty(device=device, recurse=recurse)  # gives each module a parameter of its own
+    def to_empty(self, *, device: str | torch.device | int | None, recurse: bool = True) -> nn.Module:
+        super().to_empty(device=device, recurse=recurse)  # which gives head and embeddings separate weights
         self.tie_embeddings()
         return self
 
@@ -134,12 +128,7 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(
-        self,
-        x_TC: torch.Tensor,
-        rotary: Rotary,
-        chunk: ChunkTensors,
-        layer: int,
-        keys_values_only: bool = False,
+        self, x_TC: torch.Tensor, rotary: Rotary, chunk: ChunkTensors, layer: int, keys_values_only: bool
     ) -> torch.Tensor | None:
         attention_TC = self.attention(self.attention_norm(x_TC), rotary, chunk, layer, keys_values_only)
         if keys_values_only:
