@@ -3,13 +3,11 @@
 A dependent chunk attends to its prefix (not causal) and to itself (causal); the two results are merged by
 their log-sum-exp. The flash backward of each part, given the merged output and log-sum-exp, returns exactly
 that part's gradients, as in ring attention. On the CPU each part is one flash call on views of the group's
-K/V buffer; on CUDA the whole chunk, packed neighbours included, is one variable-length call, whose
-bottom-right causal rule is "prefix + own" by itself.
+K/V buffer; on CUDA the chunk with all its segments is one variable-length call, as causal attention aligned
+to the bottom right covers prefix and chunk at once.
 
 Shape suffixes: T tokens, P prefix tokens, H query heads, G key/value heads, D head dimension.
 """
-
-from __future__ import annotations
 
 import torch
 from torch.nn.attention import varlen  # noqa: F401  registers torch.ops.torch_attn
@@ -20,22 +18,22 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-@torch.compiler.disable  # state is read and written here; the compiled block goes on behind it
+@torch.compiler.disable  # reads and writes the state, which a compiled graph must not
 def chunk_attention(
     q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, chunk: ChunkTensors, layer: int
 ) -> torch.Tensor:
     """Attention of one chunk in one layer, (T, H, D). H must be a multiple of G (grouped-query attention).
 
-    Leaves the chunk's keys and values in `chunk.state` for the chunks after it; in backward, adds to the
-    gradients of the chunks before it and takes what those after it left. Keys and values outside `chunk` are
-    not autograd inputs.
+    Forward stores the chunk's keys and values in `chunk.state`. Backward adds gradients of the prefix's keys
+    and values to the state, and the gradients that later chunks added there to the chunk's. Keys and values
+    of the prefix are not autograd inputs.
     """
     return _ChunkAttention.apply(q_THD, k_TGD, v_TGD, chunk, layer)
 
 
 @torch.compiler.disable
 def store_keys_values(k_TGD: torch.Tensor, v_TGD: torch.Tensor, chunk: ChunkTensors, layer: int) -> None:
-    """All that is left of the last layer when only a chunk's K/V are wanted."""
+    """Stores a chunk's keys and values of one layer, without attention."""
     chunk.state.write(layer, chunk.prefix, k_TGD, v_TGD)
 
 
@@ -65,9 +63,9 @@ class _ChunkAttention(torch.autograd.Function):
             dout_THD, q_THD, *keys_values, out_THD, extra, chunk, layer
         )
         if state is not None:
-            left = state.exchange_gradients(layer, chunk.index, dk_prefix, dv_prefix)
-            if left is not None:
-                dk, dv = (left[0] + dk).to(dk.dtype), (left[1] + dv).to(dv.dtype)
+            later = state.exchange_gradients(layer, chunk.index, dk_prefix, dv_prefix)
+            if later is not None:
+                dk, dv = (later[0] + dk).to(dk.dtype), (later[1] + dv).to(dv.dtype)
         return dq, dk, dv, None, None
 
 
@@ -89,14 +87,11 @@ def _forward_cpu(q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
     results = [_flash(q[:, :, piece], k[:, :, piece], v[:, :, piece], 0.0, True) for piece in _pieces(chunk)]
     if chunk.prefix:
         k_PGD, v_PGD = chunk.state.read(layer, 0, chunk.prefix)
-        own, own_lse = results[0]
-        past, past_lse = _flash(
-            q[:, :, : chunk.lengths[0]], _heads_first(k_PGD), _heads_first(v_PGD), 0.0, False
-        )
-        lse = torch.logaddexp(own_lse, past_lse)
-        share = torch.sigmoid(past_lse - own_lse).unsqueeze(-1)  # = exp(past_lse - lse)
-        out = own.to(share.dtype).lerp_(past.to(share.dtype), share).to(own.dtype)
-        results[0] = out, lse
+        q0, (out, lse) = q[:, :, : chunk.lengths[0]], results[0]
+        past, past_lse = _flash(q0, _heads_first(k_PGD), _heads_first(v_PGD), 0.0, False)
+        share = torch.sigmoid(past_lse - lse).unsqueeze(-1)  # of the prefix, in the merged softmax
+        merged = out.to(share.dtype).lerp_(past.to(share.dtype), share).to(out.dtype)
+        results[0] = merged, torch.logaddexp(lse, past_lse)
     if len(results) == 1:
         out, lse = results[0]
     else:
@@ -127,7 +122,7 @@ def _backward_cpu(dout_THD, q_THD, k_TGD, v_TGD, out_THD, extra, chunk: ChunkTen
 
 
 def _group_keys_values(k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
-    """Keys and values that the one call on CUDA reads: the prefix and, behind it, the whole chunk."""
+    """Keys and values that the one call on CUDA reads: those of the prefix, then of the chunk."""
     if chunk.state is None:
         return k_TGD, v_TGD
     return chunk.state.read(layer, 0, chunk.prefix + k_TGD.size(0))

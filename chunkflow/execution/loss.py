@@ -1,40 +1,31 @@
-"""What a chunk may end in (`ChunkTensors.end`): functions of its last hidden states and the head's weight.
+"""The model's results (`ChunkTensors.end`): functions of the last hidden states and the head's weight.
 
-Head and cross-entropy run in slices of tokens: neither all logits nor, while other chunks run, anything
-weight-sized is held. The head of a single token runs in slices of the vocabulary.
-
-Where a chunk's backward is the very next action, its forward makes the head's gradients too, from the same
-logits; otherwise backward computes the logits again.
+Head and cross-entropy run in slices of tokens: all logits are never held at once, nor anything weight-sized
+while other chunks run. If a chunk's backward is the very next action, its forward computes the head's
+gradients from the same logits; otherwise backward computes the logits again.
 
 Shape suffixes: T tokens of the chunk, S tokens of a slice, C hidden size, V vocabulary.
 """
-
-from __future__ import annotations
 
 import torch
 
 from chunkflow.execution.state import IGNORE, ChunkTensors
 
-# Logits of one slice: on a CPU 4 MiB in fp32, which a cache holds; on CUDA 256 MiB, which fill the device.
-# Fewer tokens than the least do not pay, whatever the vocabulary: each slice adds to a weight-sized gradient.
+# Logits of one slice in fp32: on the CPU 4 MiB, which a cache holds; on CUDA 256 MiB, which keep it busy.
+# At least _LEAST_TOKENS, whatever the vocabulary: each slice adds to a weight-sized gradient.
 _SLICE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 _LEAST_TOKENS = 512
 
 
 def loss_sum(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor:
-    """The SUM of the cross-entropies of all positions that have a target: 0-dim, in at least fp32.
-
-    Logits are computed in at least fp32, a slice at a time. Gradients are made at once where
-    `chunk.loss_gradient` tells what backward will send to the loss; else (None) in backward, from logits that
-    are computed again.
-    """
+    """The SUM of the cross-entropies of all positions that have a target: 0-dim; logits and sum in at least
+    fp32. Gradients are computed here if `chunk.loss_gradient` is set, else in backward."""
     return _SlicedCrossEntropy.apply(hidden_TC, weight_VC, chunk.labels, chunk.loss_gradient)
 
 
 @torch.no_grad()
 def token_losses(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor:
-    """The cross-entropy of each position, (T,), in at least fp32, 0 where there is no target; without a
-    graph."""
+    """The cross-entropy of each position, (T,), in at least fp32, 0 without a target. No autograd graph."""
     compute = torch.promote_types(hidden_TC.dtype, torch.float32)
     head = _Head(weight_VC, compute)
     losses_T = torch.empty(hidden_TC.size(0), dtype=compute, device=hidden_TC.device)
@@ -47,8 +38,8 @@ def token_losses(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkT
 
 
 def last_logits(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor:
-    """The logits that follow the last token, (V,), in at least fp32: a slice of the vocabulary at a time, as
-    narrow weights are widened."""
+    """The last token's logits, (V,), in at least fp32. Weights are widened a slice of the vocabulary at a
+    time."""
     compute = torch.promote_types(hidden_TC.dtype, torch.float32)
     rows = max(128, _SLICE_ELEMENTS[weight_VC.device.type] // weight_VC.size(1))
     return torch.cat([_Head(part_SC, compute).logits(hidden_TC[-1:])[0] for part_SC in weight_VC.split(rows)])
@@ -61,9 +52,9 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         head = _Head(weight_VC, compute)
         loss = torch.zeros((), dtype=compute, device=hidden_TC.device)
         lse_T = torch.empty(hidden_TC.size(0), dtype=compute, device=hidden_TC.device)
-        gradients = (
-            None if loss_gradient is None else _Gradients(hidden_TC, weight_VC, labels_T, loss_gradient)
-        )
+        gradients = None
+        if loss_gradient is not None:
+            gradients = _Gradients(hidden_TC, weight_VC, labels_T, loss_gradient)
         for piece in _slices(hidden_TC.size(0), weight_VC):
             logits_SV, labels_S = head.logits(hidden_TC[piece]), labels_T[piece]
             target_S = logits_SV.gather(1, labels_S.clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -97,43 +88,35 @@ class _SlicedCrossEntropy(torch.autograd.Function):
 
 
 class _Gradients:
-    """Those of hidden states and weight, a slice at a time. `dloss`: what backward sends to the loss."""
+    """Gradients of hidden states and weight, a slice at a time. `dloss`: the gradient of the loss."""
 
-    def __init__(
-        self,
-        hidden_TC: torch.Tensor,
-        weight_VC: torch.Tensor,
-        labels_T: torch.Tensor,
-        dloss: float | torch.Tensor,
-    ):
+    def __init__(self, hidden_TC, weight_VC, labels_T, dloss: float | torch.Tensor):
         self.hidden_TC, self.weight_VC, self.labels_T, self.dloss = hidden_TC, weight_VC, labels_T, dloss
         self.dhidden_TC = torch.empty_like(hidden_TC)
         self.dweight_VC: torch.Tensor | None = None
 
     def add(self, piece: slice, exponentials_SV: torch.Tensor, sum_S: torch.Tensor) -> None:
-        """Of one slice, whose probabilities are `exponentials_SV / sum_S`. Overwrites the former."""
+        """Adds a slice with the probabilities `exponentials_SV / sum_S`. Overwrites `exponentials_SV`."""
         labels_S, hidden_SC = self.labels_T[piece], self.hidden_TC[piece]
         dloss_S = (labels_S != IGNORE).to(sum_S.dtype) * self.dloss
         dlogits_SV = exponentials_SV.mul_((dloss_S / sum_S).unsqueeze(1))
         dlogits_SV.scatter_add_(1, labels_S.clamp(min=0).unsqueeze(1), -dloss_S.unsqueeze(1))
         dlogits_SV = dlogits_SV.to(hidden_SC.dtype)
         torch.mm(dlogits_SV, self.weight_VC, out=self.dhidden_TC[piece])
-        # More than one slice adds up in at least fp32, as one product over all tokens would.
+        # Slices are summed in at least fp32, as one product over all tokens would; in-place, as it is large.
         if self.dweight_VC is None:
             self.dweight_VC = dlogits_SV.t() @ hidden_SC
         elif dlogits_SV.dtype == sum_S.dtype:
             self.dweight_VC.addmm_(dlogits_SV.t(), hidden_SC)
         else:
-            self.dweight_VC = self.dweight_VC.to(sum_S.dtype).add_(
-                dlogits_SV.t() @ hidden_SC
-            )  # one such sum is held, no second
+            self.dweight_VC = self.dweight_VC.to(sum_S.dtype).add_(dlogits_SV.t() @ hidden_SC)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.dhidden_TC, self.dweight_VC.to(self.weight_VC.dtype)
 
 
 class _Head:
-    """Logits in `compute` precision from activations and weights that may be narrower."""
+    """Logits in the dtype `compute` from hidden states and weights that may be narrower."""
 
     def __init__(self, weight_VC: torch.Tensor, compute: torch.dtype):
         self.narrow_product = weight_VC.is_cuda and weight_VC.dtype != compute
@@ -147,7 +130,7 @@ class _Head:
 
 
 def slice_tokens(device_type: str, vocab_size: int) -> int:
-    """How many tokens a slice has."""
+    """Tokens of one slice of logits."""
     return max(_LEAST_TOKENS, _SLICE_ELEMENTS[device_type] // vocab_size)
 
 

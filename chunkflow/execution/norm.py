@@ -1,7 +1,5 @@
 """RMSNorm, computed in at least fp32."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,8 +20,8 @@ class RMSNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """For devices where F.rms_norm is not one kernel: that keeps three tensors of x's size (six in bf16),
-    this keeps x."""
+    """For the CPU, where F.rms_norm is several kernels: it saves three tensors of x's size (six in bf16) for
+    backward, this saves x."""
 
     @staticmethod
     def forward(ctx, x, weight, eps: float):

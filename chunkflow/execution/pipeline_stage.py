@@ -1,13 +1,10 @@
-"""A stage of torch.distributed.pipelining whose micro-batches are chunks of any length.
+"""A stage of torch.distributed.pipelining with the plan's chunks as micro-batches: any number, any length.
 
-torch's own runtime splits a batch evenly, keeps a receive buffer for every micro-batch, knows neither
-FORWARD_STATE nor RECOMPUTE, and waits for its sends at the end of the step. Here the micro-batches are the
-plan's chunks, as many and as long as each step has them; a receive buffer is made when its receive is posted
-and is gone after the chunk's backward; a chunk that keeps no activations keeps its stage input, from which it
-is recomputed without a message. All that is private to torch's stages is touched in this file.
+torch's runtime splits a batch evenly, keeps a receive buffer for every micro-batch, and knows neither
+FORWARD_STATE nor RECOMPUTE. Here a receive buffer lives from its receive to the chunk's backward, and a chunk
+without activations keeps its stage input, from which it is recomputed without a message. Only this file uses
+private parts of torch's stages.
 """
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Callable
@@ -26,8 +23,8 @@ from chunkflow.execution.state import ChunkTensors
 class ChunkStage(PipelineStage):
     """One stage of several; its methods are those of `chunkflow.execution.stage.WholeModel`, plus messages.
 
-    `before_last_backward` is called before the step's last backward of this stage: gradients are then reduced
-    over replicas within that backward, layer by layer, while torch's stages reduce them after it.
+    `before_last_backward(model)` is called before this stage's last backward of the step, in which gradients
+    are reduced over replicas, layer by layer; torch's stages reduce them after it.
     """
 
     def __init__(
@@ -77,8 +74,7 @@ class ChunkStage(PipelineStage):
         return dist.irecv(operation.tensor, operation.peer, group=operation.group)
 
     def send(self, gradient: bool, key: tuple[int, int]) -> tuple[dist.Work, torch.Tensor]:
-        """Sends a chunk's output on, or the gradient of its input back. The tensor must live until the work
-        is done."""
+        """Sends a chunk's output on, or its input's gradient back. Keep the tensor until the work is done."""
         number = self._number(key)
         (operation,) = self.get_bwd_send_ops(number) if gradient else self.get_fwd_send_ops(number)
         return dist.isend(operation.tensor, operation.peer, group=operation.group), operation.tensor
@@ -97,14 +93,14 @@ class ChunkStage(PipelineStage):
             self.bwd_cache.pop(number)  # no gradient of tokens
 
     def forget_output(self, key: tuple[int, int]) -> None:
-        """After a FORWARD_STATE nothing but its input stays; after an EVALUATE not even that."""
+        """Drops the output of a forward without gradients; `forget_input` drops its input."""
         self.fwd_cache.pop(self._number(key))
 
     def forget_input(self, key: tuple[int, int]) -> None:
         self.args_recv_info.pop(self._number(key), None)
 
     def stage_inputs(self) -> int:
-        """How many inputs are received, or to be received, of chunks whose backward has not run."""
+        """How many chunks have an input received, or to be received, and no backward yet."""
         return len(self.args_recv_info)
 
     def backward_maybe_with_nosync(

@@ -3,8 +3,6 @@
 Shape suffixes: T tokens of the chunk, N heads, D head dimension, R = D / 2 rotated pairs.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -15,11 +13,11 @@ ROPE_KEYS = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_KEYS, "yarn
 
 
 class Rotary:
-    """Rotates queries and keys, (T, N, D), by the angles of their positions. Made once a forward, for all
-    layers, from `rotary_frequencies`; computes in `dtype`, which is at least fp32. The first half of D pairs
-    with the second, as in Hugging Face's models.
-    Not a dataclass or a tuple of tensors: FSDP2 would cast those to the parameters' dtype.
-    """
+    """Rotates queries or keys, (T, N, D), by the angles of their positions; the first half of D pairs with
+    the second. Made from `rotary_frequencies` once a forward, for all layers. Computes in `dtype`, at least
+    fp32."""
+
+    # Not a dataclass or a tuple of tensors: FSDP2 would cast those to the parameters' dtype.
 
     def __init__(
         self, frequencies: tuple[torch.Tensor, float], positions_T: torch.Tensor, dtype: torch.dtype
@@ -35,7 +33,7 @@ class Rotary:
 
 
 def rope_type(scaling: dict | None) -> str:
-    """The rope_type that a rope_scaling of Hugging Face asks for; ValueError where it cannot be had."""
+    """The rope_type of a Hugging Face rope_scaling; ValueError where it is unknown or lacks a key."""
     scaling = scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))  # "type" in older files
     if kind not in ROPE_KEYS:

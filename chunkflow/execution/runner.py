@@ -1,8 +1,4 @@
-"""Runs a plan: the one interpreter of actions, for the whole model or for stages of it, exactly.
-
-A rank with neighbours also sends and receives, at the moments that its program names; a rank without runs the
-same program without messages.
-"""
+"""Runs a plan's actions, and where the model is cut into stages its transfers, in the program's order."""
 
 from __future__ import annotations
 
@@ -25,16 +21,16 @@ from chunkflow.planning.schedule import DUMMY, Action, Kind
 if TYPE_CHECKING:
     from chunkflow.execution.pipeline_stage import ChunkStage
 
-# A send that the other end has not taken holds its tensor. gloo does not tell before one waits, so the oldest
-# is waited for when there are more; plans keep neighbours in step, so that this seldom takes time.
+# A send holds its tensor until it is received, which gloo tells only to a wait: the oldest is waited for when
+# more are in flight. Plans keep neighbours in step, so the wait is seldom long.
 SENDS_IN_FLIGHT = 4
 
 Take = Callable[[ChunkTensors, torch.Tensor], None]
 
 
 class StepResult:
-    """What one step amounted to on this rank. Counters are peaks; lists have one entry for each stage of the
-    rank. Dummies do not count."""
+    """Loss, counters and clock of one step on this rank. Counters are peaks, without dummies; lists have one
+    entry for each stage of the rank."""
 
     def __init__(self, device: torch.device, stages: int):
         # The sum of this replica's token losses, on the rank that has the last stage; elsewhere 0.
@@ -47,7 +43,7 @@ class StepResult:
 
 
 class Clock:
-    """When a rank's actions ran, and how long it was busy before it met the other replicas."""
+    """When a rank's actions ran, and how long it was busy before replicas reduce their gradients."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -63,7 +59,7 @@ class Clock:
         return event
 
     def _busy_now(self) -> Any:
-        # On the CPU the time of this thread, which stands still while it waits in a collective.
+        # On the CPU the time of this thread, which does not count waiting in a collective.
         return self.now() if self.cuda else time.thread_time()
 
     def gradients_complete(self) -> None:
@@ -71,12 +67,12 @@ class Clock:
         self.busy_end = self._busy_now()
 
     def busy_seconds(self) -> float:
-        """From the step's begin to its last backward. Waits for the device."""
+        """From the step's begin to its last backward. Synchronises with the device."""
         return self._seconds(self.busy_begin, self.busy_end)
 
     def timeline(self) -> list[Timed]:
-        """The actions in their order, in seconds since the step began on this rank. Waiting for a message
-        belongs to none; meeting other replicas in a collective does. Waits for the device."""
+        """The actions in their order, in seconds since the step began on this rank, with collectives but
+        without the wait for messages. Synchronises with the device."""
         return [
             Timed(action, self._seconds(self.begin, start), self._seconds(self.begin, end))
             for action, start, end in self.marks
@@ -92,8 +88,7 @@ class Clock:
 class Runner:
     """Runs each step's program on the stages of this rank: one, or several virtual ones.
 
-    `loss(hidden_TC, weight_VC, chunk)` is the sum of a chunk's token losses, 0-dim; see
-    `chunkflow.execution.loss.loss_sum`.
+    `loss(hidden_TC, weight_VC, chunk)` is the sum of a chunk's token losses, 0-dim, as `loss.loss_sum`.
     """
 
     def __init__(self, stages: Sequence[WholeModel | ChunkStage], device: torch.device, loss: End = loss_sum):
@@ -102,8 +97,7 @@ class Runner:
     def step(
         self, program: Program, groups: Sequence[Group], chunks: list[list[ChunkTensors]], targets: int
     ) -> StepResult:
-        """Runs this rank's part of a plan; gradients of sum(loss) / targets are added to the parameters'
-        `.grad`.
+        """Runs this rank's part of a plan: adds gradients of sum(loss) / targets to the parameters' `.grad`.
 
         `chunks[g][c]` are the tensors of chunk c of the replica's group g, the same on all its ranks.
         `targets` counts the supervised tokens of the global batch, over all replicas.
@@ -114,12 +108,8 @@ class Runner:
     def evaluate(
         self, program: Program, groups: Sequence[Group], chunks: list[list[ChunkTensors]], take: Take
     ) -> StepResult:
-        """Runs this rank's part of a forward-only plan. On the last stage `take(chunk, losses_T)` gets each
-        chunk with the loss of each of its tokens.
-
-        Nothing is kept but the K/V of the group that a stage is in; gradients and parameters stay as they
-        are, and `StepResult.loss_sum` stays 0.
-        """
+        """Runs this rank's part of a forward-only plan; the last stage calls `take(chunk, losses_T)`, with
+        the loss of each token. Only the K/V of the current group are kept; `StepResult.loss_sum` stays 0."""
         return _Run(self, groups, chunks, take=take).run(program)
 
 
@@ -234,8 +224,7 @@ class _Run:
             self.states.pop((index, key[0]), None)
 
     def _forget(self, index: int, key: tuple[int, int]) -> None:
-        """After an EVALUATE, once its output has been taken or sent: only the K/V stay, until the group's
-        last chunk."""
+        """After an EVALUATE with its output taken or sent. K/V stay until the group's last chunk."""
         self.stages[index].forget_input(key)
         self.in_flight.pop((index, key)).state = None
         group, chunk = key
@@ -243,7 +232,7 @@ class _Run:
             self.states.pop((index, group), None)
 
     def _chunk(self, index: int, key: tuple[int, int]) -> ChunkTensors:
-        """The chunk as a stage sees it: each stage has a K/V state of its own."""
+        """The chunk for one stage: each stage has a separate K/V state."""
         if (index, key) not in self.in_flight:
             group, number = key
             chunk = dummy_chunk() if group == DUMMY else self.chunks[group][number]

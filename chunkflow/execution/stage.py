@@ -1,9 +1,4 @@
-"""A stage: the part of the model that a rank runs chunks through. Here it is the whole model.
-
-Parts of a model are in pipeline_stage.py, as stages of torch.distributed.pipelining with the same methods.
-"""
-
-from __future__ import annotations
+"""The whole model as the only stage; pipeline_stage.py has stages of several, with the same methods."""
 
 from collections.abc import Callable
 
@@ -14,10 +9,10 @@ from chunkflow.execution.state import ChunkTensors
 
 
 class WholeModel:
-    """The only stage there is: nothing is received or sent.
+    """A stage that receives and sends nothing.
 
-    `before_last_backward(model)` is called before the step's last backward: from there on gradients are
-    reduced over ranks, layer by layer. `key` names a chunk from its first forward to its backward.
+    `before_last_backward(model)` is called before the step's last backward, in which gradients are reduced
+    over ranks, layer by layer. `key` identifies a chunk: (group, index in it).
     """
 
     stage_index = 0
@@ -31,20 +26,20 @@ class WholeModel:
         self.losses.clear()
 
     def forward(self, key: tuple[int, int], chunk: ChunkTensors) -> torch.Tensor | None:
-        """What `chunk.end` makes of the chunk; with gradients enabled it is kept for the backward."""
+        """The model's result for the chunk; with gradients enabled it is kept for the backward."""
         result = self.model(chunk.tokens, chunk)
         if torch.is_grad_enabled():
             self.losses[key] = result
         return result
 
     def backward(self, key: tuple[int, int], loss_gradient: float, last: bool) -> None:
-        """Adds to the parameters' gradients; `loss_gradient` is what the chunk's loss gets."""
+        """Adds to the parameters' gradients; `loss_gradient` is the gradient of the chunk's loss."""
         if last:
             self.before_last_backward(self.model)
         loss = self.losses.pop(key)
         loss.backward(torch.full_like(loss, loss_gradient))
 
     def forget_output(self, key: tuple[int, int]) -> None:
-        """Nothing was kept of a forward without gradients."""
+        """Does nothing: a forward without gradients keeps nothing."""
 
     forget_input = forget_output

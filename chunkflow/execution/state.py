@@ -1,15 +1,14 @@
-"""What a model gets with a chunk, and the K/V state that the chunks of one group share.
+"""A chunk's tensors, and the K/V state that the chunks of one group share.
 
-Neither class is a dataclass: FSDP2 rebuilds dataclasses among a module's inputs when it casts them, and
-writes to the copy would be lost.
+Neither class is a dataclass: FSDP2 copies dataclasses among a module's inputs, and writes to a copy are lost.
 
-Shape suffixes: T tokens of the chunk, P tokens before it in the same sequence, G key/value heads, D head
-dimension.
+Shape suffixes: T tokens of the chunk, P tokens of its prefix, G key/value heads, D head dimension.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -21,17 +20,16 @@ IGNORE = -100  # the label of a position that has no target
 
 
 class ChunkTensors:
-    """One chunk as the model sees it.
+    """One chunk: the model's input.
 
     tokens, labels, positions: (T,) int64. `labels[t]` is the target of position t (already shifted), -100
-    where there is none; None: no labels at all, the model continues the chunk instead of learning from it.
-    `lengths` are the tokens of each segment; the first one attends to `prefix` earlier tokens of its
-    sequence. `index` is the chunk's place in its group.
+    for no target; `labels` is None in generation. `lengths` are the tokens of each segment; the first segment
+    attends to `prefix` earlier tokens of its sequence. `index`: of the chunk in its group.
 
-    The runner sets, before each forward: `state` (None for a standalone chunk); `end`, which makes the
-    model's result of the last hidden states, the head's weight and this chunk (None: only the chunk's keys
-    and values are wanted); and `loss_gradient`, what the chunk's backward will send to its loss, where that
-    backward is the very next action (else None).
+    The runner sets, before each forward: `state` (None for a standalone chunk); `end`, the function of the
+    last hidden states, the head's weight and this chunk that returns the model's result (None: only keys and
+    values are stored); `loss_gradient`, the gradient of the chunk's loss if its backward is the very next
+    action, else None.
     """
 
     def __init__(
@@ -55,7 +53,7 @@ class ChunkTensors:
         self.key_ends = torch.tensor([0] + [self.prefix + end for end in self.ends[1:]], dtype=torch.int32)
 
     def to(self, device: torch.device) -> ChunkTensors:
-        """A copy on the device, made without waiting for it. On the same device the tensors are shared."""
+        """A copy on the device, made asynchronously. On the same device the tensors are shared."""
         moved = copy.copy(self)
         for name in ("tokens", "labels", "positions", "query_ends", "key_ends"):
             if (tensor := getattr(self, name)) is not None:
@@ -68,41 +66,34 @@ End = Callable[[torch.Tensor, torch.Tensor, ChunkTensors], torch.Tensor]
 
 
 def dummy_chunk() -> ChunkTensors:
-    """One token without a target: it costs next to nothing, and its gradients are exactly zero."""
+    """One token without a target: it costs almost nothing, and its gradients are exactly zero."""
     zero = torch.zeros(1, dtype=torch.int64)
     return ChunkTensors(ONE_TOKEN, 0, zero, torch.full_like(zero, IGNORE), zero)
 
 
 class KeyValueState:
-    """Keys and values of a group's tokens so far, and the gradients that later chunks sent back to them, for
-    each layer.
+    """For each layer, keys and values of a group's tokens so far, and gradients that later chunks added.
 
-    Keys and values of a layer lie in one buffer for the whole group, so that a chunk reads its prefix without
-    copying it. Gradients are kept a chunk each, in at least fp32, and are gone as soon as that chunk's
-    backward has taken them.
+    A layer has one buffer for the whole group: a chunk reads its prefix without a copy. Gradients are kept
+    for each chunk, in at least fp32, until that chunk's backward takes them.
     """
 
     def __init__(self, group: Group):
         self.chunk_starts = [chunk.prefix for chunk in group.chunks]
-        self.tokens = (
-            group.tokens
-        )  # a tail's packed neighbours included: behind the prefix, where one call on CUDA reads them
+        # With the segments packed behind the sequence's end: on CUDA one call reads the prefix and them.
+        self.tokens = group.tokens
         self.buffers: dict[int, torch.Tensor] = {}  # layer -> (2, tokens, G, D): keys and values
-        self.gradients: dict[
-            int, dict[int, torch.Tensor]
-        ] = {}  # layer -> chunk -> (2, tokens of the chunk, G, D)
-        self.next_backward: dict[
-            int, int
-        ] = {}  # layer -> index of the only chunk whose backward may come now
+        # layer -> chunk -> (2, tokens of the chunk, G, D)
+        self.gradients: defaultdict[int, dict[int, torch.Tensor]] = defaultdict(dict)
+        self.next_backward: dict[int, int] = {}  # layer -> index of the chunk whose backward comes next
 
     def write(self, layer: int, start: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> None:
-        """Stores a chunk's keys and values. Writing them again (recompute, activation checkpointing) changes
-        nothing."""
-        buffer = self.buffers.get(layer)
-        if buffer is None:
-            buffer = self.buffers[layer] = k_TGD.new_empty(2, self.tokens, *k_TGD.shape[1:])
-        buffer[0, start : start + k_TGD.size(0)].copy_(k_TGD)
-        buffer[1, start : start + v_TGD.size(0)].copy_(v_TGD)
+        """Stores a chunk's keys and values. Recomputation writes the same values again."""
+        if layer not in self.buffers:
+            self.buffers[layer] = k_TGD.new_empty(2, self.tokens, *k_TGD.shape[1:])
+        keys, values = self.read(layer, start, start + k_TGD.size(0))
+        keys.copy_(k_TGD)
+        values.copy_(v_TGD)
 
     def read(self, layer: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of tokens `start .. end - 1`: two views, each (end - start, G, D)."""
@@ -112,18 +103,17 @@ class KeyValueState:
     def exchange_gradients(
         self, layer: int, index: int, dk_PGD: torch.Tensor | None, dv_PGD: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Adds chunk `index`'s gradients to those of the chunks before it; returns what later chunks had left
-        for itself.
+        """Adds chunk `index`'s gradients of its prefix to those of the chunks before it.
 
-        Returns (2, T, G, D) or None. A chunk's gradient is complete only when every later chunk has sent its
-        share.
+        Returns the sum of the gradients that later chunks added for chunk `index`: (2, T, G, D), or None for
+        the group's last chunk. Backwards must come in reverse order of chunks.
         """
         expected = self.next_backward.get(layer, len(self.chunk_starts) - 1)
         assert index == expected, (
             f"layer {layer}: backward of chunk {index}, but chunk {expected} comes first"
         )
         self.next_backward[layer] = index - 1
-        gradients = self.gradients.setdefault(layer, {})
+        gradients = self.gradients[layer]
         for earlier, (start, end) in enumerate(zip(self.chunk_starts[:index], self.chunk_starts[1:])):
             if earlier in gradients:
                 gradients[earlier][0] += dk_PGD[start:end]
@@ -134,6 +124,6 @@ class KeyValueState:
         return gradients.pop(index, None)
 
     def bytes(self) -> int:
-        """What the state holds now, on this stage."""
+        """Bytes of the tensors held now."""
         gradients = [gradient for layer in self.gradients.values() for gradient in layer.values()]
         return sum(tensor.nbytes for tensor in [*self.buffers.values(), *gradients])

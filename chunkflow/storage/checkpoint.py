@@ -1,13 +1,10 @@
-"""Checkpoints: all of a run's state on the disk, whole or not at all, and back into any number of ranks and
-stages.
+"""Checkpoints: saves a run's complete state, and loads it into any number of ranks and stages.
 
 `{dump_folder}/{checkpoint.folder}/step-N/` has torch.distributed.checkpoint's files (each rank's shards,
-`.metadata`) and `manifest.json`: what the run is, how far it has come, and the size and checksum of every
-other file. A folder is written as `step-N.saving`, synced, and renamed when it is complete; older ones are
-removed only then. The newest checkpoint is the one with the highest step: clocks play no part.
+`.metadata`) and `manifest.json`: what the run is, its progress, and the size and checksum of every other
+file. A folder is written as `step-N.saving`, synced, and renamed when it is complete; older ones are removed
+only then. The newest checkpoint is the one with the highest step, whatever the files' times.
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -41,13 +38,13 @@ GROUP_TIMEOUT = timedelta(hours=1)  # ranks wait for the slowest to write its fi
 
 
 class SaveFailed(Exception):
-    """A save that left nothing on the disk. What is in memory is as it was."""
+    """A checkpoint could not be saved; its files are removed, and the run's state is unchanged."""
 
 
 class Checkpoints:
     """The checkpoints of one run: every rank makes one object, and calls the same methods at the same steps.
 
-    `steps` is training.steps; `config` has the value of every key, for the manifest; `models` is the model,
+    `steps` is training.steps; `config` has the value of every key, for the manifest; `models` are the model,
     or this rank's stages of it.
     """
 
@@ -76,14 +73,12 @@ class Checkpoints:
         self.saving: Future[None] | None = None  # the save in the background
         self.failures = 0  # saves that failed since the last good one
 
-    # ---- the start of a run
-
     def load(self, family: ModuleType, hf_assets_path: str, seed: int) -> Progress:
-        """Fills all that a run begins with, and returns how far it had come.
+        """Fills the state that a run starts from; returns its progress.
 
-        That is a checkpoint's model, optimizer, loader and random generators; else a model whose weights come
-        from another checkpoint, from a Hugging Face folder, or are drawn from the seed. Raises ValueError for
-        what is damaged or does not fit.
+        The state is the run's checkpoint (model, optimizer, loader, random generators); else the weights of
+        another checkpoint or of a Hugging Face folder, or weights drawn from the seed. ValueError for a file
+        that is damaged or does not fit.
         """
         kind, folder = self._on_rank_0(lambda: self._choose_start(hf_assets_path))
         if kind == "checkpoint":
@@ -104,7 +99,7 @@ class Checkpoints:
         return Progress()
 
     def _choose_start(self, hf_assets_path: str) -> manifest.Start:
-        """Decides what the run starts from. Removes unfinished folders of runs that were killed, and renames
+        """Decides what the run starts from. Removes unfinished folders of killed runs, and renames
         checkpoints later than checkpoint.load_step's, which the next start would take for the newest."""
         start = manifest.choose_start(self.settings, self.dump_folder, hf_assets_path)
         if not self.settings.enable:
@@ -143,20 +138,17 @@ class Checkpoints:
     def _model_tensors(self) -> dict[str, torch.Tensor]:
         return {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}
 
-    # ---- saving
-
     @property
     def failed_in_background(self) -> bool:
-        """Whether a save in the background has ended in an error, on this rank."""
+        """Whether the save in the background has failed on this rank."""
         return self.saving is not None and self.saving.done() and self.saving.exception() is not None
 
     def after_step(self, progress: Progress, stopping: bool, failed_in_background: bool) -> float:
-        """Saves the run if its step is due: by checkpoint.interval, as the last one before it ends or stops,
-        or since a save failed.
+        """Saves the run every checkpoint.interval steps, at the last step, and after a save that failed.
 
-        Returns the seconds that training waited. A save that fails is reported, and tried again after the
-        next step, or at once where none comes. After ATTEMPTS in a row ValueError says that the run stops.
-        `failed_in_background`: on any rank.
+        Returns the seconds that training waited. A failed save is logged, and tried again after the next
+        step, or at once after the last; ValueError after ATTEMPTS failures in a row. `stopping`: this step is
+        the last. `failed_in_background`: on any rank.
         """
         if not self.settings.enable:
             return 0.0
@@ -178,18 +170,14 @@ class Checkpoints:
         except SaveFailed as error:
             self.failures += 1
             if self.failures == ATTEMPTS:
-                raise ValueError(
-                    f"{error}; {ATTEMPTS} attempts in a row failed: make room or restore the folder, and"
-                    " start again"
-                ) from None
-            logger.warning(
-                f"{error}; training goes on, and it is tried again (attempt {self.failures + 1} of"
-                f" {ATTEMPTS})"
-            )
+                remedy = "make room or restore the folder, and start again"
+                raise ValueError(f"{error}; {ATTEMPTS} attempts in a row failed: {remedy}") from None
+            attempt = f"attempt {self.failures + 1} of {ATTEMPTS}"
+            logger.warning(f"{error}; training goes on, and it is tried again ({attempt})")
             return False
 
     def _finish_previous(self) -> None:
-        """Waits for the save in the background. SaveFailed if it failed, which it does on all ranks."""
+        """Waits for the save in the background. SaveFailed, on all ranks, if it failed."""
         if self.saving is None:
             return
         error, self.saving = self.saving.exception(), None
@@ -202,10 +190,8 @@ class Checkpoints:
         logger.info("Saving the checkpoint (or staging if async is enabled).")
         begin, step = time.perf_counter(), progress.step
         if changed := self.loader.dataset.changed_file():
-            logger.warning(
-                f"{changed} changed since this run read it: it goes on with what it read, but cannot be"
-                " continued with the new file"
-            )
+            now = "it goes on with what it read, but cannot be continued with the new file"
+            logger.warning(f"{changed} changed since this run read it: {now}")
         complete = not (self.settings.last_save_model_only and step == self.steps)
         state = self._model_tensors()
         if complete:
@@ -223,7 +209,7 @@ class Checkpoints:
             "cursor": self.loader.cursor,
             "ledger": vars(self.loader.ledger),
         }
-        content = json.loads(json.dumps(content))  # a copy: training changes it during a background save
+        content = json.loads(json.dumps(content))  # a copy: training goes on during a background save
         if self.settings.async_mode == "disabled":
             self._write(step, state, content)
             self.failures = 0
@@ -231,14 +217,11 @@ class Checkpoints:
             self.saving = self.background.submit(self._write, step, self.stager.stage(state), content)
             if wait:
                 self._finish_previous()
-        seconds = time.perf_counter() - begin
-        logger.info(
-            f"Finished saving the checkpoint (or staging if async is enabled) in {seconds:.2f} seconds."
-        )
+        seconds = f"{time.perf_counter() - begin:.2f} seconds"
+        logger.info(f"Finished saving the checkpoint (or staging if async is enabled) in {seconds}.")
 
     def _write(self, step: int, state: dict[str, torch.Tensor], content: dict[str, Any]) -> None:
-        """Writes the checkpoint of `step` and syncs it. Otherwise SaveFailed on every rank, and its files are
-        removed."""
+        """Writes and syncs the checkpoint of `step`; on failure removes it, SaveFailed on all ranks."""
         target, temporary = self.folder / f"step-{step}", self.folder / f"step-{step}.saving"
         try:
             self._on_rank_0(lambda: files.make_empty(temporary))
@@ -262,11 +245,8 @@ class Checkpoints:
             for old in complete[: -self.settings.keep_latest_k]:
                 files.remove(old)
 
-    # ---- agreement of ranks
-
     def _gathered(self, function: Callable[[], Any], rank_0_only: bool = False) -> list[Any]:
-        """What `function` returns on each rank, on all ranks; an OSError or ValueError of any is raised on
-        all."""
+        """What `function` returns on each rank; an OSError or ValueError of one rank is raised on all."""
         outcomes: list[Any] = [None] * dist.get_world_size()
         try:
             outcome = None if rank_0_only and self.rank else function()

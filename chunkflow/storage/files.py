@@ -1,7 +1,4 @@
-"""Folders that appear whole or not at all, and what tells whether their files are still as they were
-written."""
-
-from __future__ import annotations
+"""Folders that appear whole or not at all, a run's lock, and checksums of files."""
 
 import fcntl
 import logging
@@ -17,7 +14,7 @@ _locks = []  # open files, which hold their locks until the process ends
 
 
 def sync(path: Path) -> None:
-    """Returns when the file, or the folder's list of names, is on the disk."""
+    """Waits until the file, or the folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,16 +34,14 @@ def claim_folder(dump_folder: str, config_toml: str, locked: bool) -> None:
             break
         except BlockingIOError:  # a run that was killed may need a moment to be gone
             if attempt == 19:
+                remedy = "end it, or name another folder"
                 raise ValueError(
-                    f"another run is writing to job.dump_folder = {dump_folder!r}: end it, or name another"
-                    " folder"
+                    f"another run is writing to job.dump_folder = {dump_folder!r}: {remedy}"
                 ) from None
             time.sleep(0.5)
         except OSError as error:
-            logger.warning(
-                f"{lock.name} cannot be locked ({error.strerror}): take care that only one run writes to this"
-                " folder"
-            )
+            remedy = "take care that only one run writes to this folder"
+            logger.warning(f"{lock.name} cannot be locked ({error.strerror}): {remedy}")
             break
     (folder / "config.toml").write_text(config_toml)
     _locks.append(lock)
@@ -63,7 +58,7 @@ def checksum(path: Path) -> dict[str, int]:
 
 
 def check_files(folder: Path, recorded: dict[str, dict[str, int]]) -> None:
-    """ValueError for the first file of a checkpoint that is not as it was when its checksum was recorded."""
+    """ValueError for the first file whose size or checksum is not as recorded in a checkpoint's manifest."""
     remedy = f"copy it again, or remove {folder} to go on from an earlier checkpoint"
     for name, before in recorded.items():
         path = folder / name
@@ -72,22 +67,20 @@ def check_files(folder: Path, recorded: dict[str, dict[str, int]]) -> None:
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
         if now["bytes"] != before["bytes"]:
-            raise ValueError(
-                f"{path} has {now['bytes']:,} bytes, but was written with {before['bytes']:,}: {remedy}"
-            )
+            sizes = f"has {now['bytes']:,} bytes, but was written with {before['bytes']:,}"
+            raise ValueError(f"{path} {sizes}: {remedy}")
         if now != before:
             raise ValueError(f"{path} is damaged, its checksum is another than when it was written: {remedy}")
 
 
 def make_empty(folder: Path) -> None:
-    """A new, empty folder, whatever had that name."""
+    """Makes an empty folder; removes what had that name."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Renames a folder that is complete, once its files are on the disk. A folder that had the name is
-    replaced."""
+    """Syncs a complete folder and renames it to `target`, which it replaces."""
     for path in [*temporary.iterdir(), temporary]:
         sync(path)
     replaced = _set_aside(target) if target.exists() else None
@@ -98,8 +91,8 @@ def publish(temporary: Path, target: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder so that a kill in the middle leaves nothing that looks complete. One that cannot be
-    removed stays, with a warning."""
+    """Removes a folder, renamed first so that a kill never leaves half of it under its name. A folder that
+    cannot be removed stays, with a warning."""
     try:
         shutil.rmtree(_set_aside(folder), ignore_errors=True)
     except OSError as error:

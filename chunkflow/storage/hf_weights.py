@@ -1,10 +1,7 @@
 """Hugging Face folders in and out: weights from safetensors into shards and stages, and back.
 
-Nothing in a folder is executed. The package safetensors (extra `hf`) is imported only where weights are read
-or written.
+Nothing in a folder is executed. The package safetensors (extra `hf`) is imported only when it is needed.
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -30,35 +27,28 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_FILE_BYTES = 5 * 10**9
+_COPY_AGAIN, _OTHER_MODEL = "copy the folder again", "its config.json is another model's"
 ASSETS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
+    "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json"
+    " vocab.json merges.txt chat_template.jinja chat_template.json generation_config.json"
 )
 
 
-# ------------------------------------------------------------------------------------------------ weights, in
-
-
 class Source(NamedTuple):
+    """File and name of the tensor that fills a parameter. `twin`: a second copy, equal to it, of tied
+    embeddings."""
+
     file: Path
     tensor: str
-    twin: tuple[Path, str] | None = None  # a second copy of tied embeddings, which has to be equal
+    twin: tuple[Path, str] | None = None
 
 
 def weights_folder(settings: options.Checkpoint, hf_assets_path: str) -> str:
     """The folder that initial weights are read from; "" where they start random.
 
-    checkpoint.initial_load_path (with initial_load_in_hf), else model.hf_assets_path if it has any
-    safetensors: who names a model wants it. initial_load_in_hf insists on them. ValueError where the folder
-    has weights only in a format that can run code.
+    It is checkpoint.initial_load_path (with initial_load_in_hf), else model.hf_assets_path if that has
+    safetensors, or with initial_load_in_hf in any case. ValueError where the folder has weights only in a
+    format that can run code.
     """
     if settings.initial_load_path:
         return settings.initial_load_path if settings.initial_load_in_hf else ""
@@ -67,17 +57,14 @@ def weights_folder(settings: options.Checkpoint, hf_assets_path: str) -> str:
         return hf_assets_path
     for file in folder.iterdir():
         if file.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"):
-            raise ValueError(
-                f"{file}: weights are read from safetensors only: save the model as safetensors, or remove"
-                " the file"
-            )
+            remedy = "save the model as safetensors, or remove the file"
+            raise ValueError(f"{file}: weights are read from safetensors only: {remedy}")
     logger.info(f"There are no weights in {hf_assets_path}: parameters start random")
     return ""
 
 
 def check(config: Config, family: ModuleType, args: Any) -> None:
-    """What file names and headers alone can tell about the weights that a run will read and write. Raises
-    ValueError."""
+    """ValueError if file names and headers show that a run cannot read its weights, or write its export."""
     if folder := weights_folder(config.checkpoint, config.model.hf_assets_path):
         check_weights(folder, family, args)
     if config.checkpoint.last_save_in_hf:
@@ -85,7 +72,7 @@ def check(config: Config, family: ModuleType, args: Any) -> None:
 
 
 def parameter_shapes(family: ModuleType, args: Any) -> dict[str, torch.Size]:
-    """Of the whole model; the head that is the embeddings' weight is not listed again."""
+    """Name -> shape of each parameter of the whole model. Tied embeddings are listed once."""
     with torch.device("meta"):
         return {name: parameter.shape for name, parameter in family.Transformer(args).named_parameters()}
 
@@ -93,8 +80,8 @@ def parameter_shapes(family: ModuleType, args: Any) -> dict[str, torch.Size]:
 def check_weights(folder: str | Path, family: ModuleType, args: Any) -> dict[str, Source]:
     """The file and tensor of each parameter of the whole model. Reads headers only.
 
-    Raises ValueError that names the tensor where one is missing, extra, misshapen, or of a type that is not
-    read, and the file where one is missing or truncated.
+    ValueError names the tensor if one is missing, extra, misshapen or of a type that is not read, and the
+    file if one is missing or truncated.
     """
     folder = Path(folder).expanduser()
     tensors = _tensors(folder)
@@ -106,28 +93,20 @@ def check_weights(folder: str | Path, family: ModuleType, args: Any) -> dict[str
         for file, name in copies:
             _, size, dtype = tensors.pop(name)
             if size != list(shape):
-                raise ValueError(
-                    f"{file}: {name} has shape {size}, but the model needs {list(shape)}: its config.json is"
-                    " another model's"
-                )
+                needs = f"has shape {size}, but the model needs {list(shape)}"
+                raise ValueError(f"{file}: {name} {needs}: {_OTHER_MODEL}")
             if dtype not in ("F32", "BF16", "F16"):
-                raise ValueError(
-                    f"{file}: {name} is of type {dtype}: only bfloat16, float16 and float32 are read, convert"
-                    " it"
-                )
+                rule = "only bfloat16, float16 and float32 are read, convert it"
+                raise ValueError(f"{file}: {name} is of type {dtype}: {rule}")
         if not copies:
-            raise ValueError(
-                f"{folder} has no tensor {names[0]}, which its model needs: copy the folder again"
-            )
+            raise ValueError(f"{folder} has no tensor {names[0]}, which its model needs: {_COPY_AGAIN}")
         sources[parameter] = Source(*copies[0], *copies[1:])
     # Llama's first files carry each layer's rotary frequencies, which follow from config.json.
     extra = sorted(name for name in tensors if not name.endswith("rotary_emb.inv_freq"))
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise ValueError(
-            f"{tensors[extra[0]][0]}: {extra[0]}{more} is no tensor of the model: its config.json is another"
-            " model's"
-        )
+        file = tensors[extra[0]][0]
+        raise ValueError(f"{file}: {extra[0]}{more} is no tensor of the model: {_OTHER_MODEL}")
     return sources
 
 
@@ -136,11 +115,11 @@ def _tensors(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
     safetensors = _safetensors()
     index, listed = folder / "model.safetensors.index.json", {}
     if index.is_file():
-        listed = read_json(index, "copy the folder again").get("weight_map")
+        listed = read_json(index, _COPY_AGAIN).get("weight_map")
         names = listed.values() if isinstance(listed, dict) else [None]
         if not all(type(name) is str and Path(name).name == name for name in names):
             raise ValueError(f"{index} has no weight_map of file names: copy it again")
-    remedy = "name a folder with model.safetensors or model.safetensors.index.json"
+    missing = _COPY_AGAIN if listed else f"name a folder with model.safetensors or {index.name}"
     found = {}
     for file in [folder / name for name in sorted(set(listed.values())) or ["model.safetensors"]]:
         try:
@@ -149,16 +128,13 @@ def _tensors(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
                     part = content.get_slice(name)
                     found[name] = file, part.get_shape(), part.get_dtype()
         except OSError:
-            raise ValueError(
-                f"{file} cannot be read: {'copy the folder again' if listed else remedy}"
-            ) from None
+            raise ValueError(f"{file} cannot be read: {missing}") from None
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file} is truncated or damaged ({error}): copy it again") from None
     for name, file in listed.items():
         if name not in found or found[name][0].name != file:
-            raise ValueError(
-                f"{folder / file} has no tensor {name}, though {index.name} says so: copy the folder again"
-            )
+            has_not = f"has no tensor {name}, though {index.name} says so"
+            raise ValueError(f"{folder / file} {has_not}: {_COPY_AGAIN}")
     return found
 
 
@@ -166,35 +142,31 @@ def _safetensors() -> ModuleType:
     try:
         import safetensors.torch
     except ImportError:
-        raise ValueError(
-            "Hugging Face weights need the package safetensors: pip install safetensors, or chunkflow[hf]"
-        ) from None
+        remedy = "pip install safetensors, or chunkflow[hf]"
+        raise ValueError(f"Hugging Face weights need the package safetensors: {remedy}") from None
     return safetensors
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, family: ModuleType, folder: str | Path) -> None:
-    """Fills a model, or the stage of one, from a folder. Each rank reads the rows of its shards, one
-    parameter at a time.
+    """Fills a model, or a stage of one, from a folder. Each rank reads the rows of its shards, one parameter
+    at a time.
 
     Raises what check_weights does, and ValueError with the name of a tensor that is not finite.
     """
     sources, parameters = check_weights(folder, family, model.args), parallel.named_parameters([model])
     local = {name: parallel.to_local(parameter) for name, parameter in parameters.items()}
-    logger.info(
-        f"Reading weights from {folder}: {sum(part.numel() for part in local.values()):,} parameters are this"
-        " rank's"
-    )
+    elements = sum(part.numel() for part in local.values())
+    logger.info(f"Reading weights from {folder}: {elements:,} parameters are this rank's")
     quiet = dist.is_initialized() and dist.get_rank() > 0
-    bar = tqdm(total=len(local), unit="tensor", desc="reading weights", mininterval=1, disable=quiet)
-    with bar:
+    with tqdm(total=len(local), unit="tensor", desc="reading weights", mininterval=1, disable=quiet) as bar:
         for name in sorted(local, key=lambda name: sources[name][:2]):  # file by file
             local[name].copy_(read(sources[name], parallel.local_rows(parameters[name])))
             bar.update(1)
 
 
 def read(source: Source, rows: slice = slice(None)) -> torch.Tensor:
-    """These rows of a tensor. ValueError where they are not finite, or differ from a second copy's."""
+    """These rows of a tensor. ValueError where they are not finite, or the twin's rows differ."""
     safe_open = _safetensors().safe_open
     with safe_open(source.file, "pt") as tensors:
         part = tensors.get_slice(source.tensor)[rows]
@@ -204,19 +176,15 @@ def read(source: Source, rows: slice = slice(None)) -> torch.Tensor:
         with safe_open(file, "pt") as tensors:
             equal = torch.equal(part, tensors.get_slice(tensor)[rows])
         if not equal:
-            raise ValueError(
-                f"{file}: {tensor} differs from {source.tensor}, but config.json ties them: set"
-                " tie_word_embeddings to false, or remove the tensor"
-            )
+            remedy = "set tie_word_embeddings to false, or remove the tensor"
+            differs = f"{tensor} differs from {source.tensor}, but config.json ties them"
+            raise ValueError(f"{file}: {differs}: {remedy}")
     return part
 
 
 def _check_finite(tensor: torch.Tensor, name: str) -> None:
     if not tensor.isfinite().all():
         raise ValueError(f"{name} has values that are not finite: use a folder without them")
-
-
-# ----------------------------------------------------------------------------------------------- weights, out
 
 
 def save_model(
@@ -229,11 +197,11 @@ def save_model(
 ) -> None:
     """Writes a folder that transformers loads; every rank calls it, with its model or its stages.
 
-    Parameters come to rank 0 one at a time, which holds those of one file. config.json and tokenizer are
-    model.hf_assets_path's.
+    Parameters come to rank 0 one at a time; it holds those of one file. Where model.hf_assets_path is set,
+    its config.json and tokenizer are used.
     """
-    models = list(models)
-    args, assets = models[0].args, settings.hf_assets_path
+    models, assets = list(models), settings.hf_assets_path
+    args = models[0].args
     shapes = parameter_shapes(family, args)
     wholes = gathered_parameters(models, shapes, DTYPES[dtype], device)
     if dist.get_rank() == 0:
@@ -250,12 +218,11 @@ def save_model(
 def gathered_parameters(
     models: Iterable[nn.Module], shapes: dict[str, torch.Size], dtype: torch.dtype, device: torch.device
 ) -> Iterator[torch.Tensor | None]:
-    """The whole parameters of `shapes`, in that order: on the CPU of rank 0, None elsewhere. A collective at
-    each step."""
-    parameters = parallel.named_parameters(models)
+    """The whole parameters of `shapes`, in that order: on the CPU of rank 0, None on other ranks. Each is a
+    collective."""
+    parameters, rank = parallel.named_parameters(models), dist.get_rank()
     names_of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(names_of_ranks, list(parameters))
-    rank = dist.get_rank()
     for name, shape in shapes.items():
         whole, sender = None, next(rank for rank, names in enumerate(names_of_ranks) if name in names)
         if name in parameters:
@@ -278,22 +245,21 @@ def write_folder(
     assets: str | Path | None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes `tensors` (those of `shapes`, by Hugging Face's names, in that order) as `dtype`, and
-    config.json; the tokenizer's files are copied from the folder `assets`. Holds one file's tensors at a
-    time.
+    """Writes `tensors` (in the order of `shapes`, by Hugging Face's names) as `dtype`, config.json, and the
+    tokenizer's files of the folder `assets`. Holds one file's tensors at a time.
 
     The folder appears whole or not at all: it is written under another name, synced and renamed. One that
-    exists is replaced. Raises ValueError with the name of a tensor that is not finite, or not so in `dtype`.
+    exists is replaced. ValueError names a tensor with values that are not finite, or not finite in `dtype`.
     """
     save_file = _safetensors().torch.save_file
-    groups, size, weight_map = [[]], 0, {}  # the names of each file, the bytes of the last
-    total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
-    for name, shape in shapes.items():
-        if groups[-1] and size + shape.numel() * dtype.itemsize > max_file_bytes:
+    sizes = {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}
+    groups, bytes_of_last, weight_map = [[]], 0, {}  # groups: the names of each file
+    for name, size in sizes.items():
+        if groups[-1] and bytes_of_last + size > max_file_bytes:
             groups.append([])
-            size = 0
+            bytes_of_last = 0
         groups[-1].append(name)
-        size += shape.numel() * dtype.itemsize
+        bytes_of_last += size
     temporary = target.with_name(target.name + ".tmp")
     try:
         files.make_empty(temporary)
@@ -308,10 +274,10 @@ def write_folder(
                 save_file(content, temporary / f"model{part}.safetensors", metadata={"format": "pt"})
                 weight_map |= dict.fromkeys(names, f"model{part}.safetensors")
         if len(groups) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             _write_json(temporary / "model.safetensors.index.json", index)
         _write_json(temporary / "config.json", config)
-        for file in [Path(assets).expanduser() / name for name in ASSETS] if assets else []:
+        for file in [Path(assets).expanduser() / name for name in ASSETS.split()] if assets else []:
             if file.is_file():
                 shutil.copyfile(file, temporary / file.name)
         files.publish(temporary, target)

@@ -1,6 +1,4 @@
-"""Which checkpoints a run has, what each is of, and which of them, or what else, the run starts from."""
-
-from __future__ import annotations
+"""Which checkpoints a run has, what their manifests say, and what the run starts from."""
 
 import dataclasses
 import json
@@ -36,8 +34,8 @@ def complete_checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def resume_folder(settings: options.Checkpoint, dump_folder: str) -> Path | None:
-    """The checkpoint that a run goes on from; None: it starts at step 1. ValueError where there is no
-    checkpoint of checkpoint.load_step."""
+    """The checkpoint that a run continues; None if it starts at step 1. ValueError if checkpoint.load_step is
+    not among the checkpoints."""
     if not settings.enable:
         return None
     folder, wanted = checkpoint_folder(settings, dump_folder), settings.load_step
@@ -46,16 +44,14 @@ def resume_folder(settings: options.Checkpoint, dump_folder: str) -> Path | None
         return found[max(found)] if found else None
     if wanted not in found:
         steps = f"there are steps {', '.join(map(str, found))}" if found else "there is none"
-        raise ValueError(
-            f"checkpoint.load_step = {wanted}: {folder} has no complete checkpoint of that step ({steps}):"
-            " choose another, or -1 for the newest"
-        )
+        missing = f"{folder} has no complete checkpoint of that step ({steps})"
+        raise ValueError(f"checkpoint.load_step = {wanted}: {missing}: choose another, or -1 for the newest")
     return found[wanted]
 
 
 class Start(NamedTuple):
-    """What a run starts from. "checkpoint": all of a run's state; "checkpoint weights": a checkpoint's model
-    alone; "hf": a Hugging Face folder; "random": no folder."""
+    """What a run starts from: "checkpoint" (all its state), "checkpoint weights" (only its model), "hf" (a
+    Hugging Face folder) or "random" (no folder)."""
 
     kind: str
     folder: Path | None = None
@@ -78,21 +74,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         format = manifest["format"]
     except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}): name a checkpoint folder, such as checkpoint/step-100"
-        ) from None
+        remedy = "name a checkpoint folder, such as checkpoint/step-100"
+        raise ValueError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: remove {folder} to go on from an earlier checkpoint") from None
     if format != FORMAT:
-        raise ValueError(
-            f"{path} has format {format}, but this version reads {FORMAT}: use the version that wrote it"
-        )
+        reads = f"this version reads {FORMAT}: use the version that wrote it"
+        raise ValueError(f"{path} has format {format}, but {reads}")
     return manifest
 
 
 def finished(settings: options.Checkpoint, dump_folder: str, steps: int) -> bool:
-    """Whether nothing is left to do: the last step is saved, and with checkpoint.last_save_in_hf its Hugging
-    Face folder too."""
+    """Whether the run's last step is saved, and with checkpoint.last_save_in_hf its export too."""
     folder = resume_folder(settings, dump_folder)
     if folder is None or read_manifest(folder)["progress"]["step"] < steps:
         return False
@@ -100,33 +93,30 @@ def finished(settings: options.Checkpoint, dump_folder: str, steps: int) -> bool
 
 
 def model_identity(config: dict[str, Any], args: Any) -> dict[str, Any]:
-    """What must be the same for tensors to fit and to mean the same, by the key or size that says it.
-    `config`: the value of every key."""
+    """The keys and sizes that must agree for tensors to fit and to mean the same. `config`: the value of
+    every key."""
     sizes = {f"model {name}": value for name, value in dataclasses.asdict(args).items()}
     named = ("model.name", "model.converters", "training.dtype", "optimizer.name")
     return {name: config[name] for name in named} | sizes
 
 
 def model_of(manifest: dict[str, Any]) -> tuple[str, Any]:
-    """The family's name and the sizes of the model that a checkpoint is of."""
+    """The family's name and the ModelArgs of a checkpoint's model."""
     model = manifest["model"]
     sizes = {name[len("model ") :]: model[name] for name in model if name.startswith("model ")}
     return model["model.name"], families[model["model.name"]].ModelArgs(**sizes)
 
 
 def excluded(settings: options.Checkpoint, manifest: dict[str, Any]) -> set[str]:
-    """What of a checkpoint is not loaded. An exclusion counts once: checkpoints written under it are loaded
-    whole."""
+    """Parts of a checkpoint that are not loaded; checkpoints saved under the same exclusion load whole."""
     return set(settings.exclude_from_loading) - set(manifest["excluded"])
 
 
 def check_data(manifest: dict[str, Any], identity: dict[str, Any], folder: Path) -> None:
-    """ValueError where the run's data, known by `identity`, is not what the checkpoint was trained on."""
+    """ValueError if the run's data (`identity`) is not what the checkpoint was trained on."""
     if difference := _difference(manifest["data"], identity):
-        raise ValueError(
-            f"{folder} was trained on other data: {difference}: restore it, or"
-            ' set checkpoint.exclude_from_loading = ["dataloader"] to begin this data from its start'
-        )
+        excluding = 'set checkpoint.exclude_from_loading = ["dataloader"] to begin this data from its start'
+        raise ValueError(f"{folder} was trained on other data: {difference}: restore it, or {excluding}")
 
 
 def _difference(recorded: dict[str, Any], now: dict[str, Any]) -> str:
@@ -137,14 +127,11 @@ def _difference(recorded: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def check(config: Config, args: Any) -> None:
-    """What the config and the manifests can tell about checkpoints that a run will read. Raises
-    ValueError."""
+    """ValueError if the config and the manifests show that a run cannot start from its checkpoint."""
     settings, steps = config.checkpoint, config.training.steps
     if settings.async_mode == "async_with_pinned_mem" and not torch.cuda.is_available():
-        raise ConfigError(
-            'checkpoint.async_mode = "async_with_pinned_mem" needs a GPU, whose memory it copies faster: set'
-            ' "async"'
-        )
+        needs = 'needs a GPU, whose memory it copies faster: set "async"'
+        raise ConfigError(f'checkpoint.async_mode = "async_with_pinned_mem" {needs}')
     checkpoints = checkpoint_folder(settings, config.job.dump_folder)
     if settings.enable and checkpoints.exists() and not checkpoints.is_dir():
         raise ConfigError(f"checkpoint.folder: {checkpoints} is not a folder: remove it, or name another")
@@ -152,18 +139,17 @@ def check(config: Config, args: Any) -> None:
     if kind not in ("checkpoint", "checkpoint weights"):
         return
     if (folder / "config.json").exists() and not (folder / "manifest.json").exists():
+        remedy = "set checkpoint.initial_load_in_hf, too"
         raise ConfigError(
-            f"checkpoint.initial_load_path = {str(folder)!r} is a Hugging Face folder: set"
-            " checkpoint.initial_load_in_hf, too"
+            f"checkpoint.initial_load_path = {str(folder)!r} is a Hugging Face folder: {remedy}"
         )
     manifest = read_manifest(folder)
     if kind == "checkpoint":
         may_differ = {"optimizer.name"} if "optimizer" in excluded(settings, manifest) else set()
         remedy = "set it back, or choose another job.dump_folder to start anew"
     else:  # weights alone, whose context may be extended
-        may_differ = {"optimizer.name", "model.converters"} | {
-            f"model {name}" for name in ("rope_theta", "rope_scaling", "max_positions")
-        }
+        may_differ = {"optimizer.name", "model.converters"}
+        may_differ |= {"model rope_theta", "model rope_scaling", "model max_positions"}
         remedy = "name a checkpoint of this model"
     identity = json.loads(json.dumps(model_identity(flat(config), args)))
     recorded = {name: value for name, value in manifest["model"].items() if name not in may_differ}

@@ -1,10 +1,8 @@
-"""A checkpoint's tensors, in and out through torch.distributed.checkpoint.
+"""Reads and writes a checkpoint's tensors with torch.distributed.checkpoint.
 
-They are named by parameter, the same on every layout: `model.NAME`, `optimizer.NAME.KEY`, and
-`random.DEVICE.RANK`, the state of each rank's random generator.
+Names are the same on every layout: `model.PARAMETER`, `optimizer.PARAMETER.KEY`, and `random.DEVICE.RANK`,
+the state of a rank's random generator.
 """
-
-from __future__ import annotations
 
 import pickle
 import warnings
@@ -21,12 +19,9 @@ from chunkflow.storage.files import check_files
 from chunkflow.storage.manifest import read_manifest
 from chunkflow.training.parallel import named_parameters
 
-# What torch pickles in a good `.metadata`: anything of these modules, and these names of the others.
-_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-    "torch.serialization",
-)
+# What torch pickles in a `.metadata`: anything of these modules, and these names of the others.
+_DCP = "torch.distributed.checkpoint"
+_MODULES = (f"{_DCP}.metadata", f"{_DCP}.filesystem", "torch.serialization")
 _OTHER_MODULES = ("torch", "builtins", "collections", "pathlib", "pathlib._local")
 _NAMES = (
     "Size device dtype layout _get_layout memory_format set OrderedDict PosixPath PurePosixPath bool uint8"
@@ -35,7 +30,7 @@ _NAMES = (
 
 
 def random_states(rank: int) -> dict[str, torch.Tensor]:
-    """The states of this rank's random generators."""
+    """The states of this rank's random generators, by name."""
     states = {f"random.cpu.{rank}": torch.get_rng_state()}
     if torch.cuda.is_available():
         states[f"random.cuda.{rank}"] = torch.cuda.get_rng_state()
@@ -73,50 +68,44 @@ class _Reader(dcp.FileSystemReader):
 
 
 def tensors_in(folder: Path) -> dict[str, Any]:
-    """Name -> shape, type and shards of each tensor of a checkpoint."""
+    """Name -> shape, dtype and shards of each tensor of a checkpoint. ValueError if that is damaged."""
     try:
         return _Reader(folder).read_metadata().state_dict_metadata
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-        raise ValueError(
-            f"{folder / '.metadata'} cannot be read ({error}): remove {folder} to go on from an earlier one"
-        ) from None
+        remedy = f"remove {folder} to go on from an earlier one"
+        raise ValueError(f"{folder / '.metadata'} cannot be read ({error}): {remedy}") from None
 
 
 @torch.no_grad()
 def read(
     folder: Path, saved: dict[str, Any], tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None
 ) -> None:
-    """Fills the tensors in place, with all ranks of the group (None: this process alone). ValueError with the
-    name of one that is not among `saved`, the folder's, or has another shape or type."""
+    """Fills the tensors in-place, with all ranks of the group (None: this process alone). `saved`: what
+    tensors_in returns for the folder. ValueError names a tensor that it lacks or has in another shape or
+    dtype."""
     for name, tensor in tensors.items():
         if name not in saved:
-            raise ValueError(
-                f"{folder} has no {name}: it is of another model or optimizer, or of another version"
-            )
+            reason = "it is of another model or optimizer, or of another version"
+            raise ValueError(f"{folder} has no {name}: {reason}")
         size, dtype = saved[name].size, saved[name].properties.dtype
         if size != tensor.shape or dtype != tensor.dtype:
-            raise ValueError(
-                f"{folder}: {name} is {dtype} of shape {tuple(size)}, but the model has {tensor.dtype} of"
-                f" {tuple(tensor.shape)}: it is of another model"
-            )
+            here = f"but the model has {tensor.dtype} of {tuple(tensor.shape)}: it is of another model"
+            raise ValueError(f"{folder}: {name} is {dtype} of shape {tuple(size)}, {here}")
     try:
         with warnings.catch_warnings():  # torch warns where there is no process group
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(tensors, storage_reader=_Reader(folder), process_group=group, no_dist=group is None)
     except CheckpointException as error:
         if "block boundary" in str(error):
-            raise ValueError(
-                f"{folder}: this number of ranks would cut AdamW8bit's blocks of 256 elements: resume on as"
-                " many ranks as before, or half or twice as many"
-            ) from None
-        raise ValueError(
-            f"{folder} cannot be read ({first_failure(error)}): remove it to go on from an earlier one"
-        ) from None
+            remedy = "resume on as many ranks as before, or half or twice as many"
+            problem = f": this number of ranks would cut AdamW8bit's blocks of 256 elements: {remedy}"
+        else:
+            problem = f" cannot be read ({first_failure(error)}): remove it to go on from an earlier one"
+        raise ValueError(f"{folder}{problem}") from None
 
 
 def load_model_weights(model: nn.Module, folder: str | Path) -> None:
-    """Fills one model, on one process, from a checkpoint folder. ValueError where that is damaged or of
-    another model."""
+    """Fills a whole model, in one process, from a checkpoint folder. ValueError if that does not fit."""
     folder = Path(folder).expanduser()
     check_files(folder, read_manifest(folder)["files"])
     parameters = named_parameters([model])
@@ -124,7 +113,7 @@ def load_model_weights(model: nn.Module, folder: str | Path) -> None:
 
 
 def first_failure(error: BaseException) -> str:
-    """What an exception of torch.distributed.checkpoint is about, in words."""
+    """The first cause of an exception of torch.distributed.checkpoint, in words."""
     while isinstance(error, CheckpointException) or error.__cause__:
         failures = getattr(error, "failures", None)
         error = next(iter(failures.values()))[0] if failures else error.__cause__
