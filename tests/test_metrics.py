@@ -212,7 +212,6 @@ def scalars_of(figures: list[RankFigures], replicas: int, targets: int = 14) -> 
     return step_scalars(
         plan,
         figures,
-        replicas=replicas,
         targets=targets,
         longest=9,
         epoch=1,
@@ -299,7 +298,7 @@ def test_the_step_line(tmp_path, messages):
     line = messages()[-1]
     assert line.startswith("step:  1  loss:  2.50000  grad_norm:  0.5000  memory: ")
     assert STEP_LINE.fullmatch(line)
-    run.colours = metrics.Colours()
+    run.colours = metrics.COLOURS
     run.count(17, 1e6, 0.0)
     log(run, 10)
     coloured = messages()[-1]

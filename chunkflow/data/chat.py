@@ -1,13 +1,9 @@
-"""Chats -> text, and which characters of it are to be learned: by the tokenizer's chat template, or by a
-built-in one.
+"""Chats -> text, by the tokenizer's chat template or a built-in one, and which characters have a loss.
 
 The loss is on what the model is to generate: an assistant message's content and the token that ends its turn.
-The template itself tells where a turn begins and ends: it renders the messages before the turn, with the
-prompt that asks for an answer, and the messages up to the turn, and both must be a beginning of what it
-renders for all messages.
+The template is rendered for the messages before the turn, with the prompt that asks for an answer, and for
+the messages up to the turn: the turn is the difference, if both are a beginning of the whole rendered chat.
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -24,14 +20,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from chunkflow.execution.loss import IGNORE
 
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
-SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant", "tool": "tool"}
-CHAT_FORMS = {  # the keys of a message, and the roles with the names that templates have for them
+ROLES = ("system", "user", "assistant", "tool")
+CHAT_FORMS = {  # the keys of a message, and the names of ROLES in it
     "messages": ("role", "content", ROLES),
-    "conversations": ("from", "value", SHAREGPT_ROLES),
+    "conversations": ("from", "value", ("system", "human", "gpt", "tool")),
 }
-# A tokenizer without a chat template gets the first of these whose tokens are all special tokens of it. The
-# second follows Llama 3's model card: white space around a content is removed, a tool is called "ipython".
+# A tokenizer without a chat template gets the first of these that needs only special tokens it has. Llama 3's
+# follows the model card: white space around a content is removed, a tool is called "ipython".
 BUILT_IN = {
     "chatml.jinja": ("<|im_start|>", "<|im_end|>"),
     "llama3.jinja": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -53,7 +48,7 @@ class Turn(NamedTuple):
     message: int
     start: int
     end: int  # after the token that ends the turn
-    limit: int  # after what the template writes before the next message, such as a line break: no loss on it
+    limit: int  # after what else the template writes, such as a line break: no loss on it
 
 
 class RenderedChat(NamedTuple):
@@ -61,17 +56,10 @@ class RenderedChat(NamedTuple):
     turns: list[Turn]
     form: str
 
-    @property
-    def cuts(self) -> list[int]:
-        """The characters at which a turn begins or ends, and so must a token."""
-        return [cut for turn in self.turns for cut in (turn.start, turn.end)]
-
 
 def read_messages(row: dict, form: str) -> Messages:
-    """The chat of a row under "messages" ({"role", "content"}) or "conversations" ({"from", "value"}, as
-    ShareGPT has them). A message may have "weight": 0, no loss on it, or 1.
-
-    Raises ValueError, one sentence, for whatever is wrong.
+    """The checked chat of a row: "messages" of {"role", "content"}, or "conversations" of {"from", "value"}
+    (ShareGPT's form). A message may have "weight": 0, no loss on it, or 1. ValueError if anything is wrong.
     """
     role_key, content_key, roles = CHAT_FORMS[form]
     rule = f'it must be an object with "{role_key}" and "{content_key}"'
@@ -94,10 +82,11 @@ def read_messages(row: dict, form: str) -> Messages:
         else:
             checked_text(message[content_key], f"{name}.{content_key}")
         role = message.get(role_key)
-        if role not in list(roles):  # a list, since a value that cannot be hashed may stand here
+        if role not in roles:
             raise ValueError(f"{name} has the role {show(role)}: rename it to one of {', '.join(roles)}")
         renamed = {role_key: "role", content_key: "content"}
-        message = {renamed.get(key, key): value for key, value in message.items()} | {"role": roles[role]}
+        message = {renamed.get(key, key): value for key, value in message.items()}
+        message["role"] = ROLES[roles.index(role)]
         answer = message["role"] == "assistant"
         weight = message.pop("weight", int(answer))
         if type(weight) not in (int, float) or weight not in (0, 1):
@@ -117,8 +106,8 @@ def read_messages(row: dict, form: str) -> Messages:
 
 
 def check_keys(chat: Messages, template: str, origin: str) -> None:
-    """Raises ValueError for a key of the chat that the source of the template does not mention: nothing is
-    dropped in silence. `origin` names the template."""
+    """ValueError if the chat has a key that the template's source does not mention, so that nothing is
+    dropped silently. `origin` names the template."""
     for index, message in enumerate(chat.messages):
         # which call a tool answers follows from the order
         others = {"role", "content", "tool_call_id"} | ({"name"} if message["role"] == "tool" else set())
@@ -131,10 +120,8 @@ def check_keys(chat: Messages, template: str, origin: str) -> None:
 
 def plain_spans(chat: Messages) -> list[tuple[str, bool]]:
     """ChatML for a tokenizer without special tokens for chats, as (text, whether there is loss on it):
-    `<|im_start|>role`, a line break, the content, `<|im_end|>`, a line break.
-
-    Each text must be tokenised by itself, so that no token belongs to two of them.
-    """
+    `<|im_start|>role`, a line break, the content, `<|im_end|>`, a line break. Each text is to be tokenised
+    by itself, so that no token belongs to two of them."""
     check_keys(chat, "", "the plain ChatML of a tokenizer without a chat template")
     spans = []
     for message, trained in zip(chat.messages, chat.trained):
@@ -143,12 +130,9 @@ def plain_spans(chat: Messages) -> list[tuple[str, bool]]:
     return spans
 
 
-# -------------------------------------------------------------------------------------------------- templates
-
-
 class Generation(Extension):
-    """Renders the content of `{% generation %} ... {% endgeneration %}`, which some templates put around what
-    the model writes."""
+    """`{% generation %}` ... `{% endgeneration %}`, which some templates put around what the model writes:
+    renders what is between them."""
 
     tags = {"generation"}
 
@@ -159,11 +143,11 @@ class Generation(Extension):
 
 
 class ChatTemplate:
-    """A Jinja template as Hugging Face writes them: untrusted code, so it runs in jinja2's immutable sandbox.
+    """A Hugging Face chat template (Jinja): untrusted code, so it runs in jinja2's immutable sandbox.
 
     `sources`: the templates by name, "default" and perhaps "tool_use", for rows with tools. `tokens`: the
     text of "bos_token" and the like. `special`: the texts of all special tokens. `origin` names the template
-    in errors. Raises ValueError if a template is not valid.
+    in errors. ValueError if a template is not valid.
     """
 
     def __init__(self, sources: dict[str, str], tokens: dict[str, str], special: Iterable[str], origin: str):
@@ -185,13 +169,12 @@ class ChatTemplate:
     def render(
         self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """The text of a chat, as transformers renders it; with `add_generation_prompt` followed by the prompt
-        that asks for an answer."""
+        """The text of a chat, as transformers renders it. `add_generation_prompt`: append the prompt that
+        asks for an answer."""
+        template = self._compiled[self._name(tools)]
         values = {"messages": messages, "tools": tools, "documents": None, **self._tokens}
         try:
-            return self._compiled[self._name(tools)].render(
-                values, add_generation_prompt=add_generation_prompt
-            )
+            return template.render(values, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # whatever the template's code does
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
@@ -202,11 +185,9 @@ class ChatTemplate:
         return "tool_use" if tools and "tool_use" in self.sources else "default"
 
     def turns(self, chat: Messages) -> RenderedChat:
-        """The text of a chat and the turns with loss in it.
-
-        Raises ValueError if the template renders a turn otherwise once more messages follow, because it drops
-        earlier reasoning, say: the loss would be on a text that the model is never to write.
-        """
+        """The text of a chat and the turns with loss in it. ValueError if the template renders a turn
+        otherwise when more messages follow (some drop earlier reasoning), since the loss would be on a text
+        that the model is never to write."""
         check_keys(chat, self.sources[self._name(chat.tools)], self._origin)
         text = checked_text(self.render(chat.messages, chat.tools), "the rendered chat")
         turns = [self._turn(chat, text, index) for index, trained in enumerate(chat.trained) if trained]
@@ -254,23 +235,18 @@ def built_in_template(tokens: dict[str, str], special: Iterable[str]) -> ChatTem
     return None
 
 
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Unlike Jinja's own filter, it does not escape characters for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """transformers' filter: unlike Jinja's, it does not escape characters for HTML."""
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:
     raise ValueError(message)
 
 
-# ----------------------------------------------------------------------------------------------------- labels
-
-
 def labels_of(chat: RenderedChat, ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
     """The label of each token: its id within a turn, else -100. `offsets`: the characters [start, end) of
-    each token. Raises ValueError if a token lies partly in a turn."""
+    each token. ValueError if a token is partly in a turn."""
     labels, token = [IGNORE] * len(ids), 0
     for turn in chat.turns:
         while token < len(ids) and offsets[token][0] < turn.start:
@@ -278,8 +254,7 @@ def labels_of(chat: RenderedChat, ids: list[int], offsets: list[tuple[int, int]]
                 raise ValueError(_inside(chat, turn, "begins", offsets[token]))
             token += 1
         while token < len(ids) and offsets[token][0] < turn.end:
-            # It may reach beyond the end, up to the limit: the special token of some tokenizers includes the
-            # white space after it.
+            # up to the limit, since the special tokens of some tokenizers include the white space after them
             if offsets[token][1] > turn.limit:
                 raise ValueError(_inside(chat, turn, "ends", offsets[token]))
             labels[token] = ids[token]
@@ -295,9 +270,6 @@ def _inside(chat: RenderedChat, turn: Turn, verb: str, span: tuple[int, int]) ->
     )
 
 
-# ------------------------------------------------------------------------------------------------------- text
-
-
 def any_of(texts: Iterable[str]) -> str:
     """A regular expression for any of the texts, longer ones first; without texts it matches nothing."""
     return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"\b\B"
@@ -310,7 +282,7 @@ def show(value) -> str:
 
 
 def checked_text(text, name: str) -> str:
-    """The text itself. Raises ValueError if it is not a string that can be encoded; `name` names it there."""
+    """The text, unless it is not a string that can be encoded: ValueError, which calls it `name`."""
     if not isinstance(text, str):
         raise ValueError(f"{name} is {show(text)}: it must be a string, write it in quotes")
     try:

@@ -1,8 +1,7 @@
 """Global batches -> plans -> chunk tensors of this rank, made while the step before is still running.
 
-Every rank walks the same order of sequences and builds the same plan from their lengths; it then reads only
-the tokens of its own sequences. The data state is therefore one number, the same on all ranks: the sequences
-passed so far.
+Every rank follows the same order of sequences and builds the same plan from their lengths, then reads only
+the tokens that its replica needs. The data state is one number, equal on all ranks: the sequences passed.
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
 from chunkflow.execution.loss import IGNORE
 from chunkflow.execution.state import ChunkTensors
+from chunkflow.planning.chunks import Chunk, Group
 from chunkflow.planning.planner import Plan, PlanSettings, plan_step
 
 
@@ -28,7 +28,7 @@ from chunkflow.planning.planner import Plan, PlanSettings, plan_step
 class Ledger:
     """Tokens of all ranks since the start of the run: read = trained + masked + truncated + dropped.
 
-    `masked` tokens are inputs without a target of their own: masked by a label, or the first of a sequence.
+    `masked` tokens are inputs only, not targets: the label is -100, or they are the first of a sequence.
     """
 
     read: int = 0
@@ -38,11 +38,11 @@ class Ledger:
     dropped: int = 0
 
     def add(self, other: Ledger) -> None:
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
 
     def __str__(self) -> str:
-        return ", ".join(f"{field.name} {getattr(self, field.name):,}" for field in fields(self))
+        return ", ".join(f"{name} {count:,}" for name, count in vars(self).items())
 
 
 @dataclass
@@ -50,23 +50,23 @@ class StepData:
     """One optimizer step, as the ranks of one replica see it."""
 
     plan: Plan
-    rows: list[int]  # of the dataset: which sequences these are, in the order that the plan's segments count
+    rows: list[int]  # of the dataset: the sequences of the global batch, by the plan's sequence numbers
     lengths: list[int]  # their tokens
     chunks: list[list[ChunkTensors]]  # of this replica: [group][chunk]
     targets: int  # supervised tokens of the global batch
-    own_targets: int  # of this replica's share of it
+    own_targets: int  # supervised tokens of this replica's chunks
     ledger: Ledger  # of this step alone
     cursor: int  # sequences passed when this step is done
     epoch: int
 
 
 class ChunkDataLoader:
-    """Iterates over steps, without end: past the end of the data a new epoch begins, shuffled anew. With
-    `once` (validation) it ends there: every sequence comes once, and the last step may have fewer.
+    """Iterates over steps, without end: after the last sequence a new epoch begins, shuffled anew. With
+    `once` (validation) it ends after one epoch, and the last step may have fewer sequences.
 
-    `overlong` says what becomes of sequences longer than `seq_len` tokens: "error" (ValueError here),
-    "truncate" or "drop". `replica`: which data-parallel replica to read for; the ranks of its pipeline read
-    the same chunks. `make_plan` is `plan_step` with the settings, in the loader's thread, unless given.
+    `overlong`: what becomes of sequences longer than `seq_len` tokens, "error" (ValueError here), "truncate"
+    or "drop". `replica`: the data-parallel replica to read for; all ranks of its pipeline read the same
+    chunks. `make_plan`: lengths -> plan, in the loader's thread; None: `plan_step` with the settings.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ChunkDataLoader:
         self.ledger = Ledger()
         self.cursor = 0  # sequences passed by the steps that were handed out
         self._waited = 0.0
-        self.notice = self._check_lengths()  # what the overlong policy did, as a sentence; "" if nothing
+        self.notice = self._check_lengths()  # what `overlong` did, as a sentence; "" if nothing
         self._order: tuple[int, list[int]] = (-1, [])
         self.end = math.inf  # of the cursor
         if once:  # a step with nothing but dropped sequences does not come
@@ -100,7 +100,7 @@ class ChunkDataLoader:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence that is trained, ever."""
+        """Tokens of the longest sequence that is trained."""
         if self.overlong == "drop":
             return max(length for length in self.dataset.lengths if length <= self.seq_len)
         return min(max(self.dataset.lengths), self.seq_len)
@@ -110,26 +110,26 @@ class ChunkDataLoader:
         overlong = [index for index, length in enumerate(lengths) if length > self.seq_len]
         if not overlong:
             return ""
-        first, excess = overlong[0], sum(lengths[index] for index in overlong)
+        first, tokens = overlong[0], sum(lengths[index] for index in overlong)
         if self.overlong == "error":
             raise ValueError(
                 f"{self.dataset.source(first)}: {lengths[first]:,} tokens, but training.seq_len admits"
                 f" {self.seq_len:,} ({len(overlong):,} sequences of {len(lengths):,} are longer, the longest"
-                f" has {max(lengths):,} tokens): raise"
-                ' training.seq_len, or set training.overlong to "truncate" or "drop"'
+                f" has {max(lengths):,} tokens): raise training.seq_len, or set training.overlong to"
+                ' "truncate" or "drop"'
             )
         if self.overlong == "drop":
             if len(overlong) == len(lengths):
                 raise ValueError(
                     f"all {len(lengths):,} sequences are longer than training.seq_len = {self.seq_len:,} and"
-                    " training.overlong ="
-                    f' "drop" leaves none: raise training.seq_len to at least {min(lengths):,}'
+                    f' training.overlong = "drop" leaves none: raise training.seq_len to at least'
+                    f" {min(lengths):,}"
                 )
-            return f"dropped {len(overlong):,} sequences ({excess:,} tokens)"
-        return f"truncated {len(overlong):,} sequences ({excess - len(overlong) * self.seq_len:,} tokens)"
+            return f"dropped {len(overlong):,} sequences ({tokens:,} tokens)"
+        return f"truncated {len(overlong):,} sequences ({tokens - len(overlong) * self.seq_len:,} tokens)"
 
     def __iter__(self) -> Iterator[StepData]:
-        """Steps from the cursor on. One worker thread stays one step ahead; what it raises is raised here."""
+        """Steps from the cursor on. A thread prepares the next one meanwhile; its errors are raised here."""
         ready: queue.Queue = queue.Queue(maxsize=1)
         stopped = threading.Event()
 
@@ -167,21 +167,21 @@ class ChunkDataLoader:
 
     @property
     def identity(self) -> dict[str, object]:
-        """What the cursor's meaning depends on: the data, and its order."""
+        """All that the sequences, and their order, depend on."""
         return self.dataset.identity | {"training.shuffle": self.shuffle, "debug.seed": self.seed}
 
     def restore(self, cursor: int, ledger: dict[str, int]) -> None:
-        """Goes on after `cursor` sequences, with the ledger of those: before iteration."""
+        """Makes the next iteration begin after `cursor` sequences; `ledger`: their tokens."""
         self.cursor, self.ledger = cursor, Ledger(**ledger)
 
     def take_wait(self) -> float:
-        """Seconds that the step loop has waited for data since it last asked."""
+        """Seconds that the iteration has waited for data since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
 
     def batch_at(self, cursor: int) -> tuple[list[int], list[int], Ledger, int]:
-        """The global batch that begins after `cursor` sequences: rows of the dataset, their tokens, what was
-        read for it (without what is trained and masked of it), and the cursor behind it."""
+        """The global batch that begins after `cursor` sequences: its rows of the dataset, their tokens, its
+        ledger without trained and masked, and the cursor after it."""
         dataset, ledger = self.dataset, Ledger()
         rows, lengths = [], []
         while len(rows) < self.global_batch_size and cursor < self.end:
@@ -198,64 +198,49 @@ class ChunkDataLoader:
         return rows, lengths, ledger, cursor
 
     def step_at(self, cursor: int) -> StepData:
-        """The step that begins after `cursor` sequences: depends on nothing else."""
+        """The step that begins after `cursor` sequences; depends on no earlier call."""
         rows, lengths, ledger, cursor = self.batch_at(cursor)
         supervised = [self.dataset.supervised(row, length) for row, length in zip(rows, lengths)]
         ledger.trained = sum(supervised)
         ledger.masked = sum(lengths) - ledger.trained
         plan = self.make_plan(lengths)
-        segments = (
-            s for group in plan.groups[self.replica] for chunk in group.chunks for s in chunk.segments
-        )
-        own = sorted({segment.sequence for segment in segments})
-        return StepData(
-            plan=plan,
-            rows=rows,
-            lengths=lengths,
-            chunks=self._tensors(plan, rows, lengths, own),
-            targets=ledger.trained,
-            own_targets=sum(supervised[sequence] for sequence in own),
-            ledger=ledger,
-            cursor=cursor,
-            epoch=(cursor - 1) // len(self.dataset),
-        )
+        groups = plan.groups[self.replica]
+        sequences = sorted({s.sequence for group in groups for chunk in group.chunks for s in chunk.segments})
+        chunks = self._tensors(groups, {index: (rows[index], lengths[index]) for index in sequences})
+        own_targets = sum(supervised[index] for index in sequences)
+        epoch = (cursor - 1) // len(self.dataset)
+        return StepData(plan, rows, lengths, chunks, ledger.trained, own_targets, ledger, cursor, epoch)
 
     def _dropped(self, row: int) -> bool:
         return self.overlong == "drop" and self.dataset.lengths[row] > self.seq_len
 
     def _row(self, cursor: int) -> int:
-        """Which row of the dataset is the cursor-th sequence of the run."""
-        epoch, place = divmod(cursor, len(self.dataset))
+        """The row of the dataset that comes after `cursor` sequences of the run."""
+        epoch, index = divmod(cursor, len(self.dataset))
         if not self.shuffle:
-            return place
+            return index
         if self._order[0] != epoch:
             order = list(range(len(self.dataset)))
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
             self._order = epoch, order
-        return self._order[1][place]
+        return self._order[1][index]
 
-    def _tensors(
-        self, plan: Plan, rows: list[int], lengths: list[int], own: list[int]
-    ) -> list[list[ChunkTensors]]:
-        tokens, targets = {}, {}
-        for sequence in own:
-            ids, labels = self.dataset.row(rows[sequence], lengths[sequence])
-            # The one shift: position t is to predict token t + 1. It happens on the whole sequence, before
-            # any cut.
-            tokens[sequence], targets[sequence] = ids, torch.cat([labels[1:], labels.new_tensor([IGNORE])])
-        groups = []
-        for group in plan.groups[self.replica]:
-            chunks = []
-            for index, chunk in enumerate(group.chunks):
-                spans = [(s.sequence, slice(s.start, s.start + s.length)) for s in chunk.segments]
-                chunks.append(
-                    ChunkTensors(
-                        chunk,
-                        index,
-                        tokens=torch.cat([tokens[sequence][span] for sequence, span in spans]),
-                        labels=torch.cat([targets[sequence][span] for sequence, span in spans]),
-                        positions=torch.cat([torch.arange(span.start, span.stop) for _, span in spans]),
-                    )
-                )
-            groups.append(chunks)
-        return groups
+    def _tensors(self, groups: list[Group], rows: dict[int, tuple[int, int]]) -> list[list[ChunkTensors]]:
+        """The tensors of each group's chunks. `rows`: row and tokens of each sequence in them."""
+        tokens, labels = {}, {}
+        for sequence, (row, length) in rows.items():
+            tokens[sequence], aligned = self.dataset.row(row, length)
+            # The one shift: position t is to predict token t + 1. On the whole sequence, before any cut.
+            labels[sequence] = torch.cat([aligned[1:], aligned.new_tensor([IGNORE])])
+
+        def tensors(chunk: Chunk, index: int) -> ChunkTensors:
+            spans = [(s.sequence, slice(s.start, s.start + s.length)) for s in chunk.segments]
+            return ChunkTensors(
+                chunk,
+                index,
+                tokens=torch.cat([tokens[sequence][span] for sequence, span in spans]),
+                labels=torch.cat([labels[sequence][span] for sequence, span in spans]),
+                positions=torch.cat([torch.arange(span.start, span.stop) for _, span in spans]),
+            )
+
+        return [[tensors(chunk, index) for index, chunk in enumerate(group.chunks)] for group in groups]

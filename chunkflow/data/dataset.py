@@ -1,10 +1,9 @@
 """Datasets: rows -> tokens on disk, memory-mapped; tokenised once, by whichever process comes first.
 
-Every dataset has `len(dataset)`; `dataset.lengths`, a list of tokens per sequence; `dataset.row(index,
-length)`, tokens and labels of the first `length` tokens, as int64 tensors; `dataset.supervised(index,
-length)`, how many targets those have; `dataset.source(index)`, "FILE:LINE"; `dataset.identity`, all that
-the sequences depend on. Labels are aligned with tokens (the label of a token is the token itself or -100: no
-loss); the shift by one happens in the dataloader.
+Every dataset has `len(dataset)`; `dataset.lengths`, tokens of each sequence; `dataset.row(index, length)`,
+the first `length` tokens and their labels, as int64 tensors; `dataset.supervised(index, length)`, how many
+targets these have; `dataset.source(index)`, "FILE:LINE"; `dataset.identity`, all that the sequences depend
+on. A token's label is the token itself, or -100: no loss. The dataloader shifts labels by one.
 """
 
 from __future__ import annotations
@@ -50,14 +49,11 @@ def open_dataset(
     section: str = "training",
 ) -> TokenDataset | SyntheticDataset:
     """The dataset "python_stdlib", "jsonl" or "synthetic" at `path`: dataset and dataset_path of the config's
-    `section`.
+    `section`. ValueError, one sentence, with FILE:LINE for a faulty row.
 
     Text is tokenised at the first call, into `cache_dir` (None: $CHUNKFLOW_CACHE, $XDG_CACHE_HOME/chunkflow
     or ~/.cache/chunkflow); several processes may call at once. Without a tokenizer only rows of token ids can
-    be read. `vocab_size` is the model's: an id that is not below it is an error. `seed` matters to
-    "synthetic" alone.
-
-    Raises ValueError, one sentence with FILE:LINE if it is about a row, for whatever is wrong with the data.
+    be read. Ids must be below `vocab_size`, the model's. `seed` is for "synthetic" only.
     """
     if name == "synthetic":
         return SyntheticDataset(path or "lmsys", vocab_size=vocab_size, seed=seed)
@@ -88,9 +84,8 @@ def open_dataset(
         )
     if changed := _changed(stamps):  # perhaps after its digest was taken and before its rows were read
         shutil.rmtree(folder, ignore_errors=True)
-        raise ValueError(
-            f"{changed}: the file changed while it was read: start again when nothing writes to it"
-        )
+        fault = "the file changed while it was read: start again when nothing writes to it"
+        raise ValueError(f"{changed}: {fault}")
     identity = {
         "training.dataset": name,
         "content (digest)": content,
@@ -130,8 +125,7 @@ class TokenDataset:
         return f"{self._files[file]}:{line}"
 
     def changed_file(self) -> str:
-        """A file that changed since it was read, or "". The sequences stay as they were: they are read from
-        the cache."""
+        """A file that changed since it was read, or "". The sequences do not: the cache has them."""
         return _changed(self._stamps)
 
     def row(self, index: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,8 +134,7 @@ class TokenDataset:
         return self._tokens[start : start + length].long(), self._labels[start : start + length].long()
 
     def supervised(self, index: int, length: int) -> int:
-        """How many of the first `length` tokens are a target. The first never is: no token comes before
-        it."""
+        """How many of the first `length` tokens are a target. The first never is: none comes before it."""
         if self._labels is self._tokens:
             return length - 1
         start = int(self._offsets[index])
@@ -184,8 +177,7 @@ def _changed(stamps: dict[str, tuple | None]) -> str:
 
 
 def _read_meta(folder: Path) -> dict | None:
-    """The meta.json of a complete cache; None if there is none, or a file does not have the size it should
-    have."""
+    """The meta.json of a complete cache; None if it is missing, or a file has another size than it says."""
     with suppress(OSError, ValueError):
         meta = json.loads((folder / "meta.json").read_text())
         if all((folder / name).stat().st_size == size for name, size in meta["bytes"].items()):
@@ -197,7 +189,7 @@ def _build_once(
     folder: Path, files: list[str], read: Callable, tokenizer: Tokenizer | None, vocab_size: int
 ) -> dict:
     """Tokenises the files into `folder`, or waits until another process has; returns the cache's meta.json.
-    The cache appears complete, by a rename, or not at all."""
+    A rename makes the complete cache appear."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{folder}.lock", "w") as lock:
@@ -271,8 +263,8 @@ def _write_cache(
     folder: Path, batches: Iterable[list[rows.Row]], tokenizer: Tokenizer | None, vocab_size: int, bar
 ) -> dict:
     """Writes tokens.bin and, if any label is not its token, labels.bin (int32); offsets.bin, the start of
-    each sequence and the end of the last, and sources.bin, the file and line of each (int64); then meta.json,
-    whose content is returned."""
+    each sequence and the end of the last, and sources.bin, the file and line of each (int64); then meta.json.
+    Returns the content of the last."""
     largest_id, largest_id_row, labels_differ = -1, 0, False
     offsets, sources = array("q", [0]), array("q")
     with open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "labels.bin", "wb") as labels_file:

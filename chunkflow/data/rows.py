@@ -1,6 +1,4 @@
-"""Data files -> rows: which files a path names, and each row of them parsed and checked."""
-
-from __future__ import annotations
+"""Data files -> rows: the files that a path names, and their rows, parsed and checked."""
 
 import glob
 import json
@@ -16,18 +14,12 @@ from chunkflow.data.chat import RenderedChat, checked_text, plain_spans, read_me
 from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.execution.loss import IGNORE
 
-FORMS = {  # the forms of a row, and the keys of each
-    "text": ("text",),
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "prompt": ("prompt", "completion"),
-    "input_ids": ("input_ids", "labels"),
-}
+# the keys of each form of a row; the first gives the form its name
+FORMS = ["text"], ["messages"], ["conversations"], ["prompt", "completion"], ["input_ids", "labels"]
 FORMS_SENTENCE = (
     'a row is {"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"} or'
     ' {"input_ids"[, "labels"]}'
 )
-
 ID_RULES = {"input_ids": "a token id is at least 0", "labels": "a label is a token id, or -100 for no loss"}
 Span = tuple[str | list[int], bool]  # text or token ids, and whether there is loss on them
 
@@ -45,8 +37,7 @@ class Row(NamedTuple):
 
 
 def python_files() -> list[str]:
-    """The source files of Python's standard library, without installed packages and tests, sorted by their
-    path in it."""
+    """The source files of Python's standard library, without installed packages and tests, sorted by path."""
     root = sysconfig.get_paths()["stdlib"]
     paths = []
     for folder, subfolders, names in os.walk(root):
@@ -56,8 +47,8 @@ def python_files() -> list[str]:
 
 
 def jsonl_files(path: str, section: str = "training") -> list[str]:
-    """The sorted files that `path`, the dataset_path of a config section, names: a *.jsonl file, those of a
-    folder at any depth, or those that match a pattern. ValueError if there are none, or others."""
+    """The sorted files of `path`, a config section's dataset_path: a *.jsonl file, all in a folder at any
+    depth, or all that match a pattern. ValueError if it names none, or a file that is not *.jsonl."""
     if not path:
         raise ValueError(
             f"{section}.dataset_path is empty: set it to a *.jsonl file, a folder of them, or a pattern"
@@ -98,7 +89,7 @@ def python_rows(files: list[str], tokenizer: Tokenizer, vocab_size: int) -> Iter
 
 
 def jsonl_rows(files: list[str], tokenizer: Tokenizer | None, vocab_size: int) -> Iterator[Row]:
-    """One row for each line that is not blank. ValueError, one sentence with FILE:LINE, if a row is wrong."""
+    """One row for each line that is not blank. ValueError, one sentence with FILE:LINE, for a faulty row."""
     for index, path in enumerate(files):
         try:
             with open(path, "rb") as file:  # bytes, since only \n ends a line
@@ -140,32 +131,33 @@ def _refuse_constant(name: str) -> None:
 
 
 def _read_row(row: dict, tokenizer: Tokenizer | None, vocab_size: int) -> Row:
-    found = {form: keys for form, known in FORMS.items() if (keys := [key for key in known if key in row])}
+    found = [(form, keys) for form in FORMS if (keys := [key for key in form if key in row])]
     if not found:
         raise ValueError(
             f"the row has none of the known keys (it has {show(list(row))}): {FORMS_SENTENCE}, rename its"
             " keys"
         )
-    (form, keys), *others = found.items()
+    (form, keys), *others = found
     if others:
         both = f'the row has both "{keys[0]}" and "{others[0][1][0]}"'
         raise ValueError(f"{both}: {FORMS_SENTENCE}, remove or rename one of the two")
-    if missing := set(FORMS[form]) - set(keys) - {"labels"}:
+    if missing := set(form) - set(keys) - {"labels"}:
         raise ValueError(
             f'the row has "{keys[0]}" without "{missing.pop()}": {FORMS_SENTENCE}, add what is missing'
         )
-    if form == "input_ids":
+    name = form[0]
+    if name == "input_ids":
         return _read_ids(row, vocab_size)
     if tokenizer is None:
         raise ValueError(
-            f'the row has "{form}" and there is no tokenizer: set model.tokenizer_path, or give "input_ids"'
+            f'the row has "{name}" and there is no tokenizer: set model.tokenizer_path, or give "input_ids"'
         )
-    if form == "text":
+    if name == "text":
         return Row(_text_spans(checked_text(row["text"], "text"), tokenizer))
-    if form == "prompt":
+    if name == "prompt":
         prompt, completion = (checked_text(row[key], key) for key in ("prompt", "completion"))
         return Row([(prompt, False), *_text_spans(completion, tokenizer)[1:]])  # no BOS
-    chat = read_messages(row, form)
+    chat = read_messages(row, name)
     return Row([], chat=tokenizer.chat.turns(chat)) if tokenizer.chat else Row(plain_spans(chat))
 
 
@@ -175,14 +167,13 @@ def _text_spans(text: str, tokenizer: Tokenizer) -> list[Span]:
 
 
 def _read_ids(row: dict, vocab_size: int) -> Row:
-    ids, labels = _checked_ids(row["input_ids"], "input_ids", vocab_size), None
+    ids = _checked_ids(row["input_ids"], "input_ids", vocab_size)
     if not ids:
         raise ValueError('"input_ids" is empty: a sequence has at least one token, remove the row')
-    if "labels" in row:
-        labels = _checked_ids(row["labels"], "labels", vocab_size)
-        if len(labels) != len(ids):
-            counts = f'"labels" has {len(labels)} entries and "input_ids" {len(ids)}'
-            raise ValueError(f"{counts}: give one label a token, -100 for no loss")
+    labels = _checked_ids(row["labels"], "labels", vocab_size) if "labels" in row else None
+    if labels is not None and len(labels) != len(ids):
+        counts = f'"labels" has {len(labels)} entries and "input_ids" {len(ids)}'
+        raise ValueError(f"{counts}: give one label a token, -100 for no loss")
     return Row([(ids, True)], labels)
 
 

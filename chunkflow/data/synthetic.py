@@ -1,12 +1,10 @@
 """Generated sequences: published length statistics, and content that only long-range attention can predict.
 
 The lengths follow two published mixtures (ChunkFlow, section 2; Llama 3, table 7), to study plans and speed
-without the data. The content is a look-up task. The first tokens, the header, state facts: key j has value
-v_j, each key once, one token a fact. Every later token asks for a key, and its target is the value, which
-stands nowhere else: a position 200,000 tokens into a sequence still has to attend to the header.
+without the data. The content is a look-up task. The first tokens, the header, are facts: key j has value v_j,
+each key once, one token a fact. Every later token asks for a key, and its target is the value, which only the
+header tells: a position 200,000 tokens into a sequence still has to attend to it.
 """
-
-from __future__ import annotations
 
 import hashlib
 import random
@@ -30,10 +28,10 @@ MIXTURES = {
 
 
 def synthetic_lengths(mix: str, count: int, seed: int) -> list[int]:
-    """`count` lengths (tokens) of mixture "lmsys" or "llama3_sft", which follow from the seed.
+    """`count` lengths (tokens) of mixture "lmsys" or "llama3_sft"; ValueError for another.
 
     One length is drawn in each of `count` equal shares of the mixture, then all are shuffled: a hundred
-    thousand have the published statistics with any seed. ValueError for another mixture.
+    thousand have the published statistics with any seed.
     """
     if mix not in MIXTURES:
         raise ValueError(
@@ -52,7 +50,7 @@ def synthetic_lengths(mix: str, count: int, seed: int) -> list[int]:
 
 
 class SyntheticDataset:
-    """`count` sequences of mixture `mix`, each generated on request, from (seed, index) alone."""
+    """`count` sequences of mixture `mix`, each generated when it is read, from (seed, index) alone."""
 
     def __init__(self, mix: str, *, vocab_size: int, seed: int, count: int = DEFAULT_COUNT):
         if vocab_size < VOCABULARY:
@@ -83,9 +81,8 @@ class SyntheticDataset:
         import torch  # here, so that plans of synthetic lengths can be made without it
 
         full = self.lengths[index]
-        generator = torch.Generator()
         digest = hashlib.blake2b(f"{self._seed}/{index}".encode(), digest_size=8).digest()
-        generator.manual_seed(int.from_bytes(digest, "little", signed=True))
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
         header = min(KEYS, full // 2)
         keys = torch.randperm(KEYS, generator=generator)[:header]
         values = torch.randint(VALUES, (header,), generator=generator)

@@ -1,8 +1,7 @@
 """Text <-> token ids, by a tokenizer.json of Hugging Face or a sentencepiece model, with its chat template.
 
 The shipped sentencepiece model, `python_2048.model`, has 2048 ids, 256 of them single bytes, so that it can
-encode any text. It was trained on the source files of Python's standard library. Training takes seconds, uses
-no random numbers, and is repeated by
+encode any text. Its training, on Python's standard library, takes seconds, is not random, and is repeated by
 
     import sentencepiece, tokenize
     from chunkflow.data.rows import python_files
@@ -15,8 +14,6 @@ no random numbers, and is repeated by
             remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True, unk_id=0,
             bos_id=1, eos_id=2, pad_id=-1)
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -39,18 +36,16 @@ EncodedChat = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters
 
 
 class Tokenizer:
-    """A tokenizer from a file, or from a folder with a tokenizer.json (preferred) or a tokenizer.model; "":
-    the shipped one.
+    """A tokenizer from a file, or a folder with tokenizer.json (preferred) or tokenizer.model; "": the one
+    shipped. ValueError, one sentence with the file, if anything cannot be read.
 
     Also read from the file's folder: tokenizer_config.json (bos_token, eos_token, chat_template, special
     tokens), special_tokens_map.json, added_tokens.json, and chat_template.jinja, which wins over
     chat_template, as in transformers.
 
-    `vocab_size`: one more than the largest id. `bos_id` and `eos_id`: None if there is none. `chat`: the
-    template of the folder, else the built-in one that the special tokens are made for, else None: plain
-    ChatML. `digest` changes with all that changes the tokens of a row.
-
-    Raises ValueError, one sentence with the file, for whatever cannot be read.
+    `vocab_size`: one more than the largest id. `bos_id` and `eos_id`: None if it has none. `chat`: the
+    folder's chat template, else the built-in one for its special tokens, else None: plain ChatML. `digest`
+    changes with all that changes the tokens of a row.
     """
 
     def __init__(self, path: str = ""):
@@ -72,10 +67,10 @@ class Tokenizer:
         self.bos_id: int | None = self._id(tokens, "bos_token", config)
         self.eos_id: int | None = self._id(tokens, "eos_token", config)
         sources, origin = _templates(file, settings)
-        chat = ChatTemplate(sources, tokens, special, origin) if sources else None
-        self.chat = chat or built_in_template(tokens, special)
+        given = ChatTemplate(sources, tokens, special, origin) if sources else None
+        self.chat = given or built_in_template(tokens, special)
         self._special_texts = {number: text for text, number in special.items()}
-        templates = self.chat.sources if self.chat else None
+        templates = self.chat and self.chat.sources
         parts = [hashlib.blake2b(content).hexdigest(), special, tokens, templates]
         self.digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
@@ -89,8 +84,8 @@ class Tokenizer:
         return number
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS and EOS. In it, the text of a special token is that token for a
-        tokenizer.json, as in transformers, and ordinary text for sentencepiece."""
+        """The ids of `text`, without BOS and EOS. The text of a special token in it becomes that token with a
+        tokenizer.json, as in transformers; with sentencepiece it is ordinary text."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -106,8 +101,8 @@ class Tokenizer:
         return self._codec.decode([number for number in ids if number not in (self.bos_id, self.eos_id)])
 
     def question(self, content: str) -> tuple[list[int], list[int]]:
-        """The ids of a user's message and of the request for an answer, by the chat template; and the
-        ids that end the answer, none if the template ends it without a special token."""
+        """The ids of a user's message with the prompt for an answer, by the chat template; and the ids that
+        end the answer, none if the template ends it without a special token."""
         question, answer = {"role": "user", "content": content}, {"role": "assistant", "content": "answer"}
         if self.chat is None:
             spans = plain_spans(Messages("messages", [question, answer], [False, False], None))
@@ -120,8 +115,8 @@ class Tokenizer:
         return prompt, [number for number in end if number in self._special_texts][:1]
 
     def stream(self, ids: Iterable[int], previous: list[int]) -> Iterator[str]:
-        """The text of `ids`, which follow the ids `previous`, as they come. A character of several ids comes
-        with the last of them."""
+        """The text of `ids`, which follow the ids `previous`, piece by piece as they come. A character of
+        several ids comes with the last of them."""
         window, emitted = previous, len(self.decode(previous))
         for number in ids:
             window = [*window, number]
@@ -133,8 +128,8 @@ class Tokenizer:
         yield self.decode(window)[emitted:]
 
     def pieces(self, ids: list[int]) -> Iterator[str]:
-        """What each id adds to the text, special tokens by their names. A character of several ids comes with
-        the last."""
+        """The text that each id adds, or a special token's name. A character of several ids comes with the
+        last of them."""
         # decoded again from `start`, since a token may read otherwise after another; `done` ids are yielded
         start = done = 0
         for index, number in enumerate(ids):
@@ -170,8 +165,8 @@ class HuggingFaceCodec:
             raise ValueError(
                 f"{file}: this file is not a tokenizer.json of Hugging Face ({reason}): {REMEDY}"
             ) from None
-        # A file may hold the settings of its last use. The post-processor would add BOS and EOS, and it also
-        # cuts white space off the offsets.
+        # The file may have settings of its last use. The post-processor would add BOS and EOS, and cut white
+        # space off the offsets.
         self._model.no_truncation()
         self._model.no_padding()
         self._model.post_processor = None
@@ -213,9 +208,8 @@ class SentencePieceCodec:
         self._special = re.compile(f"({any_of(self.special)})")
         named = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
         self.tokens = {name: model.id_to_piece(number) for name, number in named.items() if number >= 0}
-        # Sentencepiece reads a real "▁" as a space and returns a space (its issue 863). A model with bytes
-        # can spell the real one in three ids, unless it puts a space in front of every text: it would then
-        # add a space after the "▁" too.
+        # Sentencepiece reads a real "▁" as a space (its issue 863). A model with bytes can spell it in three
+        # ids, unless it puts a space in front of every text, and so after the "▁" too.
         spelled = [model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         adds_space = model.encode("a", out_type=str)[0].startswith(SPACE_MARK)
         self._space_mark_ids = spelled if model.decode(spelled) == SPACE_MARK and not adds_space else None
@@ -240,9 +234,9 @@ class SentencePieceCodec:
         return [self._encode_chat(chat) for chat in chats]
 
     def _encode_chat(self, chat: RenderedChat) -> EncodedChat:
-        """Text between special tokens and cuts is encoded by itself, so that no token crosses a cut."""
+        """Splits the text at special tokens and at both ends of turns, and encodes each part by itself."""
         ids, offsets, start = [], [], 0
-        bounds = [0, *chat.cuts, len(chat.text)]
+        bounds = [0, *(cut for turn in chat.turns for cut in (turn.start, turn.end)), len(chat.text)]
         for first, last in zip(bounds, bounds[1:]):
             for part in self._special.split(chat.text[first:last]):
                 if part in self.special:
@@ -302,13 +296,13 @@ def _read_json(file: Path) -> dict:
 def _token_text(value, name: str, file: Path) -> str | None:
     """A token as a string, or as transformers writes it with its settings."""
     text = value.get("content") if isinstance(value, dict) else value
-    if text is not None and not isinstance(text, str) or text is None and value is not None:
+    if value is not None and not isinstance(text, str):
         raise ValueError(f"{file}: {name} is {json.dumps(value)}: it must be a string or null, correct it")
     return text
 
 
 def _added_tokens(file: Path, settings: dict) -> dict[str, int]:
-    """Text -> id of the tokens that a folder adds to a sentencepiece model."""
+    """Text -> id of the tokens that the file's folder adds to a sentencepiece model."""
     config, added = file.with_name("tokenizer_config.json"), _read_json(file.with_name("added_tokens.json"))
     for number, token in (settings.get("added_tokens_decoder") or {}).items():
         text = _token_text(token, f"added_tokens_decoder.{number}", config)

@@ -1,12 +1,11 @@
 """Figures of the device that a run computes on: peak and total memory, peak FLOPS."""
 
-from __future__ import annotations
-
 import math
 import os
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,27 +15,22 @@ GIB = 2**30
 
 
 class Memory(NamedTuple):
-    """Peaks since the last reset, in GiB: allocated tensors (active) and what the allocator took for them
-    (reserved). On a CPU both are the resident memory of this process."""
+    """Peaks since the last reset, in GiB: allocated tensors (active) and the memory that the allocator holds
+    for them (reserved). On a CPU both are the resident memory of this process."""
 
     active_gib: float = 0.0
     reserved_gib: float = 0.0
     alloc_retries: int = 0  # this and the next: of CUDA's allocator, since the process began
     ooms: int = 0
 
-    def largest(self, other: Memory) -> Memory:
-        return Memory(*map(max, self, other))
-
 
 def reset_peak_memory(device: torch.device) -> None:
-    """From here on `peak_memory` is of what follows."""
+    """Begins the interval that `peak_memory` measures."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with suppress(OSError):  # not Linux, or not allowed: the peak is then that of the whole run
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # not Linux, or not allowed: the peak is then that of the whole run
 
 
 def peak_memory(device: torch.device) -> Memory:
@@ -83,11 +77,10 @@ PEAK_FLOPS = {
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs a second that mfu is relative to: the data sheet's, else the best that a matrix product in
     `dtype` reaches in 0.2 s."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, flops in PEAK_FLOPS.items():
-            if part in name:
-                return flops
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for part, flops in PEAK_FLOPS.items():
+        if part in name:
+            return flops
     size = 1024
     a, b = torch.ones(2, size, size, dtype=dtype, device=device)
     fastest, start = math.inf, time.perf_counter()

@@ -3,9 +3,10 @@
 import logging
 import math
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,21 +19,14 @@ from chunkflow.settings import options
 logger = logging.getLogger(__name__)
 
 
-class Colours(NamedTuple):
-    red: str = "\033[31m"
-    green: str = "\033[32m"
-    yellow: str = "\033[33m"
-    blue: str = "\033[34m"
-    magenta: str = "\033[35m"
-    cyan: str = "\033[36m"
-    reset: str = "\033[0m"
+# the codes that set a terminal's colour
+Colours = namedtuple("Colours", "red green yellow blue magenta cyan reset")
+COLOURS = Colours(*(f"\033[{code}m" for code in (31, 32, 33, 34, 35, 36, 0)))
 
 
 class MetricsLogger:
-    """Adds up figures over steps and writes them at step 1 and at every metrics.log_freq-th step.
-
-    Every rank has one and calls `count` after each step, and `log` where `due`; rank 0 writes.
-    """
+    """Adds up figures over steps, and writes them at step 1 and every metrics.log_freq steps. Every rank has
+    one and calls `count` after each step, and `log` where `due`; rank 0 writes."""
 
     def __init__(
         self,
@@ -46,13 +40,12 @@ class MetricsLogger:
         tokens_seen: int = 0,
     ):
         """`dtype`: what the model computes in. `validates`: whether `log_validation` will be called.
-        `start_step`: the last step that the run did before (0: none); rows and events after it are removed.
-        `tokens_seen`: tokens of the run up to it."""
+        `start_step`: the last step done before, after `tokens_seen` tokens; later rows are removed."""
         self.every_steps, self.device, self.tokens_seen = settings.log_freq, device, tokens_seen
         self.folder = dump_folder / settings.save_tb_folder  # of TensorBoard's events
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
-        self.colours = Colours(*[""] * 7) if settings.disable_color_printing else Colours()
+        self.colours = Colours(*[""] * 7) if settings.disable_color_printing else COLOURS
         self.rows = self.validation_rows = self.tensorboard = None
         if self.writes:
             self.capacity_gib = memory_capacity_gib(device)
@@ -86,12 +79,11 @@ class MetricsLogger:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._interrupted = time.perf_counter()
-        self._peaks = self._peaks.largest(peak_memory(self.device))
+        self._peaks = Memory(*map(max, self._peaks, peak_memory(self.device)))
         reset_peak_memory(self.device)
 
     def count(self, tokens: int, flops: float, data_seconds: float) -> None:
-        """Adds a finished step: real tokens and useful FLOPs of all ranks, and the seconds that this rank
-        waited for its data."""
+        """Adds a finished step: tokens and useful FLOPs of all ranks, and this rank's wait for data."""
         self._steps += 1
         self._tokens += tokens
         self._flops += flops
@@ -99,7 +91,7 @@ class MetricsLogger:
         self.tokens_seen += tokens
 
     def saved(self, seconds: float) -> None:
-        """Training waited `seconds` for a checkpoint: logged by itself, not as a part of the steps' time."""
+        """Training waited `seconds` for a checkpoint: logged by themselves, not in the steps' time."""
         self._saving_seconds += seconds
         self._begin += seconds
         for rows in filter(None, (self.rows, self.validation_rows)):
@@ -122,17 +114,15 @@ class MetricsLogger:
         scalars: dict[str, float] | None = None,
     ) -> float:
         """Writes the figures of the step and of the interval that ends with it; returns the loss over all
-        ranks.
+        ranks. A collective: all ranks call.
 
         `loss`: this rank's loss sum / targets of all ranks. `max_loss`: this rank's loss sum / its targets,
         -inf without targets. `grad_norm`, `lr` and `supervised_tokens` are of all ranks. `scalars`: more
-        values for TensorBoard, by tag. A collective: all ranks call.
+        values for TensorBoard, by tag.
         """
-        memory = self._peaks.largest(peak_memory(self.device))
+        largest = max_loss, self._data_seconds, *map(max, self._peaks, peak_memory(self.device))
         (loss,) = self._over_ranks(dist.ReduceOp.SUM, loss)
-        max_loss, data_seconds, *peaks = self._over_ranks(
-            dist.ReduceOp.MAX, max_loss, self._data_seconds, *memory
-        )
+        max_loss, data_seconds, *peaks = self._over_ranks(dist.ReduceOp.MAX, *largest)
         memory, max_loss = Memory(*peaks), max_loss if math.isfinite(max_loss) else loss
         seconds = time.perf_counter() - self._begin  # after the reduction, which waits for the device
         if self.writes:
@@ -176,11 +166,11 @@ class MetricsLogger:
         supervised_tokens: int,
         by_position: dict[str, tuple[float, int]],
     ) -> None:
-        """Writes the figures of the validation after `step`, which began at `interrupt`; then training's
-        interval goes on.
+        """Writes the figures of the validation after `step`, which began at `interrupt`, and continues
+        training's interval. A collective: all ranks call.
 
-        All figures are over all ranks already. `by_position`: name of a range of positions -> its mean loss
-        and its supervised tokens. A collective: all ranks call.
+        The arguments are over all ranks. `by_position`: name of a range of positions -> its mean loss and its
+        supervised tokens.
         """
         memory = Memory(*self._over_ranks(dist.ReduceOp.MAX, *peak_memory(self.device)))
         if self.writes:
@@ -269,11 +259,9 @@ class MetricsLogger:
 
 
 def put_events_in_order(folder: Path) -> None:
-    """Renames event files so that a file that starts now sorts after them.
-
-    TensorBoard reads them in the order of their names, which tell the second of their start. If the clock was
-    set back, or the last start was in this second, a new file would come before those that it continues.
-    """
+    """Renames event files so that one that starts now sorts after them: TensorBoard reads them in the order
+    of their names, which have the second of their start. If the clock was set back, or the last one started
+    in this second, a new file would come before those that it continues."""
     files = sorted(folder.glob("events.out.tfevents.*"))
     if files and files[-1].name >= f"events.out.tfevents.{int(time.time()):010}":
         for number, path in enumerate(files):

@@ -6,10 +6,8 @@ SHOWN_RANKS = 16
 
 
 def plan_figure(plan: Plan, chunk_size: int):
-    """A matplotlib figure: a panel a rank, a bar a chunk, in the order they run. Bars are in tokens.
-
-    Standalone sequences are grey, each longer one has one colour. The white above the bars is padding.
-    """
+    """A matplotlib figure: a panel for each rank, a bar for each chunk, in running order. Its height is
+    tokens, the white above it padding. Standalone sequences are grey, each longer one has one colour."""
     from matplotlib.figure import Figure
 
     ranks = plan.groups[:SHOWN_RANKS]
@@ -17,19 +15,18 @@ def plan_figure(plan: Plan, chunk_size: int):
     panels = figure.subplots(len(ranks), sharex=True, squeeze=False)[:, 0]
     long_sequences = 0
     for rank, (groups, panel) in enumerate(zip(ranks, panels)):
-        bars = []  # (number of the chunk, bottom, height, colour) of each segment
-        chunks = 0
+        bars, chunks = [], 0  # (number of the chunk, bottom, height, colour) of each segment
         for group in groups:
             dependent = len(group.chunks) > 1
-            colour = f"C{long_sequences % 10}"
-            long_sequences += dependent
             for chunk in group.chunks:
                 bottom = 0
                 for index, segment in enumerate(chunk.segments):
                     grey = "0.75" if index % 2 else "0.6"
-                    bars.append((chunks, bottom, segment.length, colour if dependent and not index else grey))
+                    colour = f"C{long_sequences % 10}" if dependent and not index else grey
+                    bars.append((chunks, bottom, segment.length, colour))
                     bottom += segment.length
                 chunks += 1
+            long_sequences += dependent
         if bars:
             numbers, bottoms, heights, colours = zip(*bars)
             panel.bar(numbers, heights, bottom=bottoms, color=colours, width=0.9)

@@ -11,12 +11,11 @@ from chunkflow.settings import options
 
 logger = logging.getLogger(__name__)
 
-WARMUP_STEPS = 3  # traced and thrown away, as far as profile_freq leaves room
+WARMUP_STEPS = 3  # traced and thrown away, if profile_freq is large enough
 
 
 def profiler(settings: options.Profiling, dump_folder: Path):
-    """A context whose value has `step()`, to be called after each step; the value is None without profiling.
-
+    """A context, with a value to call `step()` of after each step; the value is None without profiling.
     Traces (chrome://tracing, Perfetto) go to {dump_folder}/{save_traces_folder}/iteration_N/rankR_trace.json.
     """
     if not settings.enable_profiling:

@@ -14,7 +14,7 @@ class RowsFile:
     for which there is room."""
 
     def __init__(self, path: Path, last_step: int):
-        """Opens the file and removes a torn last line and the rows after `last_step`."""
+        """Opens the file, and removes a torn last line and the rows after `last_step`."""
         keep_rows(path, last_step)
         self.path, self.waiting = path, b""
         self.file = open(path, "ab", buffering=0)
@@ -31,10 +31,8 @@ class RowsFile:
             self.waiting = b""
         except OSError as error:
             os.ftruncate(self.file.fileno(), size)  # no torn line in the middle
-            logger.warning(
-                f"{self.path} could not be written ({error.strerror}): make room; the rows are kept until"
-                " then"
-            )
+            remedy = "make room; the rows are kept until then"
+            logger.warning(f"{self.path} could not be written ({error.strerror}): {remedy}")
 
     def sync(self) -> None:
         os.fsync(self.file.fileno())
@@ -48,9 +46,8 @@ def keep_rows(path: Path, last_step: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if _step(line) <= last_step]
     if len(kept) < len(lines):
-        logger.info(
-            f"{path}: removed {len(lines) - len(kept)} lines that are torn or beyond step {last_step}"
-        )
+        removed = len(lines) - len(kept)
+        logger.info(f"{path}: removed {removed} lines that are torn or beyond step {last_step}")
         temporary = path.with_suffix(".tmp")
         with open(temporary, "wb") as file:
             file.writelines(kept)

@@ -1,4 +1,4 @@
-"""What a step amounted to on every rank, as TensorBoard's `chunkflow/*` and `data/*` scalars."""
+"""The figures of a step, of all ranks, as TensorBoard's `chunkflow/*` and `data/*` scalars."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from chunkflow.reporting.timeline import useful_time
 
 
 class RankFigures(NamedTuple):
-    """What one rank measured in a step."""
+    """One rank's figures of a step."""
 
     busy_seconds: float  # from the start of its step until it waits for the other replicas
     useful_seconds: float  # of its actions, recomputation aside
@@ -55,11 +55,10 @@ def step_scalars(
     ledger: dict[str, int],
     bad_steps: int,
 ) -> dict[str, float]:
-    """Values by tag: what TensorBoard shows of a step beyond torchtitan's tags.
+    """What TensorBoard shows of a step beyond torchtitan's tags: tag -> value.
 
-    `figures`: of all ranks; those of one pipeline stage's replicas are next to each other (rank =
-    pipeline_rank * replicas + replica). `targets` and `longest` (tokens of a sequence) are of the global
-    batch, `ledger` has the tokens of the run so far, by what became of them.
+    `figures`: of all ranks; rank = pipeline_rank * replicas + replica. `targets` and `longest` (tokens of a
+    sequence) are of the global batch. `ledger`: the run's tokens so far, by what became of them.
     """
     scalars = {f"data/{name}_tokens": count for name, count in ledger.items()} | {
         "chunkflow/groups": sum(map(len, plan.groups)),

@@ -18,26 +18,21 @@ def useful_time(actions: list[Timed]) -> float:
 
 
 def gather_timeline(timeline: list[Timed], group: dist.ProcessGroup) -> Timeline:
-    """The measured timelines of all ranks of a pipeline, from this rank's in seconds; in microseconds.
-
-    Each rank's clock starts with its step. A collective of `group`.
-    """
+    """The measured timelines of all ranks of a pipeline in microseconds, from this rank's in seconds. Each
+    rank's clock starts with its step. A collective of `group`."""
     gathered: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, _scaled(timeline, 1e6), group=group)
     return gathered
 
 
 def write_timelines(path: Path, planned: Timeline, measured: Timeline | None) -> dict[str, Timeline]:
-    """Writes a trace for ui.perfetto.dev and returns the timelines by name.
-
-    Next to a measured timeline, the planned one is scaled so that both do the same useful work.
-    """
+    """Writes a trace for ui.perfetto.dev and returns the timelines by name. If one is measured, the planned
+    one is scaled to the same useful time."""
     timelines = {"planned": planned}
     if measured:
         scale = sum(map(useful_time, measured)) / sum(map(useful_time, planned))
         timelines = {"planned": [_scaled(actions, scale) for actions in planned], "measured": measured}
-    with open(path, "w") as file:
-        json.dump(chrome_trace(timelines), file)
+    path.write_text(json.dumps(chrome_trace(timelines)))
     return timelines
 
 

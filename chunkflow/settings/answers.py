@@ -1,21 +1,16 @@
-"""Answers to keys and values of torchtitan, of its older versions, and of this project's documentation that
-are not admitted here.
+"""Answers to keys and values, of torchtitan and of this project's documentation, that are not admitted here.
 
-An answer completes a sentence that begins with the key, or with `key = value`. The answer to a section holds
-for all of its keys that have none. Keys with a common answer stand in one string, with spaces between.
+An answer completes a sentence that begins with the key, or with `key = value`. A section's answer is for all
+of its keys that have none. Keys with the same answer are in one string, with spaces between.
 """
 
-# Keys and sections that are planned but not in this version: delete an entry when its key arrives. They are
-# looked up before ANSWERS.
-_LATER = {
+_ANSWERS = {
+    # Keys and sections that are planned but not in this version: delete an entry when its key arrives.
     "chunkflow.kv_offload": "is not available in this version: K/V state stays on the device, remove the key",
     "chunkflow.keep_attention": "is not available in this version: a recomputed chunk repeats its attention,"
     " remove the key",
     "lora peft": "is not available in this version: all parameters are trained, remove the section",
-}
-
-# Keys and sections of torchtitan that are not used here.
-_ANSWERS = {
+    # Keys and sections of torchtitan that are not used here.
     "job.use_for_integration_test model.print_after_conversion training.gc_debug training.enable_fp8_linear"
     " parallelism.enable_compiled_autograd activation_checkpoint.early_stop activation_checkpoint.debug"
     " quantize.linear.float8.force_recompute_fp8_weight_in_bwd": "is not used: remove the key",
@@ -43,7 +38,7 @@ _ANSWERS = {
     " one runs, remove the section",
     "job.save_config_file": "is not used: the resolved config is always saved as config.toml in"
     " job.dump_folder",
-    "job.custom_config_module": "is not used: copy a recipe, edit it, and start it with"
+    "job.custom_config_module experimental": "is not used: copy a recipe, edit it, and start it with"
     " TRAIN_FILE=my_recipe.py ./run_train.sh",
     "job.print_args": "was renamed: set job.print_config",
     "profiling.profiler_active profiling.profiler_warmup": "is not used: one step is traced every"
@@ -73,10 +68,10 @@ _ANSWERS = {
     "training.seed": "has moved: set debug.seed",
     "training.deterministic": "has moved: set debug.deterministic",
     "training.compile": "has moved: set compile.enable",
-    "training.data_parallel_degree": "has moved: set parallelism.data_parallel_shard_degree",
     "training.data_parallel_type": "is not used: set parallelism.data_parallel_shard_degree and"
     " data_parallel_replicate_degree",
-    "training.data_parallel_shard_degree": "has moved: set parallelism.data_parallel_shard_degree",
+    "training.data_parallel_degree training.data_parallel_shard_degree": "has moved: set"
+    " parallelism.data_parallel_shard_degree",
     "training.data_parallel_replicate_degree": "has moved: set parallelism.data_parallel_replicate_degree",
     "training.fsdp_reshard_after_forward": "has moved: set parallelism.fsdp_reshard_after_forward",
     "parallelism.pipeline_parallel_schedule_csv": "is not used: stages run the state-aware schedule, made"
@@ -113,8 +108,6 @@ _ANSWERS = {
     "fault_tolerance": "is not used: replicas that come and go are not supported, remove the section",
     "experimental.pipeline_parallel_degree": "has moved: set parallelism.pipeline_parallel_degree",
     "experimental.pipeline_parallel_schedule": "has moved: set parallelism.pipeline_parallel_schedule",
-    "experimental": "is not used: copy a recipe, edit it, and start it with TRAIN_FILE=my_recipe.py"
-    " ./run_train.sh",
     "validation.local_batch_size": "is not used: validation packs sequences into chunks of"
     " chunkflow.chunk_size",
     "validation.seq_len": "is not used: training.seq_len counts for validation too",
@@ -149,8 +142,7 @@ _VALUE_ANSWERS = {
 
 
 def _each(answers: dict[str, str]) -> dict[str, str]:
-    """The same table with one key an entry."""
     return {key: answer for keys, answer in answers.items() for key in keys.split()}
 
 
-LATER, ANSWERS, VALUE_ANSWERS = map(_each, (_LATER, _ANSWERS, _VALUE_ANSWERS))
+ANSWERS, VALUE_ANSWERS = _each(_ANSWERS), _each(_VALUE_ANSWERS)

@@ -1,9 +1,5 @@
 """Turns a TOML file and the command line into a checked Config, or into a sentence that says what is wrong.
-
-The keys are the fields of options.py: types, rules, --help and suggestions are read off them.
-"""
-
-from __future__ import annotations
+Types, rules, --help and suggestions follow from the fields of options.py."""
 
 import difflib
 import json
@@ -21,8 +17,8 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-from chunkflow.settings.answers import ANSWERS, LATER, VALUE_ANSWERS
-from chunkflow.settings.options import Config
+from chunkflow.settings.answers import ANSWERS, VALUE_ANSWERS
+from chunkflow.settings.options import Config, Rule
 
 
 class ConfigError(ValueError):
@@ -64,13 +60,10 @@ SECTIONS = {name[:end] for name in KEYS for end, letter in enumerate(name) if le
 
 def load_config(argv: list[str]) -> Config:
     """The config of a command line: its overrides, over the file of --job.config_file, over the defaults.
-
-    ConfigError for all that these alone can tell; model.hf_assets_path is not opened. --help prints all keys
-    and exits.
-    """
+    ConfigError for all that is wrong in these alone. --help prints all keys and exits."""
     overrides = _parse_command_line(argv)
     path = overrides.get("job.config_file", "")
-    values = {**(_read_toml(path) if path else {}), **overrides}
+    values = (_read_toml(path) if path else {}) | overrides
     config = Config()
     for key, value in values.items():
         section, name = _split(key)
@@ -181,8 +174,7 @@ def _read_toml(path: str) -> dict[str, Any]:
 
 
 def _line_of(name: str, text: str) -> int | None:
-    """The line, counted from 1, where a TOML text sets a key or opens a section; None if it is spelt
-    unusually."""
+    """The line, from 1, where a TOML text sets a key or opens a section; None if it is spelt unusually."""
     table = ""
     for number, line in enumerate(text.split("\n"), 1):
         if header := re.match(r"\s*\[+\s*([^\]]*?)\s*\]", line):
@@ -198,17 +190,15 @@ def _line_of(name: str, text: str) -> int | None:
 
 
 def answer(name: str) -> str | None:
-    """The answer to a key of torchtitan's or of a later version, or to its section; None if there is none."""
-    parts = name.split(".")
-    paths = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
-    return next((answers[path] for answers in (LATER, ANSWERS) for path in paths if path in answers), None)
+    """The answer to a key of torchtitan's or of a later version, else that to its section, else None."""
+    while name and name not in ANSWERS:
+        name = _split(name)[0]
+    return ANSWERS.get(name)
 
 
 def _known(name: str, dashes: str, where: str = "", inside: Any = ()) -> Key:
-    """The key of that name; else ConfigError with the most helpful sentence.
-
-    `where`: file and line, for the message. `inside`: the names in it, if it is a table of the file.
-    """
+    """The key of that name; else ConfigError with the most helpful sentence. `where`: file and line.
+    `inside`: the names in it, if it is a table of the file."""
     if name in KEYS:
         return KEYS[name]
     for key in [*(f"{name}.{inner}" for inner in inside), name]:
@@ -231,19 +221,21 @@ def _checked(name: str, value: Any, where: str = "") -> Any:
     if value is None and key.optional:
         return None
     value = _typed(name, value, key.type, where)
-    rule, choices, entries = (key.field.metadata[kind] for kind in ("rule", "choices", "entries"))
-    if rule and not rule.holds(value):
-        raise ConfigError(f"{where}{name} = {show(value)} is out of range: choose a value {rule.words}")
-    if entries:
+    admits = key.field.metadata["admits"]
+    if isinstance(admits, Rule):
+        if not admits.holds(value):
+            raise ConfigError(f"{where}{name} = {show(value)} is out of range: choose a value {admits.words}")
+    elif isinstance(admits, dict):
         for inner in value:
-            if inner not in entries:
-                raise ConfigError(f"{where}unknown key {name}.{inner}: {_suggest(inner, entries)}")
-        return {inner: _typed(f"{name}.{inner}", value[inner], entries[inner], where) for inner in value}
-    for item in (value if key.type is list else [value]) if choices else []:
-        if item not in choices:
-            sentence = VALUE_ANSWERS.get(f"{name}={item}") or VALUE_ANSWERS.get(f"{name}=*")
-            sentence = sentence or f"is not admitted: {_suggest(item, choices)}"
-            raise ConfigError(f"{where}{name} = {show(item)} {sentence}")
+            if inner not in admits:
+                raise ConfigError(f"{where}unknown key {name}.{inner}: {_suggest(inner, admits)}")
+        return {inner: _typed(f"{name}.{inner}", value[inner], admits[inner], where) for inner in value}
+    elif admits:
+        for item in value if key.type is list else [value]:
+            if item not in admits:
+                sentence = VALUE_ANSWERS.get(f"{name}={item}") or VALUE_ANSWERS.get(f"{name}=*")
+                sentence = sentence or f"is not admitted: {_suggest(item, admits)}"
+                raise ConfigError(f"{where}{name} = {show(item)} {sentence}")
     return value
 
 
@@ -288,8 +280,8 @@ def _refuse_if(broken: Any, sentence: str) -> None:
 
 
 def _check_combinations(config: Config, given: dict[str, Any]) -> None:
-    """Rules between keys, and values that follow from other keys: fp64 training computes and reduces in fp64,
-    validation reads training's dataset. `given`: the values of the file and the command line."""
+    """Checks rules between keys, and sets keys that follow from others: fp64 training computes and reduces in
+    fp64, validation reads training's dataset. `given`: the values of the file and the command line."""
     training, validation, checkpoint = config.training, config.validation, config.checkpoint
     if training.dtype == "float64":
         _refuse_if(
@@ -373,7 +365,7 @@ def check_processes(config: Config, processes: int) -> None:
 
 
 def to_toml(config: Config) -> str:
-    """All settings as TOML, which loads as an equal config; keys without a value are left out."""
+    """All settings as TOML, which loads as an equal config; keys without a value are omitted."""
     values = {name: value for name, value in flat(config).items() if value is not None}
     del values["job.config_file"]
     return "\n".join(
@@ -393,12 +385,14 @@ def help_text() -> str:
         lines += ["", f"[{section}]"]
         for name in names:
             key, default = KEYS[name], defaults[name]
-            rule, choices = key.field.metadata["rule"], key.field.metadata["choices"]
-            admitted = ", ".join(map(show, choices)) or (
-                f"a value {rule.words}" if rule else _KINDS[key.type][0]
-            )
+            doc, admits = key.field.metadata["doc"], key.field.metadata["admits"]
+            words = _KINDS[key.type][0]
+            if isinstance(admits, Rule):
+                words = f"a value {admits.words}"
+            elif isinstance(admits, tuple):
+                words = ", ".join(map(show, admits))
             lines.append(f"  --{name} ({'unset' if default is None else show(default)})")
-            lines.append(f"        {key.field.metadata['doc']} [{admitted}]")
+            lines.append(f"        {doc} [{words}]")
     return "\n".join(lines)
 
 

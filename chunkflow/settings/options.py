@@ -1,7 +1,5 @@
-"""All settings: one dataclass a section, one field a key, with its default, its line for --help and its rule.
+"""All settings: a dataclass for each section, a field for each key.
 `config.training.steps` is `[training] steps` in TOML and `--training.steps` on the command line."""
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,43 +22,22 @@ BATCHES = Rule("of at least 1, or -1 for all of the data", lambda value: value >
 SEED = Rule("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 
 
-def option(
-    default: Any,
-    doc: str,
-    rule: Rule | None = None,
-    *,
-    choices: tuple[str, ...] = (),
-    entries: dict[str, type] | None = None,
-    **more: Any,
-) -> Any:
-    """A key's field: its default, its line for --help, and the values that it admits.
-
-    `choices`: admitted strings, or entries of a list. `entries`: admitted names of a table, with their types.
-    """
-    metadata = {"doc": doc, "rule": rule, "choices": choices, "entries": entries}
+def option(default: Any, doc: str, admits: Rule | tuple | dict | None = None, **more: Any) -> Any:
+    """A key's field: its default, its line for --help, and what it admits of its type: a rule for numbers,
+    strings to choose from (the items, if it is a list), or the names in a table with their types."""
     default = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**default, metadata=metadata, **more)
+    return field(**default, metadata={"doc": doc, "admits": admits}, **more)
 
 
 DATASETS = ("python_stdlib", "jsonl", "synthetic")
-ROPE_SCALING = {
-    "rope_type": str,
-    "factor": float,
-    "original_max_position_embeddings": int,
-    "low_freq_factor": float,
-    "high_freq_factor": float,
-    "attention_factor": float,
-    "beta_fast": float,
-    "beta_slow": float,
-    "mscale": float,
-    "mscale_all_dim": float,
-    "truncate": bool,
-}
+_FLOATS = "low_freq_factor high_freq_factor attention_factor beta_fast beta_slow mscale mscale_all_dim"
+ROPE_SCALING = {"rope_type": str, "factor": float, "original_max_position_embeddings": int}
+ROPE_SCALING |= dict.fromkeys(_FLOATS.split(), float) | {"truncate": bool}
 
 
 @dataclass
 class Job:
-    # compare=False: a saved config, loaded from its file, equals the config that was saved
+    # compare=False, so that a saved config equals the same one loaded from its file
     config_file: str = option("", "TOML file with the settings below (command line only)", compare=False)
     dump_folder: str = option("./outputs", "folder for everything that the run leaves")
     description: str = option("default job", "one line for the log")
@@ -80,19 +57,19 @@ class Model:
         "", "tokenizer; empty: that of hf_assets_path, without it the one shipped for Python sources"
     )
     rope_theta: float | None = option(None, "base of the rotary angles; unset: the model's", POSITIVE)
-    rope_scaling: dict | None = option(None, "Hugging Face's keys; unset: the model's", entries=ROPE_SCALING)
+    rope_scaling: dict | None = option(None, "Hugging Face's keys; unset: the model's", ROPE_SCALING)
     converters: list[str] = option(
-        [], "what linear layers multiply in, the head excepted (torchao)", choices=("float8", "int8")
+        [], "what linear layers multiply in, the head excepted (torchao)", ("float8", "int8")
     )
 
 
 @dataclass
 class Training:
-    dataset: str = option("python_stdlib", "where sequences come from", choices=DATASETS)
+    dataset: str = option("python_stdlib", "where sequences come from", DATASETS)
     dataset_path: str = option("", 'jsonl: file, folder or glob; synthetic: "lmsys" or "llama3_sft"')
     global_batch_size: int = option(16, "sequences per optimizer step over all ranks", AT_LEAST_1)
     seq_len: int = option(8192, "longest admissible sequence, tokens", AT_LEAST_1)
-    overlong: str = option("error", "what becomes of longer sequences", choices=("error", "truncate", "drop"))
+    overlong: str = option("error", "what becomes of longer sequences", ("error", "truncate", "drop"))
     shuffle: bool = option(True, "a new order of the sequences in each epoch")
     steps: int = option(100, "optimizer steps", AT_LEAST_1)
     max_norm: float = option(1.0, "gradients are scaled down to this global norm", POSITIVE)
@@ -101,16 +78,16 @@ class Training:
         "steps in a row whose loss or gradients are not finite, and so are not applied, before the run stops",
         AT_LEAST_1,
     )
-    dtype: str = option("float32", "parameters and optimizer state", choices=("float32", "float64"))
+    dtype: str = option("float32", "parameters and optimizer state", ("float32", "float64"))
     mixed_precision_param: str = option(
         "bfloat16",
         'what the model computes in; with training.dtype = "float64" that',
-        choices=("bfloat16", "float32", "float64"),
+        ("bfloat16", "float32", "float64"),
     )
     mixed_precision_reduce: str = option(
         "float32",
         'what gradients are summed in over ranks; with training.dtype = "float64" that',
-        choices=("float32", "float64"),
+        ("float32", "float64"),
     )
     gc_freq: int = option(50, "steps between Python's garbage collections", AT_LEAST_1)
     enable_cpu_offload: bool = option(False, "parameters, gradients and optimizer state live in host memory")
@@ -122,13 +99,13 @@ class ChunkFlow:
     chunk_size: int = option(2048, "tokens in a chunk", AT_LEAST_1)
     k: int = option(1, "chunks of a group that keep their activations", AT_LEAST_1)
     fill_tails: bool = option(True, "top up the last chunk of a long sequence with short ones")
-    balance: str = option("cost", "what is evened out over data-parallel ranks", choices=("cost", "tokens"))
+    balance: str = option("cost", "what is evened out over data-parallel ranks", ("cost", "tokens"))
 
 
 @dataclass
 class Optimizer:
     name: str = option(
-        "AdamW", "AdamW8bit (torchao) keeps 2 bytes a parameter, not 8", choices=("AdamW", "AdamW8bit")
+        "AdamW", "AdamW8bit (torchao) keeps 2 bytes a parameter, not 8", ("AdamW", "AdamW8bit")
     )
     lr: float = option(8e-4, "learning rate after warm-up", NOT_NEGATIVE)
     beta1: float = option(0.9, "decay of the gradient's mean", BELOW_1)
@@ -136,7 +113,7 @@ class Optimizer:
     eps: float = option(1e-8, "added to the denominator", NOT_NEGATIVE)
     weight_decay: float = option(0.1, "of all parameters", NOT_NEGATIVE)
     implementation: str = option(
-        "fused", "PyTorch's implementation of AdamW", choices=("fused", "foreach", "for-loop")
+        "fused", "PyTorch's implementation of AdamW", ("fused", "foreach", "for-loop")
     )
 
 
@@ -144,7 +121,7 @@ class Optimizer:
 class LrScheduler:
     warmup_steps: int = option(200, "steps of linear warm-up, at most training.steps", NOT_NEGATIVE)
     decay_ratio: float | None = option(None, "share of all steps that decay; unset: all after warm-up", SHARE)
-    decay_type: str = option("linear", "shape of the decay", choices=("linear", "sqrt", "cosine"))
+    decay_type: str = option("linear", "shape of the decay", ("linear", "sqrt", "cosine"))
     min_lr_factor: float = option(0.0, "share of the learning rate that is left at the end", SHARE)
 
 
@@ -155,13 +132,11 @@ class Parallelism:
     fsdp_reshard_after_forward: str = option(
         "default",
         'free gathered parameters after each forward (ZeRO-3); "default": with more than one rank',
-        choices=("default", "always", "never"),
+        ("default", "always", "never"),
     )
     pipeline_parallel_degree: int = option(1, "ranks that share one replica's layers (pipeline)", AT_LEAST_1)
     pipeline_parallel_schedule: str = option(
-        "1F1B",
-        "one stage a rank, or several; the state-aware form of each",
-        choices=("1F1B", "Interleaved1F1B"),
+        "1F1B", "one stage a rank, or several; the state-aware form of each", ("1F1B", "Interleaved1F1B")
     )
     pipeline_parallel_layers_per_stage: int | None = option(
         None, "layers of a stage; unset: spread evenly by cost, interleaved over 2 stages a rank", AT_LEAST_1
@@ -181,12 +156,12 @@ class Checkpoint:
         "disabled",
         "write in the background, from a copy in host memory; pinned: on CUDA a faster copy, whose memory"
         " stays",
-        choices=("disabled", "async", "async_with_pinned_mem"),
+        ("disabled", "async", "async_with_pinned_mem"),
     )
     exclude_from_loading: list[str] = option(
         [],
         "start anew what the checkpoint has of these, once: later checkpoints of the run are loaded whole",
-        choices=("optimizer", "dataloader"),
+        ("optimizer", "dataloader"),
     )
     initial_load_path: str | None = option(
         None, "checkpoint/step-N or Hugging Face folder that initial weights come from"
@@ -203,31 +178,27 @@ class Checkpoint:
         False, "the last checkpoint has the model only: smaller, but training cannot go on from it"
     )
     export_dtype: str = option(
-        "float32", "what the Hugging Face folder is written in", choices=("float16", "bfloat16", "float32")
+        "float32", "what the Hugging Face folder is written in", ("float16", "bfloat16", "float32")
     )
 
 
 @dataclass
 class ActivationCheckpoint:
-    mode: str = option(
-        "none", "recomputation inside a chunk, besides k", choices=("none", "selective", "full")
-    )
+    mode: str = option("none", "recomputation inside a chunk, besides k", ("none", "selective", "full"))
     selective_ac_option: str = option("2", "selective: every how many-th layer is recomputed")
 
 
 @dataclass
 class Compile:
     enable: bool = option(False, "torch.compile")
-    components: list[str] = option(["model"], "what is compiled", choices=("model",))
+    components: list[str] = option(["model"], "what is compiled", ("model",))
     backend: str = option("inductor", "torch.compile's backend")
 
 
 @dataclass
 class Float8:
     recipe_name: str | None = option(
-        None,
-        "how values are scaled; unset: tensorwise",
-        choices=("tensorwise", "rowwise", "rowwise_with_gw_hp"),
+        None, "how values are scaled; unset: tensorwise", ("tensorwise", "rowwise", "rowwise_with_gw_hp")
     )
     filter_fqns: list[str] = option(
         [],
@@ -269,7 +240,7 @@ class Comm:
     init_timeout_seconds: int = option(300, "time limit of collectives up to the first step", AT_LEAST_1)
     train_timeout_seconds: int = option(100, "time limit of collectives afterwards", AT_LEAST_1)
     mode: str = option(
-        "default", "fake_backend: one process stands for rank 0 of NGPU", choices=("default", "fake_backend")
+        "default", "fake_backend: one process stands for rank 0 of NGPU", ("default", "fake_backend")
     )
 
 
@@ -278,9 +249,7 @@ class Validation:
     enable: bool = option(
         False, "measure the loss of other data while training, forward only, in the same chunks"
     )
-    dataset: str | None = option(
-        None, "where its sequences come from; unset: training.dataset", choices=DATASETS
-    )
+    dataset: str | None = option(None, "where its sequences come from; unset: training.dataset", DATASETS)
     dataset_path: str = option("", "as training.dataset_path; synthetic: other sequences than training's")
     freq: int = option(10, "steps between validations; the last step is always followed by one", AT_LEAST_1)
     steps: int = option(
