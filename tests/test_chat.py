@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from chunkflow.data.chat import labels_of, read_messages
 from chunkflow.data.dataset import open_dataset
 from chunkflow.data.tokenizer import Tokenizer
-from tests.helpers.runs import REPO
+from tests.helpers.processes import REPO
 
 # Templates in the manner of the families, `generation` marking what the model writes, which is transformers'
 # way to a mask.

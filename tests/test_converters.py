@@ -29,8 +29,7 @@ from chunkflow.training.converters import check_converters, convert_model, layer
 from chunkflow.training.optimizer import build_optimizer, check_optimizer, optimizer_tensors
 from chunkflow.training.parallel import init_weights
 from models import llama, qwen2
-from tests.helpers.distributed import run_ranks
-from tests.helpers.runs import RECIPE, REPO, run, train, write_rows
+from tests.helpers.processes import RECIPE, REPO, run, run_ranks, train, write_rows
 
 LENGTHS = [300, 20, 64, 5, 130, 31, 7, 90, 12, 1, 48, 200, 9, 77, 33]
 PIPELINE = REPO / "recipes" / "finetune_pipeline.py"

@@ -16,7 +16,7 @@ from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.training import parallel
 from chunkflow.training.model import apply_activation_checkpoint
 from models import families
-from tests.helpers.distributed import run_ranks
+from tests.helpers.processes import run_ranks
 from tests.helpers.reference import (
     assert_same_gradients,
     chunk_tensors,

@@ -25,8 +25,7 @@ from chunkflow.storage import hf_weights as hf
 from chunkflow.training import stages
 from chunkflow.training.model import model_args
 from models import families
-from tests.helpers.distributed import run_ranks
-from tests.helpers.runs import REPO, environment, run, train, write_rows
+from tests.helpers.processes import REPO, environment, run, run_ranks, train, write_rows
 
 CONVERT = REPO / "recipes" / "convert.py"
 KINDS = {

@@ -23,7 +23,7 @@ from chunkflow.training import parallel
 from chunkflow.training.model import apply_activation_checkpoint
 from chunkflow.training.optimizer import build_optimizer
 from models import families
-from tests.helpers.distributed import run_ranks
+from tests.helpers.processes import run_ranks
 from tests.helpers.reference import chunk_tensors, random_sequences
 from tests.test_data_parallel import settings as data_parallel_settings
 from tests.test_pipeline import Pipeline

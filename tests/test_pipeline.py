@@ -23,7 +23,7 @@ from chunkflow.planning.pipeline_transfers import torch_csv
 from chunkflow.planning.planner import PipelineSettings, PlanSettings, plan_step
 from chunkflow.training import parallel, stages
 from models import families
-from tests.helpers.distributed import run_ranks
+from tests.helpers.processes import run_ranks
 from tests.helpers.reference import (
     assert_same_gradients,
     chunk_tensors,

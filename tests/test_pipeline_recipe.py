@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.helpers.runs import REPO, assert_same_curves, run, train, write_rows
+from tests.helpers.processes import REPO, assert_same_curves, run, train, write_rows
 
 LENGTHS = [300, 20, 64, 5, 130, 31, 7, 90, 12, 1, 48, 200, 9, 77, 33]
 RECIPE = str(REPO / "recipes" / "finetune_pipeline.py")

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from chunkflow.data.tokenizer import Tokenizer
-from tests.helpers.runs import REPO, end_processes, environment
+from tests.helpers.processes import REPO, end_processes, environment
 from tests.test_chat import CHATML, raw_tokenizer
 from tests.test_hf import theirs
 

@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from tests.helpers.runs import (
-    RECIPE,
+from tests.helpers.processes import (
     REPO,
     assert_same_curves,
     end_processes,
     environment,
+    patched_recipe,
     processes_of,
     run,
     train,
@@ -208,12 +208,7 @@ def test_fake_backend(tmp_path, data):
 
 
 def test_a_rank_that_raises_ends_the_job_with_its_own_message(tmp_path, data):
-    recipe = tmp_path / "my_recipe.py"
-    text = RECIPE.read_text().replace(
-        "            garbage.run(step)\n",
-        '            garbage.run(step)\n            assert rank != 1 or step < 2, "rank 1 stumbles"\n',
-    )
-    recipe.write_text(text)
+    recipe = patched_recipe(tmp_path, 'assert rank != 1 or step < 2, "rank 1 stumbles"')
     done = run(
         tmp_path, "--training.dataset=jsonl", f"--training.dataset_path={data}", f"--job.dump_folder={tmp_path / 'run'}",
         "--comm.train_timeout_seconds=20", processes=2, TRAIN_FILE=str(recipe), seconds=100,

@@ -27,7 +27,7 @@ from chunkflow.training import parallel
 from chunkflow.training.model import apply_activation_checkpoint
 from chunkflow.training.validation import LossByPosition, Validation
 from models import families
-from tests.helpers.distributed import run_ranks
+from tests.helpers.processes import REPO, run, run_ranks, train, write_rows
 from tests.helpers.reference import (
     assert_same_gradients,
     chunk_tensors,
@@ -36,7 +36,6 @@ from tests.helpers.reference import (
     random_sequences,
     whole_sequence_gradients,
 )
-from tests.helpers.runs import REPO, run, train, write_rows
 from tests.test_data_parallel import settings, sharded_gradients
 from tests.test_exactness import SMALL, small_model
 from tests.test_pipeline import Pipeline
