@@ -7,6 +7,7 @@ file is that server; `start` talks to it. What run_train.sh adds to a recipe is 
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -301,6 +302,7 @@ def serve() -> None:
     """Answers questions, a line of JSON each, until its input ends; then it kills what still runs."""
     for module in PRELOADED:
         importlib.import_module(module)
+    gc.freeze()  # forks need not look at what they inherit
     ended: dict[int, int] = {}
     running: set[int] = set()
     answers = os.fdopen(os.dup(1), "w")
