@@ -18,6 +18,8 @@ from chunkflow.data.dataset import open_dataset
 from chunkflow.data.tokenizer import Tokenizer
 from tests.helpers.processes import REPO
 
+pytestmark = pytest.mark.quick
+
 # Templates in the manner of the families, `generation` marking what the model writes, which is transformers'
 # way to a mask.
 

@@ -22,6 +22,8 @@ from chunkflow.settings.config import (
     user_errors,
 )
 
+pytestmark = pytest.mark.quick
+
 # DESIGN section 5: every section and key with its default (None: unset), and whether this version has it.
 CONTRACT = {
     "job.config_file": "",

@@ -17,6 +17,8 @@ from chunkflow.data import dataset as dataset_module
 from chunkflow.data.dataset import jsonl_files, open_dataset, python_files
 from chunkflow.data.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.quick
+
 
 class CountingTokenizer(Tokenizer):
     """Remembers how many characters it was handed at a time."""

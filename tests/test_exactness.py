@@ -23,6 +23,8 @@ from tests.helpers.reference import (
     whole_sequence_gradients,
 )
 
+pytestmark = pytest.mark.quick
+
 SMALL = {
     "dim": 32,
     "n_layers": 3,

@@ -30,6 +30,8 @@ from chunkflow.reporting.metrics import (
 )
 from chunkflow.settings.config import load_config
 
+pytestmark = pytest.mark.quick
+
 CPU = torch.device("cpu")
 PLAN = plan_step(
     [5, 3, 9], PlanSettings(Cost(1.0, 0.0), chunk_size=4)

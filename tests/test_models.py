@@ -14,6 +14,8 @@ from chunkflow.planning.chunks import Chunk, Segment, build_groups
 from models import families, llama
 from tests.helpers.reference import chunk_tensors, random_sequences
 
+pytestmark = pytest.mark.quick
+
 SMALL = {
     "dim": 32,
     "n_layers": 3,

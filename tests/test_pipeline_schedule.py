@@ -20,6 +20,8 @@ from chunkflow.planning.pipeline_schedule import (
 from chunkflow.planning.pipeline_transfers import Transfer, add_transfers, check_schedule
 from chunkflow.planning.schedule import Kind
 
+pytestmark = pytest.mark.quick
+
 EIGHT = [[1] * 8] * 8
 
 

@@ -17,6 +17,8 @@ from chunkflow.data.synthetic import (
     synthetic_lengths,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def share(lengths, condition):
     return sum(map(condition, lengths)) / len(lengths)
