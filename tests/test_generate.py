@@ -18,9 +18,8 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.execution.loss import token_logits
 from chunkflow.storage import hf_weights as hf
+from tests.helpers.hugging_face import CHATML, logits_of, ours, raw_tokenizer, theirs
 from tests.helpers.processes import REPO, environment, train
-from tests.test_chat import CHATML, raw_tokenizer
-from tests.test_hf import logits_of, ours, theirs
 from tests.test_models import small_model
 
 RECIPE = REPO / "recipes" / "generate.py"

@@ -98,13 +98,18 @@ class Job:
 
 
 def start(
-    program: str | Path, arguments: list[str], environ: dict[str, str], log: Path, processes: int = 1
+    program: str | Path,
+    arguments: list[str],
+    environ: dict[str, str],
+    log: Path,
+    processes: int = 1,
+    folder: Path = REPO,
 ) -> Job:
     """Like subprocess.Popen, of one or several ranks of a recipe or of a function "module:name", whose arguments
     are then the names of pickle files: of what it is called with, and for each rank of what it returns.
 
     `environ` is all of the environment; several processes get torchrun's variables, as functions always do.
-    Both output streams of all go to `log`.
+    They run in `folder`, and both output streams of all go to `log`.
     """
     environs = [environ]
     if processes > 1 or ":" in str(program):
@@ -116,7 +121,7 @@ def start(
             | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
             for rank in range(processes)
         ]
-    return Job(_ask(argv=[str(program), *arguments], environs=environs, log=str(log)))
+    return Job(_ask(argv=[str(program), *arguments], environs=environs, log=str(log), folder=str(folder)))
 
 
 def run_ranks(function: Callable, world_size: int, *arguments, seconds: float = 180) -> list:
@@ -314,7 +319,7 @@ def serve() -> None:
                 for environ in question["environs"]:
                     pid = os.fork()
                     if pid == 0:
-                        become(question["argv"], environ, question["log"])
+                        become(question["argv"], environ, question["log"], question["folder"])
                     answer.append(pid)
                     running.add(pid)
             else:
@@ -330,7 +335,7 @@ def serve() -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def become(argv: list[str], environ: dict[str, str], log: str) -> None:
+def become(argv: list[str], environ: dict[str, str], log: str, folder: str) -> None:
     """Turns this fork into `python argv...`, or into a rank that calls a function. It ends as that does, but
     does not tidy up modules, which would take a second."""
     status = 1
@@ -341,6 +346,7 @@ def become(argv: list[str], environ: dict[str, str], log: str) -> None:
         for source, target in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(source, target)
         sys.stdin = open(0, closefd=False)
+        os.chdir(folder)
         os.environ.clear()
         os.environ.update(environ)
         if environ.get("TORCH_COMPILE_DISABLE") == "1":  # is read when torch._dynamo is imported
