@@ -210,21 +210,21 @@ if step == 4 and rank == 1 and not os.path.exists('{place.path}/crashed'):
 
 def test_a_second_signal_ends_at_once_and_nothing_is_lost(place):
     place.run("reference")
-    slow = place.recipe("time.sleep(3 if step == 4 else 0)")
+    slow = place.recipe("time.sleep(30 if step == 4 else 0)")
     job = place.start("run", recipe=slow)
     wait_for_rows(place.path / "run", 3, lambda: job.poll() is None)
     begin = time.monotonic()
     job.signal(signal.SIGTERM)
     time.sleep(0.3)
     job.signal(signal.SIGTERM)
-    assert job.wait(10) == [128 + signal.SIGTERM] and time.monotonic() - begin < 2
+    assert job.wait(60) == [128 + signal.SIGTERM] and time.monotonic() - begin < 25, "not after its step"
     assert place.steps("run") == [2]
     place.run("run")
     assert untimed(rows_of(place.path / "run")) == untimed(rows_of(place.path / "reference"))
     without = place.start("without", "--checkpoint.no_enable", recipe=slow)
     wait_for_rows(place.path / "without", 1, lambda: without.poll() is None)
     without.signal(signal.SIGUSR1)
-    assert without.wait(30) == [128 + signal.SIGTERM] and "nothing was saved" in place.log.read_text()
+    assert without.wait(90) == [128 + signal.SIGTERM] and "nothing was saved" in place.log.read_text()
 
 
 # ---- the keys
