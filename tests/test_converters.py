@@ -124,21 +124,22 @@ def test_weights_that_int8_trained_are_saved_and_loaded_by_name(curves, folder, 
 
 
 def test_adamw_8bit_compiled_is_adamw_8bit():
-    """By default its update is compiled, at the first step; elsewhere in these tests it is not, since that
-    takes long."""
-    models = [nn.Linear(128, 64, bias=False) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    before = models[0].weight.detach().clone()
-    for model, stance in zip(models, ("default", "force_eager")):
+    """By default its update is compiled, at the first step; elsewhere in these tests it is not, since that takes
+    long. Rounding may send a value to the next of 256 codes, so what 8 bits cost at all is the judge."""
+    start, weights = torch.randn(64, 128, generator=torch.Generator().manual_seed(9)) / 8, {}
+    for name, stance in {"AdamW": "default", "compiled": "default", "eager": "force_eager"}.items():
+        model = nn.Linear(128, 64, bias=False)
+        model.load_state_dict({"weight": start})
+        options = ["--optimizer.lr=1e-2", f"--optimizer.name={'AdamW' if name == 'AdamW' else 'AdamW8bit'}"]
         with torch.compiler.set_stance(stance):
-            optimizer = build_optimizer(
-                model, load_config(["--optimizer.name=AdamW8bit", "--optimizer.lr=1e-2"])
-            )
+            optimizer = build_optimizer(model, load_config(options))
             for step in range(3):
                 model.weight.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step))
                 optimizer.step()
-    assert (models[0].weight - before).norm() > 1
-    torch.testing.assert_close(models[0].weight, models[1].weight, rtol=1e-5, atol=1e-6)
+        weights[name] = model.weight.detach()
+    cost = (weights["eager"] - weights["AdamW"]).norm()
+    assert (weights["eager"] - start).norm() > 1 and cost > 0
+    assert (weights["compiled"] - weights["eager"]).norm() < 0.05 * cost
 
 
 def test_the_bytes_that_adamw_8bit_saves():
