@@ -19,7 +19,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.helpers.kill_loop import LAYOUTS, KillLoop
-from tests.helpers.runs import forks
 
 
 def main() -> None:
@@ -32,7 +31,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=tuple(LAYOUTS), default=list(LAYOUTS))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        loop = KillLoop(Path(folder), arguments.steps, forks(), arguments.seed)
+        loop = KillLoop(Path(folder), arguments.steps, arguments.seed)
         for place, name in enumerate(arguments.layouts):
             own = arguments.kills // len(arguments.layouts) + (
                 place < arguments.kills % len(arguments.layouts)

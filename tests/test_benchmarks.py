@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.helpers.runs import REPO, environment
+from tests.helpers.processes import REPO, environment
 
 COMMANDS = {
     "attention": ["attention.py", "--tokens", "64", "--chunk-sizes", "16", "--runs", "1"],

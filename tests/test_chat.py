@@ -9,27 +9,19 @@ import sys
 
 import pytest
 import sentencepiece
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from chunkflow.data.chat import labels_of, read_messages
 from chunkflow.data.dataset import open_dataset
 from chunkflow.data.tokenizer import Tokenizer
-from tests.helpers.runs import REPO
+from tests.helpers.hugging_face import CHATML, WORDS, raw_tokenizer
+from tests.helpers.processes import REPO
+
+pytestmark = pytest.mark.quick
 
 # Templates in the manner of the families, `generation` marking what the model writes, which is transformers'
 # way to a mask.
 
-CHATML = """\
-{% for message in messages %}
-    {% if message.role == 'assistant' %}
-{{ '<|im_start|>assistant\n' }}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}
-{%- else %}
-{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}
-{%- endif %}
-{% endfor %}
-{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 LLAMA3 = """\
 {{- bos_token }}
@@ -123,11 +115,6 @@ ZEPHYR = """\
 {{ '<|assistant|>\n' }}
 {%- endif %}"""
 
-WORDS = [
-    "You are helpful. Be brief. What is 1 + 2? It is 3. And so on; the user asks, the assistant answers.\n\n",
-    '<|im_start|>system user assistant tool\n<tool_response> {"name": "add", "arguments": {"a": 1}}\n',
-    "    def f(x):\n        return x + 1\n\n",
-] * 4
 STYLES = {  # template, special tokens, ordinary added tokens, bos, eos, make of tokenizer
     "chatml": (CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], [], None, "<|im_end|>", "bytes"),
     "llama3": (
@@ -157,45 +144,6 @@ STYLES = {  # template, special tokens, ordinary added tokens, bos, eos, make of
     "mistral": (MISTRAL, ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], [], "<s>", "</s>", "metaspace"),
     "zephyr": (ZEPHYR, ["<unk>", "<s>", "</s>"], [], "<s>", "</s>", "metaspace"),
 }
-
-
-def raw_tokenizer(kind: str, special: list[str], added: list[str]) -> RawTokenizer:
-    """Made as Qwen's and Llama 3's are ("bytes"), or as Llama 2's and Mistral's are ("metaspace"); both have
-    all bytes."""
-    if kind == "bytes":
-        raw = RawTokenizer(models.BPE())
-        raw.normalizer = normalizers.NFC()
-        words = Regex(
-            r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-            r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-        )
-        raw.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(words, "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        raw.decoder = decoders.ByteLevel()
-        alphabet, pieces = pre_tokenizers.ByteLevel.alphabet(), []
-    else:
-        raw = RawTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-        raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        raw.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
-        alphabet, pieces = [], [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=special + pieces, initial_alphabet=alphabet, show_progress=False
-    )
-    raw.train_from_iterator(WORDS, trainer)
-    saved = json.loads(raw.to_str())  # bytes are no special tokens
-    saved["added_tokens"] = [token for token in saved["added_tokens"] if token["content"] in special]
-    raw = RawTokenizer.from_str(json.dumps(saved))
-    raw.add_tokens([AddedToken(text, normalized=False) for text in added])
-    if kind == "bytes":
-        raw.post_processor = processors.ByteLevel(trim_offsets=True)
-    raw.enable_truncation(max_length=16)  # as the last use left it: files have that
-    return raw
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,8 @@ from chunkflow.settings.config import (
 )
 from chunkflow.training.start import check_paths, main_config, user_errors, world_size
 
+pytestmark = pytest.mark.quick
+
 # DESIGN section 5: every section and key with its default (None: unset), and whether this version has it.
 CONTRACT = {
     "job.config_file": "",

@@ -6,13 +6,12 @@ int8 save no bytes, since weights and saved activations stay as they are; what t
 on GPUs.
 """
 
-import json
+import itertools
+import math
 import os
-import runpy
-import socket
+import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,36 +29,18 @@ from chunkflow.training.converters import check_converters, convert_model, layer
 from chunkflow.training.optimizer import build_optimizer, check_optimizer, optimizer_tensors
 from chunkflow.training.parallel import init_weights
 from models import llama, qwen2
-from tests.helpers.distributed import run_ranks
-from tests.helpers.runs import RECIPE, REPO, run, train, write_rows
+from tests.helpers.processes import RECIPE, REPO, run, run_ranks, train, write_rows
 
 LENGTHS = [300, 20, 64, 5, 130, 31, 7, 90, 12, 1, 48, 200, 9, 77, 33]
 STEPS = 6
-# Of the loss, at each of the steps, in which it falls by a tenth. Measured: float8 0.0023, int8 0.0003,
-# AdamW8bit 0.0005.
-MARGINS = {"float8": 0.005, "int8": 0.001, "AdamW8bit": 0.001}
+# How far losses may be from those of bfloat16 and AdamW, as a share of how far runs of bfloat16 from other initial
+# weights are from each other: rounding differs between CPUs and grows from step to step, and so do those.
+# float8 rounds to 3 bits of mantissa, int8 to 7 bits of a row's or column's largest value.
+MARGINS = {"float8": 1 / 2, "int8": 1 / 8, "AdamW8bit": 1 / 8}
 FLOAT8 = ["--model.converters=float8", "--quantize.linear.float8.emulate"]
 INT8 = ["--model.converters=int8"]
 STAGES = ["--parallelism.pipeline_parallel_degree=2"]
 NOTHING_COMPILES = {"TORCH_COMPILE_DISABLE": "1"}
-
-
-def run_recipes(runs: list[tuple[str, list[str], int]], environ: dict[str, str]) -> None:
-    """On one of several ranks: recipes one after the other, each as `python recipe argv` under torchrun would
-    run. A port each, so that no rank meets the store of the run before."""
-    os.environ.update(environ)
-    for recipe, argv, port in runs:
-        sys.argv = [recipe, *argv]
-        os.environ["MASTER_PORT"] = str(port)
-        runpy.run_path(recipe, run_name="__main__")
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("localhost", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 @pytest.fixture(scope="module")
@@ -69,48 +50,50 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(folder):
-    data = write_rows(folder / "rows.jsonl", LENGTHS)
+    write_rows(folder / "rows.jsonl", LENGTHS)
     return [
-        "--training.dataset=jsonl",
-        f"--training.dataset_path={data}",
-        "--training.global_batch_size=6",
+        "--training.no_shuffle",
         f"--training.steps={STEPS}",
         "--lr_scheduler.warmup_steps=3",
         "--optimizer.lr=1e-3",
         "--chunkflow.chunk_size=128",
-        "--metrics.log_freq=1",
         "--metrics.no_enable_tensorboard",
     ]
 
 
-def losses(path: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def curves(folder, settings):
-    """Losses of each run, on two processes, which start once for all runs."""
+    """Losses of each run."""
+    whole, seeds = ["--chunkflow.no_enable"], {f"seed {seed}": [f"--debug.seed={seed}"] for seed in (1, 2)}
+    int8_on_ranks = ["--parallelism.fsdp_reshard_after_forward=never", "--activation_checkpoint.mode=full"]
     runs = {
-        "bfloat16": (RECIPE, []),
-        "float8 on ranks": (RECIPE, FLOAT8),
-        "float8 on whole sequences": (RECIPE, [*FLOAT8, "--chunkflow.no_enable"]),
-        "float8 on stages": (RECIPE, [*FLOAT8, *STAGES]),
-        "int8 on ranks": (
-            RECIPE,
-            [*INT8, "--parallelism.fsdp_reshard_after_forward=never", "--activation_checkpoint.mode=full"],
-        ),
-        "int8 on whole sequences": (RECIPE, [*INT8, "--chunkflow.no_enable"]),
-        "int8 on stages": (RECIPE, [*INT8, *STAGES, "--checkpoint.last_save_in_hf"]),
-        "AdamW8bit on ranks": (RECIPE, ["--optimizer.name=AdamW8bit"]),
+        "bfloat16": [],
+        **seeds,
+        "float8 on ranks": FLOAT8,
+        "float8 on whole sequences": [*FLOAT8, *whole],
+        "float8 on stages": [*FLOAT8, *STAGES],
+        "int8 on ranks": [*INT8, *int8_on_ranks],
+        "int8 on whole sequences": [*INT8, *whole],
+        "int8 on stages": [*INT8, *STAGES, "--checkpoint.last_save_in_hf"],
+        "AdamW8bit on ranks": ["--optimizer.name=AdamW8bit"],
     }
-    folders = {name: folder / name.replace(" ", "_") for name in runs}
-    calls = [
-        (str(recipe), [*settings, *argv, f"--job.dump_folder={folders[name]}"], port)
-        for (name, (recipe, argv)), port in zip(runs.items(), free_ports(len(runs)))
-    ]
-    environ = {"CHUNKFLOW_CACHE": str(folder / "cache"), **NOTHING_COMPILES}
-    run_ranks(run_recipes, 2, calls, environ, seconds=600)
-    return {name: losses(path) for name, path in folders.items()}
+    losses = {}
+    for name, options in runs.items():
+        processes = 2 if " on ranks" in name or "stages" in name else 1
+        options = [folder / "rows.jsonl", *settings, *options]
+        rows = train(folder, name.replace(" ", "_"), *options, processes=processes, **NOTHING_COMPILES)
+        losses[name] = [row["loss"] for row in rows]
+    return losses
+
+
+def distance(curve: list[float], other: list[float]) -> float:
+    return math.dist(curve, other) / math.sqrt(STEPS)
+
+
+def margin(curves, name: str) -> float:
+    pairs = itertools.combinations(("bfloat16", "seed 1", "seed 2"), 2)
+    between_seeds = statistics.mean(distance(curves[one], curves[other]) for one, other in pairs)
+    return MARGINS[name.split()[0]] * between_seeds
 
 
 @pytest.mark.parametrize(
@@ -119,16 +102,14 @@ def curves(folder, settings):
 def test_they_train_as_well_as_bfloat16_and_adamw(curves, name):
     reference = curves["bfloat16"]
     assert reference[-1] < 0.95 * reference[0]
-    assert (
-        curves[name] == pytest.approx(reference, rel=MARGINS[name.split()[0]]) and curves[name] != reference
-    )
+    assert 0 < distance(curves[name], reference) < margin(curves, name)
 
 
 @pytest.mark.parametrize("converter", ["float8", "int8"])
 def test_chunks_train_as_well_as_whole_sequences(curves, converter):
     whole = curves[f"{converter} on whole sequences"]
     for layout in ("ranks", "stages"):
-        assert curves[f"{converter} on {layout}"] == pytest.approx(whole, rel=MARGINS[converter])
+        assert distance(curves[f"{converter} on {layout}"], whole) < margin(curves, converter)
 
 
 def test_weights_that_int8_trained_are_saved_and_loaded_by_name(curves, folder, settings):
@@ -140,21 +121,22 @@ def test_weights_that_int8_trained_are_saved_and_loaded_by_name(curves, folder, 
 
 
 def test_adamw_8bit_compiled_is_adamw_8bit():
-    """By default its update is compiled, at the first step; elsewhere in these tests it is not, since that
-    takes long."""
-    models = [nn.Linear(128, 64, bias=False) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    before = models[0].weight.detach().clone()
-    for model, stance in zip(models, ("default", "force_eager")):
+    """By default its update is compiled, at the first step; elsewhere in these tests it is not, since that takes
+    long. Rounding may send a value to the next of 256 codes, so what 8 bits cost at all is the judge."""
+    start, weights = torch.randn(64, 128, generator=torch.Generator().manual_seed(9)) / 8, {}
+    for name, stance in {"AdamW": "default", "compiled": "default", "eager": "force_eager"}.items():
+        model = nn.Linear(128, 64, bias=False)
+        model.load_state_dict({"weight": start})
+        options = ["--optimizer.lr=1e-2", f"--optimizer.name={'AdamW' if name == 'AdamW' else 'AdamW8bit'}"]
         with torch.compiler.set_stance(stance):
-            optimizer = build_optimizer(
-                model, load_config(["--optimizer.name=AdamW8bit", "--optimizer.lr=1e-2"])
-            )
+            optimizer = build_optimizer(model, load_config(options))
             for step in range(3):
                 model.weight.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step))
                 optimizer.step()
-    assert (models[0].weight - before).norm() > 1
-    torch.testing.assert_close(models[0].weight, models[1].weight, rtol=1e-5, atol=1e-6)
+        weights[name] = model.weight.detach()
+    cost = (weights["eager"] - weights["AdamW"]).norm()
+    assert (weights["eager"] - start).norm() > 1 and cost > 0
+    assert (weights["compiled"] - weights["eager"]).norm() < 0.05 * cost
 
 
 def test_the_bytes_that_adamw_8bit_saves():

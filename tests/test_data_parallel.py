@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from chunkflow.training import parallel
 from models import families
-from tests.helpers.distributed import run_ranks
 from tests.helpers.layouts import join, layout_config, sharded_gradients, small_model
+from tests.helpers.processes import run_ranks
 from tests.helpers.reference import (
     assert_same_gradients,
     random_lengths,

@@ -19,6 +19,8 @@ from chunkflow.data.dataset import open_dataset
 from chunkflow.data.rows import jsonl_files, python_files
 from chunkflow.data.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.quick
+
 
 class CountingTokenizer(Tokenizer):
     """Remembers how many characters it was handed at a time."""

@@ -24,6 +24,8 @@ from tests.helpers.reference import (
     whole_sequence_gradients,
 )
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("family", families)
 @pytest.mark.parametrize("seed", range(12))

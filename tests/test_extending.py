@@ -13,13 +13,13 @@ from chunkflow.settings.config import load_config
 from chunkflow.training.build import model_args
 from chunkflow.training.parallel import init_weights
 from models import families, hf_config
+from tests.helpers.processes import RECIPE, REPO, assert_same_curves, train, write_rows
 from tests.helpers.reference import (
     assert_same_gradients,
     chunked_gradients,
     random_sequences,
     whole_sequence_gradients,
 )
-from tests.helpers.runs import RECIPE, REPO, assert_same_curves, train, write_rows
 
 # Another block: attention and feed-forward side by side, with a gate on what attention adds.
 CHANGES = {

@@ -18,10 +18,9 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.execution.loss import last_logits
 from models.hf_config import end_tokens
-from tests.helpers.runs import REPO, environment, train
-from tests.test_chat import CHATML, raw_tokenizer
-from tests.test_hf import logits_of, ours, theirs
-from tests.test_models import small_model
+from tests.helpers.hugging_face import CHATML, logits_of, ours, raw_tokenizer, theirs
+from tests.helpers.layouts import small_model
+from tests.helpers.processes import REPO, environment, train
 
 RECIPE = REPO / "recipes" / "generate.py"
 TEXT = "def naïve(größe):\n    return '漢字 😀', größe + 1\n"

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from chunkflow.execution.loss import loss_sum
 from chunkflow.settings.config import ConfigError, load_config
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import stages
@@ -26,56 +25,10 @@ from chunkflow.training.build import model_args
 from chunkflow.training.start import read_config
 from models import families
 from models.hf_config import hf_name, model_of
-from tests.helpers.distributed import run_ranks
-from tests.helpers.reference import whole_sequence
-from tests.helpers.runs import REPO, environment, run, train, write_rows
+from tests.helpers.hugging_face import ROPES, chunk_of, logits_of, ours, rewrite, theirs
+from tests.helpers.processes import REPO, environment, run, run_ranks, train, write_rows
 
 CONVERT = REPO / "recipes" / "convert.py"
-KINDS = {
-    "llama": "Llama",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-}  # names: the classes load slowly, which not every rank needs
-ROPES = {
-    "default": {},
-    "linear": {"rope_type": "linear", "factor": 4.0},
-    "llama3": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
-    "yarn of DeepSeek": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.707, "mscale_all_dim": 1.0, "beta_fast": 16},
-}  # fmt: skip
-
-
-def theirs(kind="llama", rope="default", seed=0, **changes):
-    """A tiny model of transformers: random weights that make every part count."""
-    sizes = {
-        "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32 if kind == "qwen3" else 16,
-        "intermediate_size": 112, "vocab_size": 2048, "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "tie_word_embeddings": kind == "qwen3",
-        "rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"} | ROPES[rope],
-    }  # fmt: skip
-    make_config, make_model = (
-        getattr(transformers, KINDS[kind] + part) for part in ("Config", "ForCausalLM")
-    )
-    torch.manual_seed(seed)
-    model = make_model(make_config(**sizes | changes))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, parameter.size(1) ** -0.5)
-            elif "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(0, 0.5)
-    return model
-
-
-def rewrite(folder, **changes):
-    """Changes keys of a folder's config.json; None removes one."""
-    path = Path(folder) / "config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
 def as_transformers_4(folder):
@@ -94,19 +47,6 @@ def as_transformers_4(folder):
     )
 
 
-def ours(folder):
-    name, args = model_of(folder)
-    with torch.device("meta"):
-        model = families[name].Transformer(args)
-    model.to_empty(device="cpu")
-    hf.load_weights(model, families[name], folder)
-    return model
-
-
-def logits_of(model, tokens):
-    return model(tokens, whole_sequence(tokens, None, lambda hidden, weight, chunk: hidden @ weight.t()))
-
-
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize(
     "kind, tied", [("llama", False), ("llama", True), ("qwen2", False), ("qwen2", True), ("qwen3", True)]
@@ -123,7 +63,7 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path, kind, tied, ro
 
     targets = torch.cat([tokens[1:], torch.tensor([-100])])
     F.cross_entropy(expected, targets, reduction="sum").backward()
-    model(tokens, whole_sequence(tokens, targets, loss_sum)).backward()
+    model(tokens, chunk_of(tokens, targets)).backward()
     gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
     for name, parameter in model.named_parameters():
         gradient = gradients.pop(hf_name(name, sys.modules[type(model).__module__]))

@@ -11,7 +11,7 @@ from chunkflow.training.build import model_args
 from chunkflow.training.start import read_config
 from models import families
 from models.hf_config import config_json, hf_name, model_of
-from tests.test_hf import rewrite, theirs
+from tests.helpers.hugging_face import rewrite, theirs
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from chunkflow.settings.config import Config
 from chunkflow.training import parallel
 from chunkflow.training.optimizer import build_optimizer
 from models import families
-from tests.helpers.distributed import run_ranks
 from tests.helpers.layouts import Pipeline, join
+from tests.helpers.processes import run_ranks
 from tests.helpers.reference import chunk_tensors, random_sequences, runner_of
 
 SMALL = {

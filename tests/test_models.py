@@ -17,6 +17,8 @@ from chunkflow.planning.chunks import build_groups
 from models import families, llama
 from tests.helpers.reference import chunk_tensors, random_sequences, whole_sequence
 
+pytestmark = pytest.mark.quick
+
 SMALL = {
     "dim": 32,
     "n_layers": 3,

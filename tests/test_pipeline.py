@@ -21,8 +21,8 @@ from chunkflow.planning.pipeline_schedule import live_limit
 from chunkflow.planning.schedule import Action, Kind
 from chunkflow.training import parallel, stages
 from models import families
-from tests.helpers.distributed import run_ranks
 from tests.helpers.layouts import Pipeline, join, small_model
+from tests.helpers.processes import run_ranks
 from tests.helpers.reference import (
     assert_same_gradients,
     chunk_tensors,

@@ -15,6 +15,8 @@ from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.schedule import DUMMY, Action, Kind
 from models import families
 
+pytestmark = pytest.mark.quick
+
 STAGES = (Cost(2.0, 0.01), Cost(3.0, 0.02), Cost(2.0, 0.01), Cost(4.0, 0.01))
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.helpers.runs import assert_same_curves, run, train, write_rows
+from tests.helpers.processes import assert_same_curves, run, train, write_rows
 
 LENGTHS = [300, 20, 64, 5, 130, 31, 7, 90, 12, 1, 48, 200, 9, 77, 33]
 

@@ -17,6 +17,8 @@ from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.schedule import DUMMY, Action, Kind, linear_schedule, lockstep
 from tests.helpers.reference import live_chunks
 
+pytestmark = pytest.mark.quick
+
 QWEN_7B = SimpleNamespace(
     dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, head_dim=128, hidden_dim=18944, vocab_size=152064
 )

@@ -11,7 +11,7 @@ import pytest
 
 from chunkflow.settings.config import load_config
 from recipes import plan
-from tests.helpers.runs import REPO, environment, run, write_rows
+from tests.helpers.processes import REPO, environment, run, write_rows
 
 PRESETS = {
     path.stem: path

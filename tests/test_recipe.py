@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from tests.helpers.runs import (
-    RECIPE,
+from tests.helpers.processes import (
     REPO,
     assert_same_curves,
     end_processes,
     environment,
+    patched_recipe,
     processes_of,
     run,
     train,
@@ -53,14 +53,18 @@ def test_chunks_have_the_curve_of_whole_sequences(tmp_path, data, reference):
 
 
 def test_fp32_for_twenty_steps(tmp_path, data):
-    options = [
-        "--training.mixed_precision_param=float32",
-        "--training.steps=20",
-        "--lr_scheduler.warmup_steps=20",
-    ]
-    chunked = train(tmp_path, "chunks", data, *options)
-    whole = train(tmp_path, "whole", data, *options, "--chunkflow.no_enable")
-    assert_same_curves(chunked, whole, 1e-5, 1e-4)
+    """As close to fp64 in chunks as whole: rounding grows from step to step, on each machine in its way."""
+    options = ["--training.steps=20", "--lr_scheduler.warmup_steps=20", "--metrics.no_enable_tensorboard"]
+    fp32 = [*options, "--training.mixed_precision_param=float32"]
+    chunked = train(tmp_path, "chunks", data, *fp32)
+    whole = train(tmp_path, "whole", data, *fp32, "--chunkflow.no_enable")
+    judge = train(tmp_path, "judge", data, *options, "--chunkflow.no_enable", "--training.dtype=float64")
+    for figure in ("loss", "grad_norm"):
+        errors = [
+            max(abs(row[figure] / exact[figure] - 1) for row, exact in zip(rows, judge))
+            for rows in (chunked, whole)
+        ]
+        assert errors[0] <= 4 * errors[1] + 1e-6, (figure, errors)
 
 
 @pytest.mark.parametrize(
@@ -207,12 +211,7 @@ def test_fake_backend(tmp_path, data):
 
 
 def test_a_rank_that_raises_ends_the_job_with_its_own_message(tmp_path, data):
-    recipe = tmp_path / "my_recipe.py"
-    text = RECIPE.read_text().replace(
-        "            garbage.run(step)\n",
-        '            garbage.run(step)\n            assert replica != 1 or step < 2, "rank 1 stumbles"\n',
-    )
-    recipe.write_text(text)
+    recipe = patched_recipe(tmp_path, 'assert rank != 1 or step < 2, "rank 1 stumbles"')
     done = run(
         tmp_path, "--training.dataset=jsonl", f"--training.dataset_path={data}", f"--job.dump_folder={tmp_path / 'run'}",
         "--comm.train_timeout_seconds=20", processes=2, TRAIN_FILE=str(recipe), seconds=100,

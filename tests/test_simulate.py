@@ -21,6 +21,8 @@ from chunkflow.planning.pipeline_schedule import (
 from chunkflow.planning.schedule import Action, Kind
 from chunkflow.planning.simulate import chrome_trace, in_given_order, main, picture, simulate
 
+pytestmark = pytest.mark.quick
+
 EXAMPLE = "--stages 4 --lengths 1,1,2,4 --chunk-size 2"
 EIGHT = "--stages 8 --lengths 8,8,8,8,8,8,8,8 --chunk-size 1"
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "pipeline.py"

@@ -14,6 +14,8 @@ from chunkflow.data import tokenizer as tokenizer_module
 from chunkflow.data.chat import RenderedChat
 from chunkflow.data.tokenizer import SHIPPED_MODEL, Tokenizer
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module")
 def tokenizer():

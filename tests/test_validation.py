@@ -27,8 +27,9 @@ from chunkflow.training import parallel
 from chunkflow.training.start import check_paths
 from chunkflow.training.validation import LossByPosition, Validation
 from models import families
-from tests.helpers.distributed import run_ranks
+from tests.helpers.clock import Clock
 from tests.helpers.layouts import SMALL, Pipeline, join, layout_config, sharded_gradients, small_model
+from tests.helpers.processes import run, run_ranks, train, write_rows
 from tests.helpers.reference import (
     assert_same_gradients,
     chunk_tensors,
@@ -40,7 +41,6 @@ from tests.helpers.reference import (
     whole_sequence,
     whole_sequence_gradients,
 )
-from tests.helpers.runs import run, train, write_rows
 
 CPU = torch.device("cpu")
 EDGES = [0, 1024, 4096, 16384]
@@ -355,7 +355,10 @@ def test_ranks_without_chunks_still_take_part():
 # ---------------------------------------------------------------------------------------- the log, the config
 
 
-def test_an_interval_goes_on_after_validation_and_resume_takes_back_rows(tmp_path):
+def test_an_interval_goes_on_after_validation_and_resume_takes_back_rows(tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+
     def start(**more):
         config = load_config(
             [f"--job.dump_folder={tmp_path}", "--validation.enable", "--metrics.no_enable_tensorboard"]
@@ -366,21 +369,23 @@ def test_an_interval_goes_on_after_validation_and_resume_takes_back_rows(tmp_pat
     metrics = start()
     for step in (2, 3):
         metrics.count(5, 1e6, 0.0)
-        time.sleep(0.1)
+        clock.now += 0.1
         peak = torch.ones(1 << 25) if step == 2 else None  # 128 MiB, before validation
         del peak
         metrics.interrupt()
-        time.sleep(0.3)
+        clock.now += 0.3
         metrics.log_validation(
             step, loss=2.0, tokens=30, supervised_tokens=20, by_position={"up_to_1K": (2.0, 20)}
         )
     metrics.log(3, plan, loss=1.0, max_loss=1.0, grad_norm=1.0, lr=0.1, supervised_tokens=4)
     metrics.close()
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert 0.1 <= row["seconds"] < 0.2
+    assert row["seconds"] == pytest.approx(0.1, abs=0.02)
     path = tmp_path / "validation.jsonl"
     second, third = map(json.loads, path.read_text().splitlines())
-    assert 0.3 <= third["seconds"] < 0.4 and third["tps"] == pytest.approx(30 / third["seconds"])
+    assert third["seconds"] == pytest.approx(0.3, abs=0.02) and third["tps"] == pytest.approx(
+        30 / third["seconds"]
+    )
     assert row["memory_gib"] > third["memory_gib"] + 0.1, (
         "the interval keeps the peak that it had before validation"
     )

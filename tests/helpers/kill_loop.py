@@ -8,8 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from tests.helpers.forks import Forks
-from tests.helpers.runs import RECIPE, environment, rows_of, write_rows
+from tests.helpers.processes import RECIPE, environment, rows_of, start, untimed, write_rows
 
 LAYOUTS = {
     "one process": (1, []),
@@ -17,24 +16,22 @@ LAYOUTS = {
     "two stages": (2, ["--parallelism.pipeline_parallel_degree=2"]),
     "two stages x two ranks": (4, ["--parallelism.pipeline_parallel_degree=2"]),
 }
-TIMING = {"seconds", "tps", "tflops", "mfu_percent", "memory_gib"}
 
 
 def outcome(folder: Path, steps: int) -> tuple[list, dict, dict]:
     """What must be equal: rows but for timing, the ledger, and the last checkpoint's tensors by checksum."""
-    rows = [{name: value for name, value in row.items() if name not in TIMING} for row in rows_of(folder)]
     manifest = json.loads((folder / "checkpoint" / f"step-{steps}" / "manifest.json").read_text())
     return (
-        rows,
+        untimed(rows_of(folder)),
         manifest["ledger"],
         {name: file for name, file in manifest["files"].items() if name != ".metadata"},
     )
 
 
 class KillLoop:
-    def __init__(self, place: Path, steps: int, forks: Forks, seed: int = 0):
+    def __init__(self, place: Path, steps: int, seed: int = 0):
         self.place, self.steps, self.random = place, steps, random.Random(seed)
-        self.forks, self.environ = forks, environment(place)
+        self.environ = environment(place)
         self.data = write_rows(place / "rows.jsonl", [100, 20, 64, 5, 70, 31, 7, 12, 1, 48])
         self.kills = self.in_saves = 0
 
@@ -56,7 +53,7 @@ class KillLoop:
             f"--checkpoint.async_mode={mode}",
             *options,
         ]
-        return self.forks.start(RECIPE, settings, self.environ, folder.with_suffix(".log"), processes)
+        return start(RECIPE, settings, self.environ, folder.with_suffix(".log"), processes)
 
     def finish(self, name: str, folder: Path) -> tuple:
         job = self.start(name, folder, "disabled")
