@@ -43,6 +43,11 @@ STAGES = ["--parallelism.pipeline_parallel_degree=2"]
 NOTHING_COMPILES = {"TORCH_COMPILE_DISABLE": "1"}
 
 
+def settings_of(argv: list[str]):
+    config = load_config(argv)
+    return config.model.converters, config.quantize.linear.float8
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
@@ -129,7 +134,7 @@ def test_adamw_8bit_compiled_is_adamw_8bit():
         model.load_state_dict({"weight": start})
         options = ["--optimizer.lr=1e-2", f"--optimizer.name={'AdamW' if name == 'AdamW' else 'AdamW8bit'}"]
         with torch.compiler.set_stance(stance):
-            optimizer = build_optimizer(model, load_config(options))
+            optimizer = build_optimizer(model, load_config(options).optimizer)
             for step in range(3):
                 model.weight.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step))
                 optimizer.step()
@@ -144,7 +149,7 @@ def test_the_bytes_that_adamw_8bit_saves():
     parameters, sizes = dict(model.named_parameters()), {}
     for name in ("AdamW", "AdamW8bit"):
         tensors = optimizer_tensors(
-            build_optimizer(model, load_config([f"--optimizer.name={name}"])), parameters
+            build_optimizer(model, load_config([f"--optimizer.name={name}"]).optimizer), parameters
         )
         assert set(tensors) == {
             f"optimizer.{name}.{key}" for name in parameters for key in ("step", "exp_avg", "exp_avg_sq")
@@ -168,7 +173,7 @@ def inner(tensor: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("family", [llama, qwen2])
 def test_parameters_keep_their_names_bytes_and_start(argv, family):
     plain, converted = (family.Transformer(family.flavors["debugmodel"]) for _ in range(2))
-    convert_model(converted, load_config(argv))
+    convert_model(converted, *settings_of(argv))
     layers = [
         name
         for name, module in converted.named_modules()
@@ -186,19 +191,19 @@ def test_parameters_keep_their_names_bytes_and_start(argv, family):
 def test_which_layers():
     model = llama.Transformer(llama.flavors["debugmodel"])
     names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    assert layers_to_convert(model, load_config(FLOAT8)) == names - {"output"}
+    assert layers_to_convert(model, *settings_of(FLOAT8)) == names - {"output"}
     few = layers_to_convert(
-        model, load_config([*FLOAT8, "--quantize.linear.float8.filter_fqns=attention,layers.0"])
+        model, *settings_of([*FLOAT8, "--quantize.linear.float8.filter_fqns=attention,layers.0"])
     )
     assert few == {f"layers.{layer}.feed_forward.w{number}" for layer in (1, 2, 3) for number in (1, 2, 3)}
     model.layers["0"].feed_forward.w1 = nn.Linear(256, 690, bias=False)
-    assert "layers.0.feed_forward.w1" not in layers_to_convert(model, load_config(INT8)), (
+    assert "layers.0.feed_forward.w1" not in layers_to_convert(model, *settings_of(INT8)), (
         "not a multiple of 16"
     )
     with torch.device("meta"):
         model = llama.Transformer(llama.flavors["8B"])
     small = layers_to_convert(
-        model, load_config([*FLOAT8, "--quantize.linear.float8.filter_fqns=auto_filter_small_kn"])
+        model, *settings_of([*FLOAT8, "--quantize.linear.float8.filter_fqns=auto_filter_small_kn"])
     )
     assert "layers.0.attention.wq" in small and "layers.0.attention.wk" not in small
 
@@ -216,7 +221,7 @@ def test_float8_products_take_chunks_of_any_length(monkeypatch, recipe):
     model = llama.Transformer(llama.flavors["debugmodel"]).bfloat16()
     init_weights(model, 0)
     convert_model(
-        model, load_config(["--model.converters=float8", f"--quantize.linear.float8.recipe_name={recipe}"])
+        model, *settings_of(["--model.converters=float8", f"--quantize.linear.float8.recipe_name={recipe}"])
     )
     monkeypatch.setattr(torch, "_scaled_mm", checked)
     chunk = dummy_chunk()
@@ -233,7 +238,7 @@ def sharded(argv: list[str]):
     model = fully_shard(
         nn.Sequential(nn.Linear(256, 688, bias=False), nn.Linear(688, 256, bias=False), nn.Linear(256, 5))
     )
-    return model, build_optimizer(model, load_config(argv))
+    return model, build_optimizer(model, load_config(argv).optimizer)
 
 
 def whole_state(model, optimizer) -> dict[str, torch.Tensor]:
@@ -335,8 +340,10 @@ def test_state_is_saved_while_training_goes_on_and_loaded_also_by_one_rank(tmp_p
 def test_refusals(argv, words):
     config = load_config(argv)
     with pytest.raises(ValueError, match=words) as error:
-        check_converters(config, llama, llama.flavors["debugmodel"])
-        check_optimizer(config)
+        args, fake = llama.flavors["debugmodel"], config.comm.mode == "fake_backend"
+        float8 = config.quantize.linear.float8
+        check_converters(config.model, float8, llama, args, config.training.dtype, fake)
+        check_optimizer(config.optimizer, config.compile, config.training, fake)
     assert "\n" not in str(error.value)
 
 

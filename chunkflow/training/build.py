@@ -67,7 +67,7 @@ def check(config: Config) -> ModelSpec:
     """Checks the config against the model and this machine's devices. ValueError, one sentence."""
     spec, training, fake = model_spec(config), config.training, config.comm.mode == "fake_backend"
     float8 = config.quantize.linear.float8
-    check_converters(config.model.converters, float8, spec.family, spec.args, training.dtype, fake)
+    check_converters(config.model, float8, spec.family, spec.args, training.dtype, fake)
     check_optimizer(config.optimizer, config.compile, training, fake)
     check_cuda_dtype(training)
     return spec

@@ -21,12 +21,13 @@ SMALL_LAYERS = "auto_filter_small_kn"
 
 
 def check_converters(
-    converters: list[str], float8: options.Float8, family: ModuleType, args: Any, dtype: str, fake: bool
+    settings: options.Model, float8: options.Float8, family: ModuleType, args: Any, dtype: str, fake: bool
 ) -> None:
     """ValueError, one sentence, where model.converters cannot run on this machine or find no layers.
 
     `dtype`: training.dtype; `fake`: on the fake backend.
     """
+    converters = settings.converters
     if not converters:
         return
     if len(converters) > 1:
@@ -63,7 +64,8 @@ def check_converters(
                 )
     if not layers_to_convert(model, converters, float8):
         raise ValueError(
-            f'model.converters = "{converters[0]}" finds no layer of the model to convert: remove it, or'
+            f'model.converters = "{converters[0]}" finds no layer in {settings.name} {settings.flavor}:'
+            " remove it, or"
             " change quantize.linear.float8.filter_fqns (sizes have to be multiples of 16, too)"
         )
 
