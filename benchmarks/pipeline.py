@@ -39,6 +39,12 @@ from chunkflow.planning.pipeline_schedule import (
 from chunkflow.planning.simulate import in_given_order, simulate
 
 REPO = Path(__file__).parent.parent
+KINDS = {  # of measured runs
+    "whole sequences": ["--chunkflow.no_enable"],
+    "whole sequences, layers recomputed": ["--chunkflow.no_enable", "--activation_checkpoint.mode=full"],
+    "chunks of 2048, k = 1": ["--chunkflow.chunk_size=2048"],
+    "chunks of 2048, k = 2": ["--chunkflow.chunk_size=2048", "--chunkflow.k=2"],
+}
 LINEAR = Cost(per_token=1.0, per_pair=0.0)
 # Qwen2.5-7B: 7.1e9 weights in matrix products, 28 layers of 28 heads of 128. In units of a token's matrix
 # products.
@@ -126,12 +132,6 @@ def measured(options: argparse.Namespace) -> None:
         "--training.mixed_precision_param=float32",
         "--metrics.no_enable_tensorboard",
     ]
-    kinds = {
-        "whole sequences": ["--chunkflow.no_enable"],
-        "whole sequences, layers recomputed": ["--chunkflow.no_enable", "--activation_checkpoint.mode=full"],
-        "chunks of 2048, k = 1": ["--chunkflow.chunk_size=2048"],
-        "chunks of 2048, k = 2": ["--chunkflow.chunk_size=2048", "--chunkflow.k=2"],
-    }
     environment = {
         "NGPU": "2",
         "CONFIG_FILE": "train_configs/debug_pipeline.toml",
@@ -139,7 +139,8 @@ def measured(options: argparse.Namespace) -> None:
     print(
         f"\n{f'2 processes, sequences of up to {options.seq_len:,}':38}{'seconds a step':>16}{'peak GiB':>10}"
     )
-    for name, settings in kinds.items():
+    for name in options.kinds:
+        settings = KINDS[name]
         with tempfile.TemporaryDirectory() as folder:
             command = [str(REPO / "run_train.sh"), *common, *settings, f"--job.dump_folder={folder}"]
             done = subprocess.run(
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-steps", type=int, default=6, help="measured steps (6); 0: none")
     parser.add_argument("--sequences", type=int, default=4, help="measured, in a step (4)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="measured ones (all)")
     parser.add_argument(
         "--seq-len", type=int, default=16384, help="longest measured sequence, tokens (16384)"
     )

@@ -14,6 +14,7 @@ import pytest
 
 from tests.helpers.kill_loop import LAYOUTS, KillLoop, outcome
 from tests.helpers.processes import (
+    RECIPE,
     REPO,
     Job,
     assert_same_curves,
@@ -28,7 +29,6 @@ from tests.helpers.processes import (
 )
 
 LENGTHS = [100, 20, 64, 5, 70, 31, 7, 12, 1, 48]
-FINETUNE = REPO / "recipes" / "finetune.py"
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def place(tmp_path):
                 "--metrics.log_freq=1", "--metrics.no_enable_tensorboard", "--checkpoint.enable", "--checkpoint.interval=2", *options,
             ]  # fmt: skip
 
-        def start(self, name, *options, recipe=FINETUNE, processes=1, **environ):
+        def start(self, name, *options, recipe=RECIPE, processes=1, **environ):
             self.log = tmp_path / f"{name}.log"
             self.log.unlink(missing_ok=True)
             options = self.options(name, *options)
@@ -83,8 +83,8 @@ def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
     steps, resumed = 16, tmp_path / "run"
     data, empty = write_rows(tmp_path / "rows.jsonl", LENGTHS), tmp_path / "empty.toml"
     empty.touch()
-    processes, recipe, options = LAYOUTS[layout]
-    recipe, log, environ = REPO / "recipes" / recipe, tmp_path / "log", environment(tmp_path)
+    processes, options = LAYOUTS[layout]
+    log, environ = tmp_path / "log", environment(tmp_path)
     settings = [
         "--training.dataset=jsonl", f"--training.dataset_path={data}", "--training.global_batch_size=3", f"--training.steps={steps}",
         "--lr_scheduler.warmup_steps=2", "--chunkflow.chunk_size=32", "--metrics.log_freq=1", "--checkpoint.enable",
@@ -94,11 +94,11 @@ def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
         settings.append("--metrics.no_enable_tensorboard")
 
     def forked(folder: Path) -> Job:
-        return start(recipe, [f"--job.dump_folder={folder}", *settings], environ, log, processes)
+        return start(RECIPE, [f"--job.dump_folder={folder}", *settings], environ, log, processes)
 
     def stop_scripted(rows: int) -> int:
         command = [str(REPO / "run_train.sh"), f"--job.dump_folder={resumed}", *settings]
-        script = {"NGPU": str(processes), "CONFIG_FILE": str(empty), "TRAIN_FILE": str(recipe)}
+        script = {"NGPU": str(processes), "CONFIG_FILE": str(empty), "TRAIN_FILE": str(RECIPE)}
         with open(log, "a") as output:
             job = subprocess.Popen(command, env=environ | script, stdout=output, stderr=output)
         try:
@@ -159,7 +159,7 @@ def test_another_layout_goes_on_with_the_next_sample(place):
     others = {
         "one": {},
         "other_chunks": {"more": ["--chunkflow.chunk_size=20", "--chunkflow.k=2"]},
-        "stages": {"recipe": FINETUNE, "processes": 2, "more": ["--parallelism.pipeline_parallel_degree=2"]},
+        "stages": {"recipe": RECIPE, "processes": 2, "more": ["--parallelism.pipeline_parallel_degree=2"]},
         "three": {"processes": 3, "more": ["--parallelism.fsdp_reshard_after_forward=never"]},
     }
     for name, how in others.items():
@@ -368,7 +368,7 @@ def test_excluded_state_starts_anew_once(place):
 )
 def test_refusals(tmp_path_factory, finished, change, status, said):
     log = tmp_path_factory.mktemp("refusal") / "log"
-    job = start(FINETUNE, [*finished.options, "--training.steps=5", *change], finished.environ, log)
+    job = start(RECIPE, [*finished.options, "--training.steps=5", *change], finished.environ, log)
     assert job.wait(60) == [status], log.read_text()
     lines = log.read_text().splitlines()
     assert said in lines[-1] and lines[-1].startswith("error: ") and (status == 1 or len(lines) == 1), (
@@ -391,7 +391,7 @@ def finished(tmp_path_factory):
         ]  # fmt: skip
 
     assert start(
-        FINETUNE, [*Finished.options, "--training.steps=3"], Finished.environ, Finished.path / "log"
+        RECIPE, [*Finished.options, "--training.steps=3"], Finished.environ, Finished.path / "log"
     ).wait(60) == [0]
     return Finished
 
@@ -457,14 +457,14 @@ def test_damage_is_named_and_the_checkpoint_before_it_is_there(tmp_path, finishe
     newest = tmp_path / "run" / "checkpoint" / "step-3"
     spoil(newest / file)
     options = [*finished.options, f"--job.dump_folder={tmp_path / 'run'}", "--training.steps=4"]
-    assert start(FINETUNE, options, finished.environ, tmp_path / "log").wait(60) == [status], (
+    assert start(RECIPE, options, finished.environ, tmp_path / "log").wait(60) == [status], (
         tmp_path / "log"
     ).read_text()
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert last.startswith("error: ") and said in last and str(newest) in last, last
     assert not Path(finished.environ["CHUNKFLOW_CACHE"], "executed").exists()
     shutil.rmtree(newest)  # the remedy that the sentence names
-    assert start(FINETUNE, options, finished.environ, tmp_path / "log").wait(60) == [0]
+    assert start(RECIPE, options, finished.environ, tmp_path / "log").wait(60) == [0]
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4]
 
 
@@ -482,7 +482,7 @@ def test_the_newest_is_by_step_whatever_clocks_say_and_leftovers_go(tmp_path, fi
     options = [*finished.options, f"--job.dump_folder={run}", "--metrics.enable_tensorboard"]
     for steps in (4, 5):
         assert start(
-            FINETUNE, [*options, f"--training.steps={steps}"], finished.environ, tmp_path / "log"
+            RECIPE, [*options, f"--training.steps={steps}"], finished.environ, tmp_path / "log"
         ).wait(60) == [0]
         for path in (run / "tb").glob(
             "*tfevents*"
@@ -492,9 +492,7 @@ def test_the_newest_is_by_step_whatever_clocks_say_and_leftovers_go(tmp_path, fi
     assert sorted(path.name for path in place.iterdir()) == ["step-2", "step-3", "step-4", "step-5", "step-7"]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert start(FINETUNE, [*options, "--training.steps=6"], finished.environ, tmp_path / "log").wait(60) == [
-        0
-    ]
+    assert start(RECIPE, [*options, "--training.steps=6"], finished.environ, tmp_path / "log").wait(60) == [0]
     events = EventAccumulator(str(run / "tb"))
     events.Reload()
     assert [event.step for event in events.Scalars("grad_norm")] == [4, 5, 6]
@@ -675,7 +673,7 @@ def test_two_thousand_steps_do_not_grow(tmp_path):
         "--training.global_batch_size=3", "--chunkflow.chunk_size=24", "--metrics.log_freq=50", "--checkpoint.enable",
         "--checkpoint.interval=100", "--checkpoint.keep_latest_k=2", "--checkpoint.async_mode=async",
     ]  # fmt: skip
-    job = start(FINETUNE, options, environment(tmp_path), tmp_path / "log")
+    job = start(RECIPE, options, environment(tmp_path), tmp_path / "log")
     (process,) = (Path(f"/proc/{pid}") for pid in job.pids)
     figures = {}
     for rows in (11, 21, 31, 40):  # of 50 steps each

@@ -244,7 +244,7 @@ def test_scalars_without_a_pipeline(tmp_path):
         "data/read_tokens": 17,
         "data/dropped_tokens": 3,
     }
-    assert scalars_of(figures, targets=0)["chunkflow/tokens_per_supervised_token"] == 17
+    assert scalars_of(figures, replicas=2, targets=0)["chunkflow/tokens_per_supervised_token"] == 17
 
     run = build(tmp_path)
     run.count(17, 1e6, 0.0)

@@ -18,7 +18,7 @@ from tests.helpers.processes import REPO, end_processes, environment, start, wri
 ONE_STEP = (
     "--training.steps=1 --training.seq_len=256 --training.global_batch_size=2 --metrics.no_enable_tensorboard"
 )
-MINUTES = "takes minutes; tests/test_structure.py starts every benchmark"
+MINUTES = "takes minutes; tests/test_benchmarks.py runs it with tiny sizes"
 SIMULATE = "python -m chunkflow.planning.simulate --stages 4 --lengths 1,1,2,4 --chunk-size 2 --k 2"
 PIPELINE = "CONFIG_FILE=train_configs/debug_pipeline.toml ./run_train.sh"
 
@@ -28,7 +28,6 @@ RUN = {
     "NGPU=2 ./run_train.sh --training.dataset=jsonl --training.dataset_path=my_rows.jsonl --training.seq_len=8192": "--training.steps=1",
     "CONFIG_FILE=train_configs/debug_model.toml ./run_train.sh --training.steps=20 --chunkflow.k=2": ONE_STEP,
     PIPELINE: ONE_STEP,
-    PIPELINE.replace("./run", "TRAIN_FILE=recipes/finetune_pipeline.py ./run"): ONE_STEP,
     "TRAIN_FILE=my_recipe.py ./run_train.sh": ONE_STEP,
     "./run_train.sh --chunkflow.no_enable": ONE_STEP,
     "./run_train.sh --check": "",
@@ -63,6 +62,7 @@ NOT_RUN = {
         MINUTES,
     ),
     "./run_tests.sh": "runs this",
+    "./run_tests.sh -m quick": "runs a part of this",
     "./run_tests.sh tests/test_converters.py": "is a test",
     "./run_tests.sh tests/test_checkpoint.py": "is a test",
     "NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=host0:29500 ./run_train.sh": "needs two machines; test_scripts.py has two launchers",

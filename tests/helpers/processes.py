@@ -218,8 +218,7 @@ import torch.distributed as dist
 recipe = runpy.run_path({0!r}, run_name="recipe")
 folder = Path(next(word.partition("=")[2] for word in sys.argv if word.startswith("--job.dump_folder=")))
 make_checkpoints = recipe["Checkpoints"].__init__
-collect, total_norm = recipe["Checkpoints"].__init__ = remember
-recipe["GarbageCollection"].run, torch.nn.utils.get_total_norm
+collect, total_norm = recipe["GarbageCollection"].run, torch.nn.utils.get_total_norm
 step = None
 
 
