@@ -1,14 +1,12 @@
-"""Peak memory of one rank, by part, from arithmetic: the model's sizes, the layout, the actions of a plan.
-Pure Python, no torch.
+"""Peak memory of one rank, by part, calculated from the model's sizes, the layout and a plan. No torch.
 
-Counted is what PyTorch allocates in a step on CUDA: FSDP2's shards, what it gathers and what it reduces, what
+Counted is what PyTorch allocates in a step on CUDA: FSDP2's shards, gathered parameters and gradients, what
 autograd keeps, K/V state, and the largest temporaries of backward. Not counted: the CUDA context, NCCL's
 buffers, what the allocator cannot reuse, and what torch.compile would save. Tests compare the parts with what
 PyTorch holds on a CPU; no GPU has confirmed the whole.
 """
 
-from __future__ import annotations
-
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from math import prod
 from typing import NamedTuple
@@ -48,152 +46,130 @@ class Layout(NamedTuple):
 
 
 def _moment_8bit(elements: int) -> int:
-    """torchao's: a byte an element, a scale for each block of 256, a table of 256 values; small or ragged
-    parts stay fp32."""
-    return (
-        elements + 4 * (elements // 256) + 4 * 256
-        if elements >= 4096 and elements % 256 == 0
-        else 4 * elements
-    )
+    """Bytes of torchao's: one an element, a scale for each 256, a table of 256 values; fp32 if small or
+    ragged."""
+    if elements < 4096 or elements % 256:
+        return 4 * elements
+    return elements + 4 * (elements // 256) + 4 * 256
 
 
 class StageSizes:
-    """What one stage (or the whole model) holds, in bytes. `args` are a model's ModelArgs; `shapes` its
-    parameters', by name."""
+    """Bytes that one stage (or the whole model) holds. `args`: the model's ModelArgs; `shapes`: of the
+    stage's parameters, by name."""
 
     def __init__(self, args, shapes: dict[str, Sequence[int]], layout: Layout):
         self.layout = layout
-        groups: dict[
-            str, list[Sequence[int]]
-        ] = {}  # FSDP2's: one a layer; what else there is belongs to the root, ""
-        for name, shape in shapes.items():
-            groups.setdefault(name.split(".")[1] if name.startswith("layers.") else "", []).append(shape)
-        root_shapes = groups.pop("", [])
-        layer_shapes = next(iter(groups.values()), [])  # layers are all alike
-        root, layer, self.layers = sum(map(prod, root_shapes)), sum(map(prod, layer_shapes)), len(groups)
+        # FSDP2 has a group for each layer; all other parameters belong to the root.
+        layers = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
+        root_shapes = [shape for name, shape in shapes.items() if not name.startswith("layers.")]
+        prefix = f"layers.{min(layers)}." if layers else None  # layers are all alike
+        layer_shapes = [shape for name, shape in shapes.items() if prefix and name.startswith(prefix)]
+        root, layer, self.layers = sum(map(prod, root_shapes)), sum(map(prod, layer_shapes)), len(layers)
 
-        # A shard has every n-th part of a parameter's rows, rounded up; what is gathered is all shards.
+        # Parameters are sharded by rows, rounded up; what is gathered is all shards.
         def shard(shape: Sequence[int]) -> int:
             return -(-shape[0] // layout.shards) * prod(shape[1:])
 
-        def sharded(shapes: Iterable[Sequence[int]]) -> int:
-            return sum(map(shard, shapes))
-
-        self.parameters = self.gradients = sharded(shapes.values()) * layout.stored
-        moments = sum(
-            _moment_8bit(shard(shape)) if layout.eight_bit else shard(shape) * layout.stored
-            for shape in shapes.values()
-        )
+        sizes = [shard(shape) for shape in shapes.values()]
+        self.parameters = self.gradients = sum(sizes) * layout.stored
+        moments = sum(map(_moment_8bit, sizes)) if layout.eight_bit else self.parameters
         self.optimizer = 2 * moments + 4 * len(shapes)  # and a step count each
 
         # "never" keeps everything gathered, and sums the gradients of all chunks unsharded, until the step's
         # last backward. ZeRO-3 gathers the layer in use while the next one arrives, and reduces a layer's
         # gradients at once.
-        self.root_gathered = sharded(root_shapes) * layout.shards * layout.compute
-        layer_gathered = sharded(layer_shapes) * layout.shards * layout.compute
+        self.root_gathered = sum(map(shard, root_shapes)) * layout.shards * layout.compute
+        layer_gathered = sum(map(shard, layer_shapes)) * layout.shards * layout.compute
         self.gathered = self.root_gathered + (2 if layout.reshard else self.layers) * layer_gathered
         self.accumulated = 0 if layout.reshard else (root + self.layers * layer) * layout.reduce
         self.layer_gradient, self.layer_reduced = layer * layout.compute, layer * layout.reduce
         self.root_gradient, self.root_reduced = root * layout.compute, root * layout.reduce
 
+        self.compute, self.wide = layout.compute, max(4, layout.compute)  # wide: in at least fp32
         self.dim, self.hidden, self.vocab = args.dim, args.hidden_dim, args.vocab_size
         self.heads, self.kv_heads, self.head_dim = args.n_heads, args.n_kv_heads, args.head_dim
+        self.queries, self.keys = self.heads * self.head_dim, self.kv_heads * self.head_dim  # of a token
         self.first = "tok_embeddings.weight" in shapes
         self.last = "norm.weight" in shapes
         self.head_norms = any(name.endswith("q_norm.weight") for name in shapes)
-        self.hidden_bytes = args.dim * layout.compute  # of a token's hidden state
-        self.kv_of_layer = 2 * args.n_kv_heads * args.head_dim * layout.compute  # of a token
-        self.kv_gradient_of_layer = 2 * args.n_kv_heads * args.head_dim * max(4, layout.compute)
+        self.hidden_bytes = self.dim * self.compute  # of a token's hidden state
+        self.kv_of_layer, self.kv_gradient_of_layer = 2 * self.keys * self.compute, 2 * self.keys * self.wide
 
     def layer_activations(self, tokens: int, standalone: bool, checkpointed: bool = False) -> int:
-        """What autograd keeps of one layer's forward, its input included."""
-        compute, wide = self.layout.compute, max(4, self.layout.compute)
+        """Bytes that autograd keeps of one layer's forward, its input included."""
         if checkpointed:
             return tokens * self.hidden_bytes
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        # Inputs and results of both norms; queries and what attention returns; of the feed-forward the two
+        # Inputs and results of both norms; queries and attention's result; of the feed-forward the two
         # products, silu of the first, and their product.
-        elements = 4 * self.dim + 2 * queries + 4 * self.hidden
+        elements = 4 * self.dim + 2 * self.queries + 4 * self.hidden
         statistics = self.heads + 2  # log-sum-exp of each head; each norm's factor
         if self.head_norms:  # their inputs
-            elements += queries + keys
+            elements += self.queries + self.keys
             statistics += self.heads + self.kv_heads
         if standalone:  # otherwise they are in the group's K/V state
-            elements += 2 * keys
-        return tokens * (elements * compute + statistics * wide)
+            elements += 2 * self.keys
+        return tokens * (elements * self.compute + statistics * self.wide)
 
     def activations(self, tokens: int, standalone: bool) -> int:
-        """What autograd keeps of one chunk's forward through this stage, besides its input from another
-        stage."""
-        every, wide = self.layout.checkpoint_every, max(4, self.layout.compute)
+        """Bytes that autograd keeps of a chunk's forward, without the input from another stage."""
+        every = self.layout.checkpoint_every
         checkpointed = len(range(0, self.layers, every)) if every else 0
         kept = (self.layers - checkpointed) * self.layer_activations(tokens, standalone)
         kept += checkpointed * self.layer_activations(tokens, standalone, checkpointed=True)
-        kept += tokens * self.head_dim * wide  # cosines and sines, for all layers
+        kept += tokens * self.head_dim * self.wide  # cosines and sines, for all layers
         if self.first:
             kept += tokens * 8  # token ids
         else:
             kept -= tokens * self.hidden_bytes
         if self.last:  # the last norm's input, result and factor; labels and log-sum-exp of the loss
-            kept += tokens * (2 * self.hidden_bytes + 2 * wide + 8)
+            kept += tokens * (2 * self.hidden_bytes + 2 * self.wide + 8)
         return kept
 
     def head_temporaries(self, tokens: int) -> int:
-        """Of the loss's backward: a slice's logits and their narrow copy, the gradients of hidden states and
-        of the head."""
+        """Bytes in the loss's backward: a slice's logits and their narrow copy, the gradients of hidden
+        states and of the head."""
         if not self.last:
             return 0
-        compute, wide = self.layout.compute, max(4, self.layout.compute)
         rows = min(tokens, self.layout.slice_tokens)
-        logits = rows * self.vocab * (wide + (compute if compute < wide else 0))
-        sums = wide if tokens > rows else 0  # several slices add up in at least fp32
-        return logits + tokens * self.hidden_bytes + self.vocab * self.dim * (compute + sums)
+        logits = rows * self.vocab * (self.wide + (self.compute if self.compute < self.wide else 0))
+        sums = self.wide if tokens > rows else 0  # several slices add up in at least fp32
+        return logits + tokens * self.hidden_bytes + self.vocab * self.dim * (self.compute + sums)
 
     def layer_temporaries(self, chunk: Chunk, standalone: bool) -> int:
-        """The most that one layer's backward holds beyond what its forward kept.
+        """The most bytes that one layer's backward holds beyond what its forward kept.
 
-        Either in the feed-forward (two gradients of its width, two of the model's), or in attention, where
-        half of what the forward kept is gone: flash attention sums the gradient of queries in fp32, and with
+        Either in the feed-forward (two gradients of its width, two of the model's), or in attention, when
+        half of what the forward kept is freed: flash attention sums the gradient of queries in fp32, and with
         grouped-query heads makes K/V gradients for every query head, of the prefix too.
         """
-        tokens, compute = chunk.tokens, self.layout.compute
+        tokens, compute, queries, keys = chunk.tokens, self.compute, self.queries, self.keys
         feed_forward = tokens * (2 * self.hidden + 2 * self.dim) * compute
-        queries, keys, seen = self.heads * self.head_dim, self.kv_heads * self.head_dim, chunk.prefix + tokens
-        attention = (tokens + 128 * len(chunk.segments)) * (
-            queries + self.heads
-        ) * 4 + tokens * 2 * queries * compute
-        attention += seen * 2 * (keys + (queries if queries > keys else 0)) * compute
+        attention = (tokens + 128 * len(chunk.segments)) * (queries + self.heads) * 4
+        attention += tokens * 2 * queries * compute
+        attention += (chunk.prefix + tokens) * 2 * (keys + (queries if queries > keys else 0)) * compute
         attention -= tokens * (4 * self.hidden + self.dim) * compute
         recomputed = self.layer_activations(tokens, standalone) if self.layout.checkpoint_every else 0
         return recomputed + max(feed_forward, attention)
 
 
-def fixed_parts(stages: Iterable[StageSizes]) -> dict[str, int]:
-    """What is there from the first step's end on, whatever the plan; shards are in host memory with
-    offloading."""
-    parts = dict.fromkeys(PARTS, 0)
-    for stage in stages:
-        for part in ("parameters", "optimizer", "gradients"):
-            parts[part] += 0 if stage.layout.offload else getattr(stage, part)
-    return parts
-
-
 def host_bytes(stages: Iterable[StageSizes]) -> int:
-    """What offloading puts into host memory."""
-    return sum(
-        stage.parameters + stage.optimizer + stage.gradients for stage in stages if stage.layout.offload
-    )
+    """Bytes of the shards and optimizer state that offloading keeps in host memory."""
+    return sum(s.parameters + s.optimizer + s.gradients for s in stages if s.layout.offload)
 
 
 def peak_parts(
     stages: dict[int, StageSizes], groups: Sequence[Group], entries: Sequence[Action | Transfer]
 ) -> dict[str, int]:
-    """Bytes of each part at the moment of the step when their sum is largest, on a rank that holds `stages`
-    (by number) and runs `entries` in order: a rank's actions, or its program in a pipeline. Dummies count
-    nothing."""
-    now = fixed_parts(stages.values())
+    """Bytes of each part of PARTS at the moment of the step when their sum is largest, on a rank that holds
+    `stages` (by number) and runs `entries` (its actions or program) in order. Dummies count nothing."""
+    now = dict.fromkeys(PARTS, 0)
+    # Neighbours in a pipeline pass hidden states of up to a chunk; those on their way count all the time.
+    longest = max((chunk.tokens for group in groups for chunk in group.chunks), default=0)
     for stage in stages.values():
         now["gathered_parameters"] += stage.gathered
+        for part in () if stage.layout.offload else ("parameters", "optimizer", "gradients"):
+            now[part] += getattr(stage, part)
+        now["stage_inputs"] += stage.layout.sends_in_flight * longest * stage.hidden_bytes
     peak = dict(now)
 
     def moment(**more: int) -> None:
@@ -202,21 +178,14 @@ def peak_parts(
         if sum(then.values()) > sum(peak.values()):
             peak = then
 
-    # Neighbours in a pipeline pass hidden states of up to a chunk; those on their way count as if always
-    # there.
-    longest = max((chunk.tokens for group in groups for chunk in group.chunks), default=0)
-    for stage in stages.values():
-        now["stage_inputs"] += stage.layout.sends_in_flight * longest * stage.hidden_bytes
-    backwards = {
-        number: sum(entry.kind is Kind.BACKWARD for entry in actions_of(entries, number)) for number in stages
-    }
-    left = dict(backwards)
-    gradient_tokens: dict[tuple[int, int], int] = {}  # (stage, group) -> tokens whose K/V gradients are there
+    entries = [entry for entry in entries if entry.group != DUMMY]
+    actions = [entry for entry in entries if isinstance(entry, Action)]
+    backwards = Counter(action.stage for action in actions if action.kind is Kind.BACKWARD)
+    remaining = Counter(backwards)
+    gradient_tokens: dict[tuple[int, int], int] = {}  # (stage, group) -> tokens with K/V gradients
     for entry in entries:
-        if entry.group == DUMMY:
-            continue
-        group, own = groups[entry.group], groups[entry.group].chunks[entry.chunk]
-        tokens, standalone = own.tokens, len(group.chunks) == 1
+        group, chunk = groups[entry.group], groups[entry.group].chunks[entry.chunk]
+        tokens, standalone = chunk.tokens, len(group.chunks) == 1
         if isinstance(entry, Transfer):
             if not entry.send:
                 now["stage_inputs"] += tokens * next(iter(stages.values())).hidden_bytes
@@ -237,41 +206,38 @@ def peak_parts(
             moment()
             continue
 
-        # Backward: first the head, then layer after layer, whose activations go while K/V gradients of the
-        # prefix come; at the end what the root group reduces.
-        left[number] -= 1
-        reduces = stage.layout.reshard or not left[number]
-        prefix, there = own.prefix, gradient_tokens.get((number, entry.group), 0)
+        # Backward: first the head, then each layer, which frees activations and makes K/V gradients of the
+        # prefix; at the end the root group's reduction.
+        first = remaining[number] == backwards[number]
+        remaining[number] -= 1
+        reduces = stage.layout.reshard or not remaining[number]
+        prefix = chunk.prefix
+        new = 0 if standalone else prefix - gradient_tokens.get((number, entry.group), 0)
         layer = stage.layer_gradient + (stage.layer_reduced if reduces else 0)
         head = stage.vocab * stage.dim * stage.layout.compute if stage.last else 0
-        temporaries = stage.layer_temporaries(own, standalone)
+        in_layer = {
+            "temporaries": stage.layer_temporaries(chunk, standalone),
+            "unsharded_gradients": layer + head,
+        }
         moment(logits=stage.head_temporaries(tokens))
-        now["stage_inputs"] += (
-            0 if stage.first else tokens * stage.hidden_bytes
-        )  # the gradient that is sent back
+        sent_back = 0 if stage.first else tokens * stage.hidden_bytes  # the gradient, as large as the input
+        now["stage_inputs"] += sent_back
         if stage.layers:
-            one = max(0, prefix - there) * stage.kv_gradient_of_layer
-            moment(temporaries=temporaries, unsharded_gradients=layer + head, kv_gradients=one)
-        if left[number] + 1 == backwards[number]:  # the first one makes what the others add to
+            moment(kv_gradients=max(0, new) * stage.kv_gradient_of_layer, **in_layer)
+        if first:  # it makes what the others add to
             now["unsharded_gradients"] += stage.accumulated
         now["activations"] -= kept
-        now["kv_gradients"] += (prefix - there) * kv_gradient if not standalone else 0
+        now["kv_gradients"] += new * kv_gradient
         if stage.layers:
-            own_layer = stage.layer_activations(
-                tokens, standalone, checkpointed=bool(stage.layout.checkpoint_every)
-            )
-            moment(temporaries=temporaries, unsharded_gradients=layer + head, activations=own_layer)
-        if left[number] or stage.layout.reshard:
-            moment(unsharded_gradients=stage.root_gradient + (stage.root_reduced if reduces else 0))
-        else:  # the layers' sums and parameters have gone
-            gone = stage.accumulated - stage.root_reduced
-            moment(
-                unsharded_gradients=stage.root_gradient + stage.root_reduced - gone,
-                gathered_parameters=stage.root_gathered - stage.gathered,
-            )
-        now["stage_inputs"] -= output + tokens * stage.hidden_bytes * (
-            (not stage.first) + (not stage.first) + (not stage.last)
-        )
+            checkpointed = bool(stage.layout.checkpoint_every)
+            moment(activations=stage.layer_activations(tokens, standalone, checkpointed), **in_layer)
+        root = stage.root_gradient + (stage.root_reduced if reduces else 0)
+        if remaining[number] or stage.layout.reshard:
+            moment(unsharded_gradients=root)
+        else:  # the layers' sums and gathered parameters have been freed
+            freed = stage.accumulated - stage.root_reduced
+            moment(unsharded_gradients=root - freed, gathered_parameters=stage.root_gathered - stage.gathered)
+        now["stage_inputs"] -= 2 * output + 2 * sent_back
         if standalone:
             continue
         gradient_tokens[number, entry.group] = prefix
@@ -279,8 +245,3 @@ def peak_parts(
             now["kv"] -= kv * group.tokens
             del gradient_tokens[number, entry.group]
     return peak
-
-
-def actions_of(entries: Iterable[Action | Transfer], stage: int) -> list[Action]:
-    """The actions among `entries` on that stage, dummies aside."""
-    return [e for e in entries if isinstance(e, Action) and e.group != DUMMY and e.stage == stage]

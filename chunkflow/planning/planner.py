@@ -1,7 +1,5 @@
 """Lengths of a global batch -> everything that one optimizer step does. Pure Python, no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,8 +15,8 @@ from chunkflow.planning.simulate import Simulation, simulate
 class PlanSettings(NamedTuple):
     """What the plan of a step depends on, besides the lengths.
 
-    A replica is what trains its part of the batch by itself: a data-parallel rank, or a pipeline of several
-    ranks, whose stage s runs on pipeline rank s % pipeline_ranks.
+    A replica trains its part of the batch by itself: a data-parallel rank, or a pipeline of several ranks
+    (stage s on pipeline rank s % pipeline_ranks).
     """
 
     cost: Cost
@@ -28,21 +26,18 @@ class PlanSettings(NamedTuple):
     k: int = 1
     fill_tails: bool = True
     balance: str = "cost"  # or "tokens"
-    lockstep: bool = False  # all replicas run one template of slots (ZeRO-3, whose collectives must agree)
-    forward_only: bool = False  # validation, where nothing is recomputed and `k` means nothing
-    stages: tuple[Cost, ...] = ()  # of each pipeline stage's layers; none: one stage, the whole model
+    lockstep: bool = False  # all replicas run one template of slots (ZeRO-3)
+    forward_only: bool = False  # validation, where nothing is recomputed and `k` has no effect
+    stages: tuple[Cost, ...] = ()  # of each pipeline stage; none: one stage, the whole model
     pipeline_ranks: int = 1
 
 
 class Plan(NamedTuple):
-    """One optimizer step.
-
-    Groups and figures are of all replicas; programs and simulations of those that `plan_step` was asked for.
-    """
+    """One optimizer step: groups and figures of all replicas, programs and simulations of those wanted."""
 
     groups: list[list[Group]]  # replica -> its groups; segments name sequences of the whole batch
     programs: dict[int, list[Program]]  # replica -> pipeline rank -> what it runs
-    simulations: dict[int, Simulation]  # of each; a unit of time is a token on a mean stage, attention aside
+    simulations: dict[int, Simulation]  # unit of time: a token on a mean stage, without attention
     tokens: int
     chunks: int
     recomputed_chunks: int
@@ -54,7 +49,7 @@ class Plan(NamedTuple):
 def plan_step(lengths: list[int], settings: PlanSettings, replicas: Sequence[int] | None = None) -> Plan:
     """The plan of a global batch of sequences with these lengths (tokens, each at least 1).
 
-    `replicas`: those whose programs are wanted; None: all. The rest of the plan does not depend on it.
+    `replicas`: those whose programs are wanted; None: all.
     """
     chunk_size = settings.chunk_size if settings.enable else max(lengths)
     k = max(lengths) if settings.forward_only else settings.k  # as many chunks as that: none is recomputed
@@ -64,12 +59,14 @@ def plan_step(lengths: list[int], settings: PlanSettings, replicas: Sequence[int
         costs = [settings.cost.chunked_training(length, chunk_size, k) for length in lengths]
     members = assign(costs, settings.replicas)
     if settings.enable:
-        groups = [build_groups(lengths, chunk_size, settings.fill_tails, own) for own in members]
+        groups = [build_groups(lengths, chunk_size, settings.fill_tails, indices) for indices in members]
     else:
-        groups = [whole_sequences(lengths, own) for own in members]
+        groups = [whole_sequences(lengths, indices) for indices in members]
 
-    counts = [[len(group.chunks) for group in own] for own in groups]
-    slots = [sum(n if settings.forward_only else 2 * n + max(0, n - k) for n in own) for own in counts]
+    counts = [[len(group.chunks) for group in of_replica] for of_replica in groups]
+    recomputed = [sum(max(0, count - k) for count in of_replica) for of_replica in counts]
+    passes = 1 if settings.forward_only else 2
+    slots = [passes * sum(of_replica) + again for of_replica, again in zip(counts, recomputed)]
     templates: Sequence[list[Action] | None] = [None] * settings.replicas
     if settings.lockstep:
         templates = forward_only(counts, lockstep=True) if settings.forward_only else lockstep(counts, k)
@@ -84,7 +81,7 @@ def plan_step(lengths: list[int], settings: PlanSettings, replicas: Sequence[int
         simulations={replica: simulation for replica, (_, simulation) in planned.items()},
         tokens=tokens,
         chunks=chunks,
-        recomputed_chunks=sum(max(0, count - k) for own in counts for count in own),
+        recomputed_chunks=sum(recomputed),
         padding_percent=100 * (1 - tokens / (chunks * chunk_size)) if settings.enable else 0.0,
         imbalance_percent=100 * (max(loads) * len(loads) / sum(loads) - 1),
         template_overhead_percent=100 * (len(templates[0]) / max(slots) - 1) if settings.lockstep else 0.0,
@@ -94,14 +91,12 @@ def plan_step(lengths: list[int], settings: PlanSettings, replicas: Sequence[int
 def _run(
     groups: list[Group], settings: PlanSettings, k: int, template: list[Action] | None
 ) -> tuple[list[Program], Simulation]:
-    """What the ranks of one replica run, checked; `template`: its actions, if all replicas run in lockstep.
-
-    A replica without groups still takes part in collectives: it runs one token, as a dummy.
-    """
+    """Checked programs of one replica's ranks; `template`: its actions, if all replicas run in lockstep."""
     idle = template is None and not groups
-    chunks = [[ONE_TOKEN]] if idle else [group.chunks for group in groups]
-    counts, ranks = [len(own) for own in chunks], settings.pipeline_ranks
-    costs = _costs(chunks, settings.stages or (settings.cost,))
+    if idle:  # it still takes part in collectives
+        groups = [Group((ONE_TOKEN,))]
+    counts, ranks = [len(group.chunks) for group in groups], settings.pipeline_ranks
+    costs = _costs(groups, settings.stages or (settings.cost,))
     stages = len(costs.forward)
     if template is not None:
         schedule = [template]
@@ -109,29 +104,27 @@ def _run(
         schedule, costs = forward_schedule(counts, stages, ranks)
     elif stages == 1:
         schedule = [linear_schedule(counts, k)]
-    else:  # ordinary 1F1B is what whole sequences are compared by
+    else:  # whole sequences are the baseline, with ordinary 1F1B
         schedule = (state_aware_schedule if settings.enable else paper_schedule)(costs, k, ranks)
     programs = add_transfers(schedule, costs) if stages > 1 else schedule
     check_schedule(programs, counts, k, stages)
-    real = [[action for action in own if action.group != DUMMY] for own in schedule]
-    simulation = simulate(real, costs, [sum(chunk.tokens for chunk in own) for own in chunks])
+    real = [[action for action in actions if action.group != DUMMY] for actions in schedule]
+    simulation = simulate(real, costs, [group.tokens for group in groups])
     if idle:
         programs = [[entry._replace(group=DUMMY) for entry in program] for program in programs]
     return programs, simulation
 
 
-def _costs(chunks: Sequence[Sequence[Chunk]], stages: Sequence[Cost]) -> Costs:
-    """Time of each chunk, `[group][chunk]`, on each stage; a backward takes as long as two forwards."""
+def _costs(groups: list[Group], stages: Sequence[Cost]) -> Costs:
+    """Time of each chunk on each stage; a backward takes as long as two forwards."""
     unit = sum(cost.per_token for cost in stages) / len(stages)
-    amounts = [[(chunk.tokens, _pairs(chunk)) for chunk in group] for group in chunks]
-    forward = [
-        [
-            [(tokens * cost.per_token + pairs * cost.per_pair) / unit for tokens, pairs in group]
-            for group in amounts
-        ]
-        for cost in stages
-    ]
-    return Costs(forward, [[[2 * cost for cost in group] for group in stage] for stage in forward])
+    amounts = [[(chunk.tokens, _pairs(chunk)) for chunk in group.chunks] for group in groups]
+
+    def times(cost: Cost, factor: float) -> list[list[float]]:
+        per_token, per_pair = cost
+        return [[factor * ((n * per_token + pairs * per_pair) / unit) for n, pairs in row] for row in amounts]
+
+    return Costs([times(cost, 1) for cost in stages], [times(cost, 2) for cost in stages])
 
 
 def _pairs(chunk: Chunk) -> float:

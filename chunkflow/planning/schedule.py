@@ -117,4 +117,7 @@ def forward_only(chunks_per_group: Sequence[Sequence[int]], lockstep: bool) -> l
         for counts in chunks_per_group
     ]
     slots = max(map(len, actions)) if lockstep else 1
-    return [own + [Action(Kind.EVALUATE, DUMMY, n) for n in range(slots - len(own))] for own in actions]
+    return [
+        of_rank + [Action(Kind.EVALUATE, DUMMY, n) for n in range(slots - len(of_rank))]
+        for of_rank in actions
+    ]

@@ -1,11 +1,9 @@
-"""What a pipeline schedule will do: its timeline, bubble and memory as numbers, a trace, a picture. Pure
-Python, no torch.
+"""What a pipeline schedule will do: its timeline, bubble and memory as numbers, a trace, a picture. No torch.
 
     python -m chunkflow.planning.simulate --stages 4 --lengths 1,1,2,4 --chunk-size 2 --k 2 --json
 
-prints them for unit costs: on one rank, the forward of a chunk takes as long as it has tokens, a recompute
-the same, a backward twice that; transfers are free. `--virtual V` cuts each rank's layers into V stages,
-which take 1 / V of that each.
+prints them for unit costs: a token's forward or recompute takes a rank 1, its backward 2, transfers nothing.
+`--virtual V` cuts each rank's layers into V stages, which take 1 / V of that each.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from chunkflow.planning.chunks import Group, build_groups, whole_sequences
@@ -27,29 +26,28 @@ from chunkflow.planning.pipeline_schedule import (
     play,
     state_aware_schedule,
 )
-from chunkflow.planning.schedule import Kind
+from chunkflow.planning.schedule import Action, Kind
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 class Simulation(NamedTuple):
-    """One step of a schedule, times in the unit of the costs. A rank with several stages counts chunks and
-    tokens on each."""
+    """One step of a schedule, times in the unit of the costs; chunks and tokens count on each of a rank's
+    stages."""
 
     timeline: list[list[Timed]]  # rank -> its actions in order
     makespan: float
     bubble: float  # 1 - useful work of a rank / makespan, the mean over ranks; a recompute is not useful work
     idle: float  # 1 - all work of a rank / makespan, the mean over ranks
     peak_kept_chunks: list[int]  # rank -> most chunks that hold activations at once
-    peak_kv_tokens: list[int]  # rank -> most tokens of the groups whose K/V state is there at once
+    peak_kv_tokens: list[int]  # rank -> most tokens of the groups that hold K/V state at once
 
 
 def simulate(schedule: Schedule, costs: Costs, group_tokens: Sequence[int]) -> Simulation:
-    """Runs each rank's actions in order, each as soon as its input is there. Raises ValueError on a deadlock.
+    """Runs each rank's actions in order, each as soon as it has its input. Raises ValueError on a deadlock.
 
-    A group of several chunks holds the K/V of all its `group_tokens` from its first forward to its last
-    backward.
+    A group of several chunks holds the K/V of all its `group_tokens` from first forward to last backward.
     """
     timeline = play([[actions] for actions in schedule], costs)
     makespan, bubbles, idle = shares(timeline)
@@ -58,33 +56,29 @@ def simulate(schedule: Schedule, costs: Costs, group_tokens: Sequence[int]) -> S
         makespan=makespan,
         bubble=sum(bubbles) / len(bubbles),
         idle=sum(idle) / len(idle),
-        peak_kept_chunks=[_peak_kept_chunks(own) for own in schedule],
-        peak_kv_tokens=[_peak_kv_tokens(own, costs, group_tokens) for own in schedule],
+        peak_kept_chunks=[_peak_kept_chunks(actions) for actions in schedule],
+        peak_kv_tokens=[_peak_kv_tokens(actions, costs, group_tokens) for actions in schedule],
     )
 
 
 def shares(timeline: Sequence[Sequence[Timed]]) -> tuple[float, list[float], list[float]]:
     """Makespan, and each rank's bubble and idle share of it, of a timeline that was planned or measured."""
-    makespan = max((own[-1].end for own in timeline if own), default=0.0) or 1.0  # of nothing: no bubble
-    work = [sum(end - start for _, start, end in own) for own in timeline]
-    again = [
-        sum(end - start for action, start, end in own if action.kind is Kind.RECOMPUTE) for own in timeline
-    ]
-    return makespan, [1 - (w - r) / makespan for w, r in zip(work, again)], [1 - w / makespan for w in work]
+    makespan = max((actions[-1].end for actions in timeline if actions), default=0.0) or 1.0  # if empty
+    bubbles, idle = [], []
+    for actions in timeline:
+        work = sum(end - start for _, start, end in actions)
+        again = sum(end - start for action, start, end in actions if action.kind is Kind.RECOMPUTE)
+        bubbles.append(1 - (work - again) / makespan)
+        idle.append(1 - work / makespan)
+    return makespan, bubbles, idle
 
 
-def _peak_kept_chunks(actions: Sequence) -> int:
-    kept = peak = 0
-    for action in actions:
-        if action.kind is Kind.BACKWARD:
-            kept -= 1
-        elif action.kind in (Kind.FORWARD, Kind.RECOMPUTE):
-            kept += 1
-        peak = max(peak, kept)
-    return peak
+def _peak_kept_chunks(actions: Sequence[Action]) -> int:
+    change = {Kind.FORWARD: 1, Kind.RECOMPUTE: 1, Kind.BACKWARD: -1}
+    return max(accumulate((change.get(action.kind, 0) for action in actions), initial=0))
 
 
-def _peak_kv_tokens(actions: Sequence, costs: Costs, group_tokens: Sequence[int]) -> int:
+def _peak_kv_tokens(actions: Sequence[Action], costs: Costs, group_tokens: Sequence[int]) -> int:
     tokens = peak = 0
     for kind, group, chunk, stage in actions:
         if chunk > 0 or len(costs.forward[stage][group]) == 1 or kind is Kind.RECOMPUTE:
@@ -95,24 +89,17 @@ def _peak_kv_tokens(actions: Sequence, costs: Costs, group_tokens: Sequence[int]
 
 
 def chrome_trace(timelines: dict[str, Sequence[Sequence[Timed]]]) -> dict:
-    """Timelines by name, as an object for `json.dump`: open it in ui.perfetto.dev or chrome://tracing. A unit
-    of time is 1 us."""
+    """Timelines by name as JSON for ui.perfetto.dev or chrome://tracing; a unit of time is shown as 1 us."""
     events: list[dict] = []
     for process, (name, timeline) in enumerate(timelines.items()):
         events.append({"name": "process_name", "ph": "M", "pid": process, "args": {"name": name}})
-        for rank, own in enumerate(timeline):
-            place = {"pid": process, "tid": rank}
-            events.append({"name": "thread_name", "ph": "M", **place, "args": {"name": f"rank {rank}"}})
-            for (kind, group, chunk, stage), start, end in own:
-                what = {"name": f"{kind.value} {group}.{chunk}", "cat": kind.name, "ph": "X", **place}
-                events.append(
-                    {
-                        **what,
-                        "ts": start,
-                        "dur": end - start,
-                        "args": {"group": group, "chunk": chunk, "stage": stage},
-                    }
-                )
+        for rank, actions in enumerate(timeline):
+            row = {"pid": process, "tid": rank}
+            events.append({"name": "thread_name", "ph": "M", **row, "args": {"name": f"rank {rank}"}})
+            for (kind, group, chunk, stage), start, end in actions:
+                event = {"name": f"{kind.value} {group}.{chunk}", "cat": kind.name, "ph": "X", **row}
+                details = {"group": group, "chunk": chunk, "stage": stage}
+                events.append({**event, "ts": start, "dur": end - start, "args": details})
     return {"traceEvents": events}
 
 
@@ -125,37 +112,30 @@ COLOURS = {
 
 
 def picture(timelines: dict[str, Sequence[Sequence[Timed]]]) -> Figure:
-    """Timelines by name as a figure, one line a rank; while actions are few, each says `group.chunk`. Needs
-    matplotlib."""
+    """Timelines by name as a figure, a line for each rank; up to 60 actions are labelled `group.chunk`.
+
+    Raises ImportError without matplotlib.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     ranks = max(map(len, timelines.values()))
     figure = Figure(figsize=(16, 0.5 + (1 + 0.5 * ranks) * len(timelines)), layout="constrained")
-    for (name, timeline), axes in zip(
-        timelines.items(), figure.subplots(len(timelines), squeeze=False)[:, 0]
-    ):
-        for rank, own in enumerate(timeline):
-            boxes = [(start, end - start) for _, start, end in own]
-            colours = [COLOURS[action.kind] for action, _, _ in own]
+    rows = figure.subplots(len(timelines), squeeze=False)[:, 0]
+    for (name, timeline), axes in zip(timelines.items(), rows):
+        for rank, actions in enumerate(timeline):
+            boxes = [(start, end - start) for _, start, end in actions]
+            colours = [COLOURS[action.kind] for action, _, _ in actions]
             axes.broken_barh(boxes, (rank - 0.45, 0.9), facecolors=colours, edgecolor="white", linewidth=0.3)
-            if len(own) <= 60:
-                for action, start, end in own:
-                    axes.text(
-                        (start + end) / 2,
-                        rank,
-                        f"{action.group}.{action.chunk}",
-                        ha="center",
-                        va="center",
-                        fontsize=7,
-                    )
+            for action, start, end in actions if len(actions) <= 60 else ():
+                label = f"{action.group}.{action.chunk}"
+                axes.text((start + end) / 2, rank, label, ha="center", va="center", fontsize=7)
         makespan, bubbles, idle = shares(timeline)
         axes.set(xlim=(0, makespan), yticks=range(ranks), ylabel="rank")
         axes.invert_yaxis()
         bubble, idle = sum(bubbles) / len(bubbles), sum(idle) / len(idle)
-        axes.set_title(
-            f"{name}: makespan {makespan:,.6g}, bubble {bubble:.1%}, idle {idle:.1%}", loc="left", fontsize=10
-        )
+        title = f"{name}: makespan {makespan:,.6g}, bubble {bubble:.1%}, idle {idle:.1%}"
+        axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("time")
     patches = [Patch(color=colour, label=kind.name) for kind, colour in COLOURS.items()]
     figure.legend(handles=patches, loc="outside upper right", ncols=len(COLOURS))
@@ -163,12 +143,12 @@ def picture(timelines: dict[str, Sequence[Sequence[Timed]]]) -> Figure:
 
 
 def in_given_order(groups: list[Group]) -> list[Group]:
-    """Standalone chunks first, then the groups of several; each as their first sequences were given."""
+    """Standalone chunks first, then the groups of several; each in the order of their first sequences."""
 
-    def place(group: Group) -> tuple[bool, int]:
+    def key_of(group: Group) -> tuple[bool, int]:
         return len(group.chunks) > 1, min(segment.sequence for segment in group.chunks[0].segments)
 
-    return sorted(groups, key=place)
+    return sorted(groups, key=key_of)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -198,11 +178,8 @@ def _plain(number: float) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = _Parser(
-        "python -m chunkflow.planning.simulate",
-        description="Simulates a pipeline schedule.",
-        allow_abbrev=False,
-    )
+    program = "python -m chunkflow.planning.simulate"
+    parser = _Parser(program, description="Simulates a pipeline schedule.", allow_abbrev=False)
     parser.add_argument("--stages", type=_count, required=True, help="pipeline ranks")
     parser.add_argument("--virtual", type=_count, default=1, help="stages a rank (1); more: interleaved")
     parser.add_argument(
@@ -233,14 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     costs = equal_stages(forward, options.stages * options.virtual)
     make = state_aware_schedule if options.schedule == "state-aware" else paper_schedule
     simulation = simulate(make(costs, k, options.stages), costs, [group.tokens for group in groups])
+    names = ("bubble", "idle", "peak_kept_chunks", "peak_kv_tokens")
     result = {
         "chunks": sum(map(len, forward)),
         "makespan": _plain(simulation.makespan),
         "bound": _plain(lower_bound(costs, k, options.stages)),
-        "bubble": simulation.bubble,
-        "idle": simulation.idle,
-        "peak_kept_chunks": simulation.peak_kept_chunks,
-        "peak_kv_tokens": simulation.peak_kv_tokens,
+        **{name: getattr(simulation, name) for name in names},
     }
     try:
         if options.trace:
@@ -249,25 +224,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.picture:
             figure = picture({options.schedule: simulation.timeline})
             if options.picture.rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():
-                parser.error(
-                    f"--picture {options.picture} does not end in a format of pictures: take .png, .svg or"
-                    " .pdf"
-                )
+                trouble = f"--picture {options.picture} does not end in a format of pictures"
+                parser.error(f"{trouble}: take .png, .svg or .pdf")
             figure.savefig(options.picture, dpi=150)
     except OSError as error:
-        parser.error(
-            f"{error.filename} cannot be written ({error.strerror}): name a file in a folder that you may"
-            " write to"
-        )
+        trouble = f"{error.filename} cannot be written ({error.strerror})"
+        parser.error(f"{trouble}: name a file in a folder that you may write to")
     except ImportError:
         parser.error("--picture needs matplotlib, which is not installed: pip install 'chunkflow[pictures]'")
     if options.json:
         print(json.dumps(result))
         return
-    print(
-        f"{result['chunks']} chunks on {options.stages} ranks, {options.virtual} stage(s) each,"
-        f" {options.schedule}"
-    )
+    layout = f"{options.stages} ranks, {options.virtual} stage(s) each"
+    print(f"{result['chunks']} chunks on {layout}, {options.schedule}")
     print(f"makespan {result['makespan']:g} (lower bound {result['bound']:g})")
     print(f"bubble {simulation.bubble:.2%}, idle {simulation.idle:.2%}")
     print(f"peak kept chunks per rank: {', '.join(map(str, simulation.peak_kept_chunks))}")
