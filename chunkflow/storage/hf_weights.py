@@ -124,7 +124,8 @@ def _tensors(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
     for file in [folder / name for name in sorted(set(listed.values())) or ["model.safetensors"]]:
         try:
             with safetensors.safe_open(file, "pt") as content:
-                for name in content.keys():  # noqa: SIM118  it is no mapping
+                keys = content.keys()  # an open file is no mapping: it does not iterate
+                for name in keys:
                     part = content.get_slice(name)
                     found[name] = file, part.get_shape(), part.get_dtype()
         except OSError:

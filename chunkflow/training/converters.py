@@ -97,7 +97,10 @@ def convert_model(model: nn.Module, converters: list[str], float8: options.Float
     names = layers_to_convert(model, converters, float8)
     linear_layers = sum(isinstance(module, nn.Linear) for module in model.modules())
     how = ""
-    chosen = lambda module, name: name in names  # noqa: E731
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        return name in names
+
     if converter == "float8":
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
