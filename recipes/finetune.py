@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 def check(config) -> None:
     """What the config and the folders it names can tell. Raises ValueError before any process starts."""
     spec = build.check(config)
-    hf.check(config, spec.family, spec.args)
+    hf.check(config.checkpoint, config.model.hf_assets_path, spec.family, spec.args)
     manifest.check(config, spec.args)
 
 
@@ -86,7 +86,7 @@ def main() -> None:
         loader = build.open_loader(training, dataset, settings, replica, seed)
         validation = None
         if config.validation.enable and not fake:
-            validation = Validation(config, spec, settings, processes, seed)
+            validation = Validation(config.validation, training, spec, settings, processes, seed)
 
     # ---- Model. Built without memory, cut into stages and shards, then filled: from a checkpoint, from a
     # Hugging Face folder, or at random, which depends on each parameter's name and the seed alone, whatever

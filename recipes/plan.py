@@ -49,7 +49,7 @@ class Step(NamedTuple):
 def check(config) -> None:
     """The training recipe's checks, except those of this machine's devices."""
     spec = build.model_spec(config)
-    hf.check(config, spec.family, spec.args)
+    hf.check(config.checkpoint, config.model.hf_assets_path, spec.family, spec.args)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -542,10 +542,16 @@ def test_a_folder_without_weights_starts_random_unless_they_are_asked_for(copy, 
     config = read_config([f"--model.hf_assets_path={copy}", "--training.seq_len=100"])
     folder = hf.weights_folder(config.checkpoint, config.model.hf_assets_path)
     assert folder == "" and "parameters start random" in caplog.text
-    hf.check(config, *model_args(config.model, config.training.seq_len, 0))
+    hf.check(
+        config.checkpoint, config.model.hf_assets_path, *model_args(config.model, config.training.seq_len, 0)
+    )
     config.checkpoint.initial_load_in_hf = True
     with pytest.raises(ValueError, match="model.safetensors cannot be read: name a folder with"):
-        hf.check(config, *model_args(config.model, config.training.seq_len, 0))
+        hf.check(
+            config.checkpoint,
+            config.model.hf_assets_path,
+            *model_args(config.model, config.training.seq_len, 0),
+        )
 
 
 def test_weights_that_could_run_code_are_not_passed_over(copy):

@@ -198,7 +198,7 @@ def test_all_of_the_data_or_so_many_batches(tmp_path, steps, tokens):
             PlanSettings(Cost.of_model(model.args), chunk_size=16),
             SimpleNamespace(tokenizer=None, args=model.args),
         )
-        validation = Validation(config, spec, plan, processes, 0)
+        validation = Validation(config.validation, config.training, spec, plan, processes, 0)
     assert [step for step in range(1, 8) if validation.due(step)] == [3, 6, 7]
     try:
         parallel.apply_fsdp(model, processes.mesh, config.training, False)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
-import queue
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -130,40 +128,16 @@ class ChunkDataLoader:
 
     def __iter__(self) -> Iterator[StepData]:
         """Steps from the cursor on. A thread prepares the next one meanwhile; its errors are raised here."""
-        ready: queue.Queue = queue.Queue(maxsize=1)
-        stopped = threading.Event()
-
-        def work():
-            cursor = self.cursor
-            try:
-                while not stopped.is_set() and cursor < self.end:
-                    step = self.step_at(cursor)
-                    cursor = step.cursor
-                    ready.put(step)
-                ready.put(None)
-            except BaseException as error:  # handed to the step loop, which stops the run
-                ready.put(error)
-
-        worker = threading.Thread(target=work, name="chunk-dataloader", daemon=True)
-        worker.start()
-        try:
-            while True:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="chunk-dataloader") as worker:
+            upcoming = worker.submit(self.step_at, self.cursor) if self.cursor < self.end else None
+            while upcoming:
                 start = time.perf_counter()
-                step = ready.get()
+                step = upcoming.result()
                 self._waited += time.perf_counter() - start
-                if isinstance(step, BaseException):
-                    raise step
-                if step is None:
-                    return
+                upcoming = worker.submit(self.step_at, step.cursor) if step.cursor < self.end else None
                 self.cursor = step.cursor
                 self.ledger.add(step.ledger)
                 yield step
-        finally:
-            stopped.set()
-            while worker.is_alive():  # it must not be inside torch when the interpreter ends
-                with suppress(queue.Empty):
-                    ready.get_nowait()  # a worker that waits for room sees the event then
-                worker.join(0.01)
 
     @property
     def identity(self) -> dict[str, object]:

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from torch.hub import tqdm  # the real one where it is installed, else torch's small stand-in
 
 from chunkflow.settings import options
-from chunkflow.settings.config import Config
 from chunkflow.storage import files
 from chunkflow.training import parallel
 from models.hf_config import config_json, hf_name, read_json
@@ -63,11 +62,11 @@ def weights_folder(settings: options.Checkpoint, hf_assets_path: str) -> str:
     return ""
 
 
-def check(config: Config, family: ModuleType, args: Any) -> None:
+def check(settings: options.Checkpoint, hf_assets_path: str, family: ModuleType, args: Any) -> None:
     """ValueError if file names and headers show that a run cannot read its weights, or write its export."""
-    if folder := weights_folder(config.checkpoint, config.model.hf_assets_path):
+    if folder := weights_folder(settings, hf_assets_path):
         check_weights(folder, family, args)
-    if config.checkpoint.last_save_in_hf:
+    if settings.last_save_in_hf:
         _safetensors()
 
 

@@ -19,7 +19,7 @@ from chunkflow.execution.runner import Runner
 from chunkflow.execution.state import ChunkTensors
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.reporting.metrics import MetricsLogger
-from chunkflow.settings.options import Config
+from chunkflow.settings import options
 from chunkflow.training.build import ModelSpec, open_loader
 from chunkflow.training.parallel import Processes
 
@@ -63,18 +63,25 @@ class Validation:
     gradients and random generators are not touched. ValueError, one sentence, for data that cannot be used.
     """
 
-    def __init__(self, config: Config, spec: ModelSpec, plan: PlanSettings, processes: Processes, seed: int):
-        training, settings = config.training, config.validation
+    def __init__(
+        self,
+        settings: options.Validation,
+        training: options.Training,
+        spec: ModelSpec,
+        plan: PlanSettings,
+        processes: Processes,
+        seed: int,
+    ):
         self.settings, self.last_step, self.device = settings, training.steps, processes.device
         self.replica, self.pipeline_rank = processes.replica, processes.pipeline_rank
         source = settings.dataset, settings.dataset_path, spec.tokenizer
         # Another seed than training's gives other synthetic sequences, of the same distribution.
-        options = {"vocab_size": spec.args.vocab_size, "seed": seed + 1, "section": "validation"}
-        dataset = open_dataset(*source, **options)
+        arguments = {"vocab_size": spec.args.vocab_size, "seed": seed + 1, "section": "validation"}
+        dataset = open_dataset(*source, **arguments)
         plan = plan._replace(forward_only=True)
         make_plan = functools.cache(lambda *lengths: plan_step(list(lengths), plan, [self.replica]))
-        options = {"shuffle": False, "once": True, "make_plan": lambda lengths: make_plan(*lengths)}
-        self.loader = open_loader(training, dataset, plan, self.replica, seed, **options)
+        arguments = {"shuffle": False, "once": True, "make_plan": lambda lengths: make_plan(*lengths)}
+        self.loader = open_loader(training, dataset, plan, self.replica, seed, **arguments)
         logger.info(
             f"Validation data: {len(dataset):,} sequences of {settings.dataset}, {sum(dataset.lengths):,}"
             f" tokens, the longest has {max(dataset.lengths):,}"
