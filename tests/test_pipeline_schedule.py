@@ -171,6 +171,9 @@ def test_a_dropped_entry_is_caught(plan):
             del mutated[rank][index]
             with pytest.raises(ValueError, match="of group"):
                 check_schedule(mutated, *rest)
+    assert program[0][-1].kind is Kind.BACKWARD
+    with pytest.raises(ValueError, match="BACKWARD of group .* is missing"):
+        check_schedule([program[0][:-1], *program[1:]], *rest)
 
 
 def test_a_doubled_entry_is_caught(plan):

@@ -159,7 +159,8 @@ def _check_rank(
             require(chunk == expected, f"comes before that of chunk {expected}")
             require(stage == 0 or (False, group, chunk, stage - 1) in results, "finds no input")
             forwards[on_stage] += 1
-            evaluated[on_stage] += entry.kind is Kind.EVALUATE
+            if entry.kind is Kind.EVALUATE:
+                evaluated[on_stage] += 1
             live[stage] += entry.kind is Kind.FORWARD
         limit = live_limit(k, stages, stage)
         require(live[stage] <= limit, f"makes {live[stage]} chunks hold activations; at most {limit} may")
