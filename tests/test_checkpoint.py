@@ -22,6 +22,7 @@ from tests.helpers.processes import (
     environment,
     patched_recipe,
     rows_of,
+    small_model,
     start,
     untimed,
     wait_for_rows,
@@ -86,6 +87,7 @@ def test_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
     processes, options = LAYOUTS[layout]
     log, environ = tmp_path / "log", environment(tmp_path)
     settings = [
+        small_model(tmp_path / "model"),
         "--training.dataset=jsonl", f"--training.dataset_path={data}", "--training.global_batch_size=3", f"--training.steps={steps}",
         "--lr_scheduler.warmup_steps=2", "--chunkflow.chunk_size=32", "--metrics.log_freq=1", "--checkpoint.enable",
         "--checkpoint.interval=100", *options,
@@ -660,15 +662,9 @@ def test_a_file_that_changes_during_training_is_noticed(place):
 
 def test_a_thousand_steps_do_not_grow(tmp_path):
     """Memory, file descriptors and threads stay as they are; the token ledger balances to the token."""
-    model = {
-        "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1,
-        "num_key_value_heads": 1, "vocab_size": 2048, "max_position_embeddings": 2048,
-    }  # fmt: skip
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(model))
     data = write_rows(tmp_path / "rows.jsonl", [9, 40, 3, 17, 1, 5, 28, 60])
     options = [
-        f"--job.dump_folder={tmp_path / 'run'}", f"--model.hf_assets_path={tmp_path / 'model'}", "--training.dataset=jsonl",
+        f"--job.dump_folder={tmp_path / 'run'}", small_model(tmp_path / "model"), "--training.dataset=jsonl",
         f"--training.dataset_path={data}", "--training.seq_len=30", "--training.overlong=truncate", "--training.steps=1000",
         "--training.global_batch_size=3", "--chunkflow.chunk_size=24", "--metrics.log_freq=50", "--checkpoint.enable",
         "--checkpoint.interval=100", "--checkpoint.keep_latest_k=2", "--checkpoint.async_mode=async",

@@ -8,7 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from tests.helpers.processes import RECIPE, environment, rows_of, start, untimed, write_rows
+from tests.helpers.processes import RECIPE, environment, rows_of, small_model, start, untimed, write_rows
 
 LAYOUTS = {
     "one process": (1, []),
@@ -33,12 +33,14 @@ class KillLoop:
         self.place, self.steps, self.random = place, steps, random.Random(seed)
         self.environ = environment(place)
         self.data = write_rows(place / "rows.jsonl", [100, 20, 64, 5, 70, 31, 7, 12, 1, 48])
+        self.model = small_model(place / "model")
         self.kills = self.in_saves = 0
 
     def start(self, name: str, folder: Path, mode: str):
         processes, options = LAYOUTS[name]
         settings = [
             f"--job.dump_folder={folder}",
+            self.model,
             "--training.dataset=jsonl",
             f"--training.dataset_path={self.data}",
             "--training.global_batch_size=3",
