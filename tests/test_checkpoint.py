@@ -38,9 +38,13 @@ def place(tmp_path):
 
     class Place:
         path, data = tmp_path, write_rows(tmp_path / "rows.jsonl", LENGTHS)
+        small = small_model(tmp_path / "model")
 
         def options(self, name, *options):
+            others = "--model.name", "--model.flavor", "--model.hf_assets_path", "--model.converters"
+            model = [] if any(option.startswith(others) for option in options) else [self.small]
             return [
+                *model,
                 f"--job.dump_folder={tmp_path / name}", "--training.dataset=jsonl", f"--training.dataset_path={self.data}",
                 "--training.global_batch_size=3", "--training.steps=6", "--lr_scheduler.warmup_steps=2", "--chunkflow.chunk_size=32",
                 "--metrics.log_freq=1", "--metrics.no_enable_tensorboard", "--checkpoint.enable", "--checkpoint.interval=2", *options,
@@ -265,7 +269,7 @@ def test_what_is_kept_and_what_is_loaded(place):
     said = place.run("changed", load, "--training.steps=1", "--debug.seed=5", "--model.rope_theta=1e6")
     assert "Loading the checkpoint from" in said, "extending a context is no other model"
     place.run("other", load, "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_model_only")
-    assert rows_of(place.path / "other")[0]["loss"] < first["loss"] - 0.3
+    assert rows_of(place.path / "other")[0]["loss"] < first["loss"] - 0.05
     assert "Training is complete" in place.run(
         "other", load, "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_model_only"
     )
@@ -517,12 +521,12 @@ def test_two_runs_never_write_one_folder(place):
 
 
 def limited(when: str) -> str:
-    """Files may not grow beyond 1 MiB, as on a full disk, in steps of which `when` is true."""
+    """Files may not grow beyond 256 KiB, as on a full disk, in steps of which `when` is true."""
     # a save in the background is wholly before this, or after
     return f"""
 checkpoints.saving and checkpoints.saving.exception()
 _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20 if {when} else most, most))"""
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18 if {when} else most, most))"""
 
 
 @pytest.mark.parametrize("mode, processes", [("disabled", 1), ("async", 2)])
@@ -664,7 +668,7 @@ def test_a_thousand_steps_do_not_grow(tmp_path):
     """Memory, file descriptors and threads stay as they are; the token ledger balances to the token."""
     data = write_rows(tmp_path / "rows.jsonl", [9, 40, 3, 17, 1, 5, 28, 60])
     options = [
-        f"--job.dump_folder={tmp_path / 'run'}", small_model(tmp_path / "model"), "--training.dataset=jsonl",
+        f"--job.dump_folder={tmp_path / 'run'}", small_model(tmp_path / "model", layers=1), "--training.dataset=jsonl",
         f"--training.dataset_path={data}", "--training.seq_len=30", "--training.overlong=truncate", "--training.steps=1000",
         "--training.global_batch_size=3", "--chunkflow.chunk_size=24", "--metrics.log_freq=50", "--checkpoint.enable",
         "--checkpoint.interval=100", "--checkpoint.keep_latest_k=2", "--checkpoint.async_mode=async",
