@@ -44,10 +44,10 @@ def place(tmp_path):
             others = "--model.name", "--model.flavor", "--model.hf_assets_path", "--model.converters"
             model = [] if any(option.startswith(others) for option in options) else [self.small]
             return [
-                *model,
-                f"--job.dump_folder={tmp_path / name}", "--training.dataset=jsonl", f"--training.dataset_path={self.data}",
+                *model, f"--job.dump_folder={tmp_path / name}", "--training.dataset=jsonl", f"--training.dataset_path={self.data}",
                 "--training.global_batch_size=3", "--training.steps=6", "--lr_scheduler.warmup_steps=2", "--chunkflow.chunk_size=32",
-                "--metrics.log_freq=1", "--metrics.no_enable_tensorboard", "--checkpoint.enable", "--checkpoint.interval=2", *options,
+                "--optimizer.lr=3e-3", "--metrics.log_freq=1", "--metrics.no_enable_tensorboard", "--checkpoint.enable",
+                "--checkpoint.interval=2", *options,
             ]  # fmt: skip
 
         def start(self, name, *options, recipe=RECIPE, processes=1, **environ):
@@ -80,8 +80,8 @@ def place(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
-    """Five of one process, three elsewhere. Stopped by SIGTERM or SIGUSR1, to run_train.sh in its second life and to one of the processes in the
+def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
+    """Stopped by SIGTERM or SIGUSR1, to run_train.sh in its second life and to one of the processes in the
     others. On two ranks TensorBoard's curves, too."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -115,7 +115,7 @@ def test_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
             end_processes(str(resumed))
 
     assert set(forked(tmp_path / "undisturbed").wait(120)) == {0}, log.read_text()[-3000:]
-    for turn in range(5 if processes == 1 else 3):  # each start trains a step at least
+    for turn in range(5):  # each start trains a step at least
         rows = len(rows_of(resumed)) + 1 if turn else 1
         if turn == 1:
             assert stop_scripted(rows) == 75, log.read_text()[-3000:]
@@ -139,13 +139,13 @@ def test_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
     assert [event.value for event in curve] == pytest.approx([row["loss"] for row in got[0]])
 
 
-def test_a_dozen_kills_come_to_the_undisturbed_run(tmp_path):
+def test_twenty_kills_come_to_the_undisturbed_run(tmp_path):
     """SIGKILL for all processes at random moments, saves included; the rest of 200 is
     benchmarks/kill_loop.py's."""
     loop = KillLoop(tmp_path, 9)
     for layout in LAYOUTS:
-        loop.run(layout, kills=3)
-    assert loop.kills == 12 and loop.in_saves >= 1
+        loop.run(layout, kills=5)
+    assert loop.kills == 20 and loop.in_saves >= 2
 
 
 def test_another_layout_goes_on_with_the_next_sample(place):
@@ -269,7 +269,7 @@ def test_what_is_kept_and_what_is_loaded(place):
     said = place.run("changed", load, "--training.steps=1", "--debug.seed=5", "--model.rope_theta=1e6")
     assert "Loading the checkpoint from" in said, "extending a context is no other model"
     place.run("other", load, "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_model_only")
-    assert rows_of(place.path / "other")[0]["loss"] < first["loss"] - 0.05
+    assert rows_of(place.path / "other")[0]["loss"] < first["loss"] - 0.3
     assert "Training is complete" in place.run(
         "other", load, "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_model_only"
     )
@@ -664,19 +664,19 @@ def test_a_file_that_changes_during_training_is_noticed(place):
 # ---- a long run
 
 
-def test_a_thousand_steps_do_not_grow(tmp_path):
+def test_two_thousand_steps_do_not_grow(tmp_path):
     """Memory, file descriptors and threads stay as they are; the token ledger balances to the token."""
     data = write_rows(tmp_path / "rows.jsonl", [9, 40, 3, 17, 1, 5, 28, 60])
     options = [
         f"--job.dump_folder={tmp_path / 'run'}", small_model(tmp_path / "model", layers=1), "--training.dataset=jsonl",
-        f"--training.dataset_path={data}", "--training.seq_len=30", "--training.overlong=truncate", "--training.steps=1000",
+        f"--training.dataset_path={data}", "--training.seq_len=30", "--training.overlong=truncate", "--training.steps=2000",
         "--training.global_batch_size=3", "--chunkflow.chunk_size=24", "--metrics.log_freq=50", "--checkpoint.enable",
         "--checkpoint.interval=100", "--checkpoint.keep_latest_k=2", "--checkpoint.async_mode=async",
     ]  # fmt: skip
     job = start(RECIPE, options, environment(tmp_path), tmp_path / "log")
     (process,) = (Path(f"/proc/{pid}") for pid in job.pids)
     figures = {}
-    for rows in (6, 11, 16, 20):  # of 50 steps each
+    for rows in (11, 21, 31, 40):  # of 50 steps each
         deadline = time.monotonic() + 180
         while not (tmp_path / "run/metrics.jsonl").exists() or len(rows_of(tmp_path / "run")) < rows:
             assert time.monotonic() < deadline and job.poll() is None, (tmp_path / "log").read_text()[-2000:]
@@ -685,9 +685,9 @@ def test_a_thousand_steps_do_not_grow(tmp_path):
         memory, threads = int(status["VmRSS"].split()[0]) / 1024, int(status["Threads"])
         figures[rows] = memory, len(list((process / "fd").iterdir())), threads
     assert job.wait(60) == [0], (tmp_path / "log").read_text()[-2000:]
-    assert figures[20][0] < figures[6][0] + 16, f"MiB, descriptors, threads: {figures}"
-    assert figures[20][1] <= figures[6][1] + 2 and figures[20][2] <= figures[6][2] + 2, figures
-    ledger = json.loads((tmp_path / "run/checkpoint/step-1000/manifest.json").read_text())["ledger"]
+    assert figures[40][0] < figures[11][0] + 16, f"MiB, descriptors, threads: {figures}"
+    assert figures[40][1] <= figures[11][1] + 2 and figures[40][2] <= figures[11][2] + 2, figures
+    ledger = json.loads((tmp_path / "run/checkpoint/step-2000/manifest.json").read_text())["ledger"]
     assert ledger["read"] == ledger["trained"] + ledger["masked"] + ledger["truncated"] + ledger["dropped"]
-    passes, rest = divmod(3 * 1000, 8)
+    passes, rest = divmod(3 * 2000, 8)
     assert rest == 0 and ledger["read"] == passes * 163 and ledger["truncated"] == passes * (10 + 30)
