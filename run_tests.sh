@@ -5,4 +5,5 @@ set -e
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$REPO/.ci/environment.sh" test
 cd "$REPO"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests run side by side
 exec "$PYTHON" -m pytest "$@"

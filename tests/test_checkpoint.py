@@ -22,7 +22,7 @@ from tests.helpers.processes import (
     environment,
     patched_recipe,
     rows_of,
-    small_model,
+    small_assets,
     start,
     untimed,
     wait_for_rows,
@@ -38,7 +38,7 @@ def place(tmp_path):
 
     class Place:
         path, data = tmp_path, write_rows(tmp_path / "rows.jsonl", LENGTHS)
-        small = small_model(tmp_path / "model")
+        small = small_assets(tmp_path / "model")
 
         def options(self, name, *options):
             others = "--model.name", "--model.flavor", "--model.hf_assets_path", "--model.converters"
@@ -91,7 +91,7 @@ def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
     processes, options = LAYOUTS[layout]
     log, environ = tmp_path / "log", environment(tmp_path)
     settings = [
-        small_model(tmp_path / "model"),
+        small_assets(tmp_path / "model"),
         "--training.dataset=jsonl", f"--training.dataset_path={data}", "--training.global_batch_size=3", f"--training.steps={steps}",
         "--lr_scheduler.warmup_steps=2", "--chunkflow.chunk_size=32", "--metrics.log_freq=1", "--checkpoint.enable",
         "--checkpoint.interval=100", *options,
@@ -151,7 +151,8 @@ def test_twenty_kills_come_to_the_undisturbed_run(tmp_path):
 def test_another_layout_goes_on_with_the_next_sample(place):
     """In fp64: from two ranks to one process, to stages, to other chunks; tied embeddings, which two stages
     hold."""
-    options = ["--training.dtype=float64", "--model.name=qwen3"]
+    tied = small_assets(place.path / "tied", model_type="qwen3", tie_word_embeddings=True)
+    options = ["--training.dtype=float64", tied]
     place.run("reference", *options)
     place.run(
         "two",
@@ -668,7 +669,7 @@ def test_two_thousand_steps_do_not_grow(tmp_path):
     """Memory, file descriptors and threads stay as they are; the token ledger balances to the token."""
     data = write_rows(tmp_path / "rows.jsonl", [9, 40, 3, 17, 1, 5, 28, 60])
     options = [
-        f"--job.dump_folder={tmp_path / 'run'}", small_model(tmp_path / "model", layers=1), "--training.dataset=jsonl",
+        f"--job.dump_folder={tmp_path / 'run'}", small_assets(tmp_path / "model", num_hidden_layers=1), "--training.dataset=jsonl",
         f"--training.dataset_path={data}", "--training.seq_len=30", "--training.overlong=truncate", "--training.steps=2000",
         "--training.global_batch_size=3", "--chunkflow.chunk_size=24", "--metrics.log_freq=50", "--checkpoint.enable",
         "--checkpoint.interval=100", "--checkpoint.keep_latest_k=2", "--checkpoint.async_mode=async",

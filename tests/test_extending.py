@@ -1,5 +1,6 @@
-"""What docs/extending.md says about new families: one file and one line, and chunks stay exact."""
+"""What docs/extending.md says: a new family, another loss, another dataset; chunks stay exact."""
 
+import ast
 import dataclasses
 import importlib.util
 import json
@@ -70,10 +71,25 @@ def test_a_new_family_trains_in_chunks_as_in_whole_sequences(toy, k):
             optimizer.step()
 
 
-def edited_recipe(folder, name, lines) -> dict[str, str]:
-    """The environment of a recipe that runs `lines` and is finetune.py from then on."""
+def edited_recipe(folder, name, lines, changes=None) -> dict[str, str]:
+    """The environment of a copy of finetune.py, as a user edits it: `lines` stand before its functions, and each
+    name or attribute in `changes` is another name."""
+    changes, changed = changes or {}, set()
+
+    class Edit(ast.NodeTransformer):
+        def generic_visit(self, node):
+            text = ast.unparse(node) if isinstance(node, (ast.Name, ast.Attribute)) else ""
+            if text not in changes:
+                return super().generic_visit(node)
+            changed.add(text)
+            return ast.Name(changes[text], ast.Load())
+
+    tree = Edit().visit(ast.parse(RECIPE.read_text()))
+    assert changed == set(changes)
+    first = next(index for index, node in enumerate(tree.body) if isinstance(node, ast.FunctionDef))
+    tree.body[first:first] = ast.parse(lines).body
     recipe = folder / f"{name}.py"
-    recipe.write_text(f'{lines}\nimport runpy\n\nrunpy.run_path({str(RECIPE)!r}, run_name="__main__")\n')
+    recipe.write_text(ast.unparse(ast.fix_missing_locations(tree)))
     return {"TRAIN_FILE": str(recipe), "PYTHONPATH": f"{REPO}:{folder}"}
 
 
@@ -93,21 +109,17 @@ def test_a_recipe_trains_a_new_family(tmp_path, toy):
 
 LOSS = """
 import torch.nn.functional as F
-from chunkflow.execution import loss
 
 
 def z_loss_sum(hidden_TC, weight_VC, chunk):
     logits_TV = hidden_TC @ weight_VC.t()
     loss = F.cross_entropy(logits_TV, chunk.labels, reduction="sum", ignore_index=-100)
     return loss + 1e-2 * logits_TV.logsumexp(-1)[chunk.labels != -100].square().sum()
-
-
-loss.loss_sum = z_loss_sum
 """
 
 
 def test_a_recipe_with_another_loss_is_exact_in_chunks(tmp_path):
-    environ = edited_recipe(tmp_path, "z_loss_recipe", LOSS)
+    environ = edited_recipe(tmp_path, "z_loss_recipe", LOSS, {"loss_sum": "z_loss_sum"})
     data = write_rows(tmp_path / "rows.jsonl", [300, 20, 64, 5, 130, 31, 7, 90, 12])
     options = ["--training.dtype=float64", "--training.steps=2"]
     plain = train(tmp_path, "plain", data, *options)
@@ -122,14 +134,10 @@ def test_a_recipe_with_another_loss_is_exact_in_chunks(tmp_path):
 
 
 DATASET = """
-import torch
-from chunkflow.training import build
-
-
 class Counting:
     identity = {"training.dataset": "counting"}
 
-    def __init__(self):
+    def __init__(self, *_):
         self.lengths = [300, 20, 64, 5, 130, 31, 7, 90, 12]
 
     def __len__(self):
@@ -147,14 +155,11 @@ class Counting:
 
     def changed_file(self):
         return ""
-
-
-build.open_data = lambda *_: Counting()
 """
 
 
 def test_a_recipe_with_another_dataset_trains_and_resumes(tmp_path):
-    environ = edited_recipe(tmp_path, "counting_recipe", DATASET)
+    environ = edited_recipe(tmp_path, "counting_recipe", DATASET, {"build.open_data": "Counting"})
     unread = write_rows(tmp_path / "rows.jsonl", [3])
     save = ["--checkpoint.enable", "--checkpoint.interval=2"]
     undisturbed = train(tmp_path, "undisturbed", unread, "--training.steps=4", *save, **environ)

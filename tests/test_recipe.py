@@ -17,7 +17,7 @@ from tests.helpers.processes import (
     patched_recipe,
     processes_of,
     run,
-    small_model,
+    small_assets,
     train,
     write_rows,
 )
@@ -56,7 +56,7 @@ def test_chunks_have_the_curve_of_whole_sequences(tmp_path, data, reference):
 def test_fp32_for_twenty_steps(tmp_path, data):
     """As close to fp64 in chunks as whole: rounding grows from step to step, on each machine in its way."""
     options = ["--training.steps=20", "--lr_scheduler.warmup_steps=20", "--metrics.no_enable_tensorboard"]
-    options.append(small_model(tmp_path / "model"))
+    options.append(small_assets(tmp_path / "model"))
     fp32 = [*options, "--training.mixed_precision_param=float32"]
     chunked = train(tmp_path, "chunks", data, *fp32)
     whole = train(tmp_path, "whole", data, *fp32, "--chunkflow.no_enable")

@@ -145,15 +145,3 @@ def test_reliability_names_tests_that_exist():
             assert (
                 (REPO / name).exists() if "/" in name else any(name in function for function in functions)
             ), name
-
-
-@pytest.mark.parametrize("benchmark", sorted(path.name for path in (REPO / "benchmarks").glob("*.py")))
-def test_benchmarks_start(benchmark):
-    done = subprocess.run(
-        [sys.executable, f"benchmarks/{benchmark}", "--help"],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr

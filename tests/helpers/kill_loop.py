@@ -8,7 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from tests.helpers.processes import RECIPE, environment, rows_of, small_model, start, untimed, write_rows
+from tests.helpers.processes import RECIPE, environment, rows_of, small_assets, start, untimed, write_rows
 
 LAYOUTS = {
     "one process": (1, []),
@@ -33,7 +33,7 @@ class KillLoop:
         self.place, self.steps, self.random = place, steps, random.Random(seed)
         self.environ = environment(place)
         self.data = write_rows(place / "rows.jsonl", [100, 20, 64, 5, 70, 31, 7, 12, 1, 48])
-        self.model = small_model(place / "model")
+        self.model = small_assets(place / "model")
         self.kills = self.in_saves = 0
 
     def start(self, name: str, folder: Path, mode: str):

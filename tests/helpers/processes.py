@@ -262,11 +262,12 @@ def write_rows(path: Path, lengths: list[int], seed: int = 0, masked: float = 0.
     return path
 
 
-def small_model(folder: Path, layers: int = 2) -> str:
-    """The option for a model of some thousand parameters: for runs of many steps, saves or starts."""
+def small_assets(folder: Path, **changes) -> str:
+    """The option for a model of some thousand parameters: for runs of many steps, saves or starts. `changes`: of
+    its config.json."""
     sizes = {
-        "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "vocab_size": 2048, "max_position_embeddings": 8192,
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 2048, "max_position_embeddings": 8192, **changes,
     }  # fmt: skip
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(sizes))
