@@ -37,12 +37,18 @@ def store_keys_values(k_TGD: torch.Tensor, v_TGD: torch.Tensor, chunk: ChunkTens
     chunk.state.write(layer, chunk.prefix, k_TGD, v_TGD)
 
 
+def _kernels(q_THD: torch.Tensor):
+    """Forward and backward for the tensor's device. Tests replace this to run CUDA's on the CPU."""
+    return (_forward_cuda, _backward_cuda) if q_THD.is_cuda else (_forward_cpu, _backward_cpu)
+
+
 class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
         if chunk.state is not None:
             chunk.state.write(layer, chunk.prefix, k_TGD, v_TGD)
-        out_THD, extra = (_forward_cuda if q_THD.is_cuda else _forward_cpu)(q_THD, k_TGD, v_TGD, chunk, layer)
+        forward, _ = _kernels(q_THD)
+        out_THD, extra = forward(q_THD, k_TGD, v_TGD, chunk, layer)
         ctx.chunk, ctx.layer = chunk, layer
         # With a state, keys and values are in its buffer already: saving them too would hold them twice.
         # Views of that buffer must not be saved, since later chunks write into it.
@@ -58,7 +64,7 @@ class _ChunkAttention(torch.autograd.Function):
         extra, keys_values = rest[: ctx.extras], rest[ctx.extras :]
         if state is not None:
             keys_values = state.read(layer, chunk.prefix, chunk.prefix + q_THD.size(0))
-        backward = _backward_cuda if q_THD.is_cuda else _backward_cpu
+        _, backward = _kernels(q_THD)
         dq, dk, dv, dk_prefix, dv_prefix = backward(
             dout_THD, q_THD, *keys_values, out_THD, extra, chunk, layer
         )
