@@ -141,9 +141,8 @@ def _varlen_limits(chunk: ChunkTensors):
 
 def _forward_cuda(q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
     keys, values = _group_keys_values(k_TGD, v_TGD, chunk, layer)
-    grouped = q_THD.size(1) != keys.size(1)
     out, lse, random_state = torch.ops.torch_attn._varlen_attn(
-        q_THD, keys, values, *_varlen_limits(chunk), window_size=[-1, 0], enable_gqa=grouped
+        q_THD, keys, values, *_varlen_limits(chunk), window_size=[-1, 0]
     )
     return out, (lse, random_state)
 
