@@ -70,8 +70,9 @@ class _ChunkAttention(torch.autograd.Function):
         )
         if state is not None:
             later = state.exchange_gradients(layer, chunk.index, dk_prefix, dv_prefix)
-            if later is not None:
-                dk, dv = (later[0] + dk).to(dk.dtype), (later[1] + dv).to(dv.dtype)
+            if later is not None:  # summed in the wider dtype, rounded once, in one kernel each
+                dk.add_(later[0])
+                dv.add_(later[1])
         return dq, dk, dv, None, None
 
 
