@@ -136,23 +136,31 @@ def _group_keys_values(k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
 
 
 def _varlen_limits(chunk: ChunkTensors):
+    """Ends of queries and of keys, the most of each in a segment, whether causal; and the window."""
     longest_key = max(chunk.prefix + chunk.lengths[0], *chunk.lengths)
-    return chunk.query_ends, chunk.key_ends, max(chunk.lengths), longest_key, True
+    longest_query = max(chunk.lengths)
+    # One query a segment, as in decoding, is its last token and sees all keys without a mask. FlashAttention
+    # spreads the keys of such a query over the GPU (split-K), but only if it is given no window.
+    causal = longest_query > 1
+    limits = chunk.query_ends, chunk.key_ends, longest_query, longest_key, causal
+    return limits, [-1, 0 if causal else -1]
 
 
 def _forward_cuda(q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
     keys, values = _group_keys_values(k_TGD, v_TGD, chunk, layer)
+    limits, window = _varlen_limits(chunk)
     out, lse, random_state = torch.ops.torch_attn._varlen_attn(
-        q_THD, keys, values, *_varlen_limits(chunk), window_size=[-1, 0]
+        q_THD, keys, values, *limits, window_size=window
     )
     return out, (lse, random_state)
 
 
 def _backward_cuda(dout_THD, q_THD, k_TGD, v_TGD, out_THD, extra, chunk: ChunkTensors, layer: int):
     keys, values = _group_keys_values(k_TGD, v_TGD, chunk, layer)
+    limits, window = _varlen_limits(chunk)
     lse, random_state = extra
     dq, dk, dv = torch.ops.torch_attn._varlen_attn_backward(
-        dout_THD, q_THD, keys, values, out_THD, lse, *_varlen_limits(chunk), random_state, window_size=[-1, 0]
+        dout_THD, q_THD, keys, values, out_THD, lse, *limits, random_state, window_size=window
     )
     prefix = chunk.prefix
     return dq, dk[prefix:], dv[prefix:], dk[:prefix], dv[:prefix]
