@@ -4,19 +4,23 @@ FlashAttention-2's contract. Losses, gradients and logits equal those of whole s
 import argparse
 import random
 import runpy
+import subprocess
 import sys
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import current_flash_attention_impl
 
 from chunkflow.planning.chunks import build_groups, whole_sequences
 from chunkflow.planning.schedule import DUMMY, Action, Kind, forward_only, linear_schedule
+from chunkflow.settings.config import load_config
+from chunkflow.training import build
 from models import families
-from tests.helpers.cuda_kernels import cuda_attention_on_cpu
+from tests.helpers.cuda_kernels import cuda_attention_on_cpu, flash_attention_3_on_cpu
 from tests.helpers.layouts import SMALL, small_model
-from tests.helpers.processes import REPO
+from tests.helpers.processes import REPO, environment
 from tests.helpers.reference import (
     assert_same_gradients,
     chunk_tensors,
@@ -141,3 +145,65 @@ def test_generation_gives_the_logits_of_the_whole_sequence(calls, family):
     assert all(call.causal and not call.splits_keys for call in calls if call not in decoding)
     # Of the prompt the last layer of a chunk that nobody reads from has no attention.
     assert len(calls) - len(decoding) == 6 * (layers - 1) + layers
+
+
+# ----------------------------------------------------------------------------------------- FlashAttention-3
+
+
+def config_of(*argv):
+    return load_config(["--model.attention=fa3", *argv])
+
+
+def test_flash_attention_3_gives_the_same_gradients():
+    """In bf16, the only dtype of both that training uses; the kernels below are the same, so bit for bit."""
+    lengths = [45, 7, 1, 20]
+    sequences, groups = random_sequences(lengths, 96, 0), build_groups(lengths, 16)
+    gradients, kernels = [], []
+    for flash_attention in (cuda_attention_on_cpu, flash_attention_3_on_cpu):
+        with flash_attention() as calls:
+            if flash_attention is flash_attention_3_on_cpu:
+                assert current_flash_attention_impl() is None
+                build.activate_attention(config_of())
+                assert current_flash_attention_impl() == "FA3"
+            _, got, _ = chunked_gradients(small_model("qwen2", torch.bfloat16), sequences, groups, 1)
+        gradients.append(got)
+        # Only FlashAttention-2 can tell a test whether it splits keys.
+        kernels.append([call._replace(splits_keys=False) for call in calls])
+    assert kernels[0] == kernels[1] and current_flash_attention_impl() is None
+    assert all(torch.equal(*pair) for pair in zip(*(got.values() for got in gradients)))
+
+
+@pytest.mark.parametrize(
+    "capability, words",
+    [
+        (None, 'needs a Hopper GPU (compute capability 9.0), but this runs on the CPU: set "default"'),
+        ((8, 0), 'needs a Hopper GPU (compute capability 9.0), but a GPU has 8.0: set "default"'),
+        ((9, 0), "needs the module flash_attn_interface, which cannot be imported"),
+    ],
+)
+def test_where_flash_attention_3_cannot_run(monkeypatch, capability, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)  # not importable
+    for refuses in (build.check, build.activate_attention):
+        with pytest.raises(ValueError) as error:
+            refuses(config_of("--training.mixed_precision_param=bfloat16"))
+        assert str(error.value).startswith(f'model.attention = "fa3" {words}')
+        assert "\n" not in str(error.value) and 'set "default"' in str(error.value)
+    fake = config_of("--comm.mode=fake_backend")
+    build.check(fake)  # a layout for other machines
+    build.activate_attention(fake)
+    assert current_flash_attention_impl() is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this GPU may have it")
+@pytest.mark.parametrize("recipe", ["finetune.py", "generate.py"])
+def test_recipes_refuse_it_on_the_cpu(tmp_path, recipe):
+    options = ["--model.attention=fa3", f"--job.dump_folder={tmp_path / 'run'}"]
+    options += ["--prompt=a"] if recipe == "generate.py" else []
+    command = [sys.executable, str(REPO / "recipes" / recipe), *options]
+    env = environment(tmp_path)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert done.stderr.startswith('error: model.attention = "fa3" needs') and done.stderr.count("\n") == 1

@@ -18,6 +18,11 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def activate_flash_attention_3() -> None:
+    """On CUDA, attention of this process uses the kernels of the module flash_attn_interface from now on."""
+    torch.nn.attention.activate_flash_attention_impl("FA3")
+
+
 @torch.compiler.disable  # reads and writes the state, which a compiled graph must not
 def chunk_attention(
     q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, chunk: ChunkTensors, layer: int

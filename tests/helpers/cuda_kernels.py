@@ -3,18 +3,22 @@
 `torch.ops.torch_attn._varlen_attn` and its backward run as they are; below them
 `aten::_flash_attention_forward` and `_backward`, which have no CPU kernel, get one that asserts what
 FlashAttention-2 demands of its arguments (csrc/flash_attn/flash_api.cpp, mha_varlen_fwd and mha_varlen_bwd).
+Or the same stand in for FlashAttention-3's, below what torch registers in their place.
 
 Shape suffixes: T queries, P keys, S queries of a segment, H query heads, G key/value heads, D head dimension.
 """
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 from unittest import mock
 
 import torch
+from torch.nn.attention import _fa3, restore_flash_attention_impl
 
 from chunkflow.execution import attention
 
@@ -87,16 +91,101 @@ def cuda_attention_on_cpu() -> Iterator[list[Call]]:
         results = dout_THD, q_THD, k_PGD, v_PGD, out_THD, lse_HT
         return naive_backward(*results, query_ends, key_ends, is_causal, scale)
 
-    def cuda_kernels(q_THD):
-        return attention._forward_cuda, attention._backward_cuda
-
-    with (
-        torch.library._scoped_library("aten", "IMPL") as library,
-        mock.patch.object(attention, "_kernels", cuda_kernels),
-    ):
+    with torch.library._scoped_library("aten", "IMPL") as library, _cuda_branch():
         library.impl("_flash_attention_forward", forward, "CPU")
         library.impl("_flash_attention_backward", backward, "CPU")
         yield calls
+
+
+def _cuda_branch():
+    kernels = attention._forward_cuda, attention._backward_cuda
+    return mock.patch.object(attention, "_kernels", lambda q_THD: kernels)
+
+
+@contextmanager
+def flash_attention_3_on_cpu() -> Iterator[list[Call]]:
+    """The same on a machine that seems to have a Hopper GPU and FlashAttention-3, which a test has to
+    activate: what torch then registers for CUDA is registered for the CPU."""
+    calls: list[Call] = []
+
+    def forward(*arguments):
+        a = _by_name(torch.ops.flash_attn_3.fwd, arguments)
+        limits = a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k, a.is_causal
+        limits += a.window_size_left, a.window_size_right
+        unused = a.k_new, a.v_new, a.q_v, a.out, a.cu_seqlens_k_new, a.seqused_q, a.seqused_k, a.page_table
+        assert not any(tensor is not None for tensor in unused) and a.attention_chunk == a.softcap == 0
+        calls.append(checked_call(False, a.q, a.k, a.v, *limits))
+        inputs = a.q, a.k, a.v, a.cu_seqlens_q, a.cu_seqlens_k
+        return *naive_forward(*inputs, a.is_causal, a.softmax_scale), torch.empty(0), torch.empty(0)
+
+    def backward(*arguments):
+        a = _by_name(torch.ops.flash_attn_3.bwd, arguments)
+        limits = a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k, a.is_causal
+        limits += a.window_size_left, a.window_size_right
+        assert a.seqused_q is a.seqused_k is None and a.softcap == 0
+        calls.append(checked_call(True, a.q, a.k, a.v, *limits))
+        inputs = a.dout, a.q, a.k, a.v, a.out, a.softmax_lse, a.cu_seqlens_q, a.cu_seqlens_k
+        for gradient, new in zip((a.dq, a.dk, a.dv), naive_backward(*inputs, a.is_causal, a.softmax_scale)):
+            gradient.copy_(new)
+        return tuple(torch.empty(0) for _ in range(5))
+
+    with (
+        torch.library._scoped_library("flash_attn_3", "DEF") as interface,
+        torch.library._scoped_library("aten", "IMPL") as library,
+        mock.patch.dict(sys.modules, {"flash_attn_interface": types.ModuleType("flash_attn_interface")}),
+        mock.patch.object(torch.cuda, "is_available", lambda: True),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+        mock.patch.object(_fa3, "_fa3_common_support_error", lambda *tensors: None),  # "must be CUDA tensors"
+        mock.patch.object(_fa3, "Library", lambda *where: _OnCPU(library)),
+        _cuda_branch(),
+    ):
+        for schema, function in ((FORWARD_OF_3, forward), (BACKWARD_OF_3, backward)):
+            interface.impl(interface.define(schema), function, "CPU")
+        try:
+            yield calls
+        finally:
+            restore_flash_attention_impl(_raise_warn=False)
+
+
+def _by_name(operator, arguments) -> types.SimpleNamespace:
+    """An operator's arguments; the dispatcher omits the last ones where they are the defaults."""
+    schema = operator.default._schema.arguments
+    given = dict(zip((argument.name for argument in schema), arguments))
+    return types.SimpleNamespace(**{argument.name: argument.default_value for argument in schema} | given)
+
+
+class _OnCPU:
+    """A torch.library.Library that registers for the CPU what is meant for CUDA."""
+
+    def __init__(self, library):
+        self.library = library
+
+    def impl(self, name, function, dispatch_key):
+        assert dispatch_key == "CUDA"
+        if name in ("_flash_attention_forward", "_flash_attention_backward"):
+            self.library.impl(name, function, "CPU")
+
+
+# hopper/flash_api.cpp
+FORWARD_OF_3 = (
+    "fwd(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new = None, Tensor(v_new!)? v_new = None, Tensor? q_v"
+    " = None, Tensor(out!)? out = None, Tensor? cu_seqlens_q = None, Tensor? cu_seqlens_k = None, Tensor?"
+    " cu_seqlens_k_new = None, Tensor? seqused_q = None, Tensor? seqused_k = None, int? max_seqlen_q = None,"
+    " int? max_seqlen_k = None, Tensor? page_table = None, Tensor? kv_batch_idx = None, Tensor? leftpad_k ="
+    " None, Tensor? rotary_cos = None, Tensor? rotary_sin = None, Tensor? seqlens_rotary = None, Tensor?"
+    " q_descale = None, Tensor? k_descale = None, Tensor? v_descale = None, float? softmax_scale = None, bool"
+    " is_causal = False, int window_size_left = -1, int window_size_right = -1, int attention_chunk = 0, float"
+    " softcap = 0.0, bool is_rotary_interleaved = False, Tensor? scheduler_metadata = None, int num_splits ="
+    " 0, bool? pack_gqa = None, int sm_margin = 0) -> (Tensor(out!), Tensor, Tensor, Tensor)"
+)
+BACKWARD_OF_3 = (
+    "bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(dq!)? dq = None,"
+    " Tensor(dk!)? dk = None, Tensor(dv!)? dv = None, Tensor? cu_seqlens_q = None, Tensor? cu_seqlens_k ="
+    " None, Tensor? seqused_q = None, Tensor? seqused_k = None, int? max_seqlen_q = None, int? max_seqlen_k ="
+    " None, float? softmax_scale = None, bool is_causal = False, int window_size_left = -1, int"
+    " window_size_right = -1, float softcap = 0.0, bool deterministic = False, int sm_margin = 0) -> (Tensor,"
+    " Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def checked_call(
