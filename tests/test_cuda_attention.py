@@ -213,7 +213,7 @@ def test_launches_do_not_depend_on_the_chunk(calls):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_gradients_of_later_chunks_are_summed_in_at_least_fp32(calls, dtype):
+def test_gradients_of_later_chunks_are_summed_in_at_least_fp32(dtype):
     (group,) = build_groups([40], 8)
     state = KeyValueState(group)
     keys_TGD = torch.zeros(40, 2, 8, dtype=dtype)
