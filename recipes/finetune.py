@@ -73,7 +73,8 @@ def main() -> None:
 
     # ---- Processes. With the fake backend this one stands for rank 0 of NGPU, and tensors have shapes but no
     # content.
-    processes = parallel.init_processes(config.comm, config.parallelism)
+    offload = training.enable_cpu_offload
+    processes = parallel.init_processes(config.comm, config.parallelism, offload)
     device, replica, pipeline_rank = processes.device, processes.replica, processes.pipeline_rank
     if processes.rank == 0:
         with user_errors():
@@ -105,7 +106,7 @@ def main() -> None:
             parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
             parallel.apply_fsdp(model, processes.data_mesh, training, reshard)
             if not fake:
-                model.to_empty(device="cpu" if training.enable_cpu_offload else device)
+                model.to_empty(device="cpu" if offload else device)
         chunk_stages = stages.make_stages(models, len(spec.layers), processes, compute_dtype)
         runner = Runner(chunk_stages, device, loss=loss_sum)
         optimizer = build_optimizer(nn.ModuleList(models.values()), config.optimizer)

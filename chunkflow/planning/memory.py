@@ -152,6 +152,15 @@ class StageSizes:
         return recomputed + max(feed_forward, attention)
 
 
+def communicators(pipeline_ranks: int, replicated: int, shards: int) -> int:
+    """The most NCCL communicators that one rank takes part in: of all ranks, of each dimension of the mesh
+    that is neither 1 nor all ranks, and of each pair with a neighbour in the pipeline."""
+    sizes = (pipeline_ranks, replicated, shards)
+    ranks = prod(sizes)
+    groups = (ranks > 1) + sum(1 < size < ranks for size in sizes)
+    return groups + min(pipeline_ranks - 1, 2)
+
+
 def host_bytes(stages: Iterable[StageSizes]) -> int:
     """Bytes of the shards and optimizer state that offloading keeps in host memory."""
     return sum(s.parameters + s.optimizer + s.gradients for s in stages if s.layout.offload)

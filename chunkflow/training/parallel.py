@@ -65,10 +65,12 @@ def set_seed(settings: options.Debug) -> int:
     return seed
 
 
-def init_processes(comm: options.Comm, degrees: options.Parallelism) -> Processes:
-    """Joins torchrun's process group (without torchrun: a group of one) and builds the device mesh.
+def init_processes(comm: options.Comm, degrees: options.Parallelism, offload: bool = False) -> Processes:
+    """Joins torchrun's process group (without torchrun: a group of one), builds the device mesh and connects
+    its ranks.
 
     Its dimensions are ("pp", "dp_replicate", "dp_shard"); the first two only where their size is above 1.
+    With `offload` gradients are in host memory, and on CUDA sums over ranks go there too, through gloo.
     With comm.mode = "fake_backend" this process stands for rank 0 of NGPU x NNODES, on the CPU, and nothing
     is sent.
     """
@@ -88,7 +90,7 @@ def init_processes(comm: options.Comm, degrees: options.Parallelism) -> Processe
             # torchrun's restarts share one store: the prefix hides the ranks of the attempt that crashed.
             store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
             store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "nccl" if cuda else "gloo"
+        backend = ("cpu:gloo,cuda:nccl" if offload else "nccl") if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=count)
     rank, count = dist.get_rank(), dist.get_world_size()
     pipeline_ranks, replicated = degrees.pipeline_parallel_degree, degrees.data_parallel_replicate_degree
@@ -99,6 +101,7 @@ def init_processes(comm: options.Comm, degrees: options.Parallelism) -> Processe
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     if not fake:
         set_timeouts(mesh, comm.init_timeout_seconds)
+        connect(mesh, device, ring=degrees.pipeline_parallel_schedule == "Interleaved1F1B")
     pipeline_rank, replica = divmod(rank, replicas)
     return Processes(device, mesh, rank, count, pipeline_rank, pipeline_ranks, replica, replicas)
 
@@ -108,6 +111,31 @@ def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:
     groups do not take over init_process_group's timeout."""
     for group in [dist.group.WORLD, *mesh.get_all_groups()]:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def connect(mesh: DeviceMesh, device: torch.device, ring: bool) -> None:
+    """Uses each process group, and each pair of neighbours in the pipeline, once. In a `ring` (several stages
+    a rank) the last and the first rank are neighbours, too.
+
+    NCCL makes a communicator at its first use, outside PyTorch's allocator: in mid-step that may hold all
+    memory. Pairs come in the same order on all ranks, and of a pair the first sends first, so none waits in
+    a circle, even if every send waits for its receive.
+    """
+    one = torch.ones(1, device=device)
+    groups = {group.group_name: group for group in [dist.group.WORLD, *mesh.get_all_groups()]}
+    for group in groups.values():
+        if group.size() > 1:
+            dist.all_reduce(one, group=group)
+    if "pp" not in mesh.mesh_dim_names:
+        return
+    group, rank, ranks = mesh.get_group("pp"), mesh.get_local_rank("pp"), mesh["pp"].size()
+    pairs = [(first, first + 1) for first in range(ranks - 1)]
+    for pair in pairs + ([(ranks - 1, 0)] if ring and ranks > 2 else []):
+        for sender, receiver in (pair, pair[::-1]):
+            if rank == sender:
+                dist.send(one, group=group, group_dst=receiver)
+            elif rank == receiver:
+                dist.recv(one, group=group, group_src=sender)
 
 
 def apply_activation_checkpoint(model: nn.Module, settings: options.ActivationCheckpoint) -> None:
