@@ -85,6 +85,7 @@ def main() -> None:
     settings = build.plan_settings(config, spec, processes.replicas)
     with user_errors():
         loader = build.open_loader(training, dataset, settings, replica, seed)
+        build.check_waits(config.comm, loader, settings, device)
         validation = None
         if config.validation.enable and not fake:
             validation = Validation(config.validation, training, spec, settings, processes, seed)
