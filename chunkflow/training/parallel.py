@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -180,10 +180,18 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, settings: options.Training, r
     for layer in model.layers.values():
         fully_shard(layer, reshard_after_forward=reshard, **sharding)
     fully_shard(model, reshard_after_forward=False, **sharding)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
+    layers = list(model.layers.values())
+    if mesh.size() > 1:  # over one rank FSDP2 copies, and with a factor it divides into one more copy
+        for module in (model, *layers):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if reshard:
+        # While a layer computes, the next is gathered. By itself FSDP2 goes back in the order of forwards, but
+        # with every backward it forgets that order, though those of other chunks are still to come.
+        for module, following in zip((model, *layers), layers):
+            module.set_modules_to_forward_prefetch([following])
+        for module, preceding in zip((model, *layers[::-1]), layers[::-1]):
+            module.set_modules_to_backward_prefetch([preceding])
     gib = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize / 2**30
     cost = f"all {gib:.2f}GiB are gathered once a step and stay; ranks need not agree on their chunks"
     if reshard:
@@ -195,17 +203,19 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, settings: options.Training, r
 
 
 def begin_step(model: nn.Module, reshard: bool) -> None:
-    """Call before the first chunk. Resharding ranks run in lockstep and reduce at every backward; others keep
-    parameters and gradients whole until `before_last_backward`: their numbers of chunks may differ."""
-    if not reshard:
-        model.set_requires_gradient_sync(False)
-        model.set_reshard_after_backward(False)
+    """Call before the first chunk. Parameters and gradients stay whole until `before_last_backward`, so ranks
+    may differ in their numbers of chunks. With `reshard` (lockstep) only those of the root group do: each
+    backward reduces the layers' gradients to shards, and the last one the shards over their replicas."""
+    model.set_requires_gradient_sync(False, recurse=not reshard)
+    model.set_reshard_after_backward(False, recurse=not reshard)
+    model.set_requires_all_reduce(False)
 
 
 def before_last_backward(model: nn.Module) -> None:
     """Makes the next backward reduce gradients and reshard parameters, layer by layer."""
     model.set_requires_gradient_sync(True)
     model.set_reshard_after_backward(True)
+    model.set_requires_all_reduce(True)
 
 
 @contextmanager
