@@ -84,7 +84,9 @@ def main() -> None:
     # the tokens of its sequences.
     settings = build.plan_settings(config, spec, processes.replicas)
     with user_errors():
-        loader = build.open_loader(training, dataset, settings, replica, seed)
+        loader = build.open_loader(
+            training, dataset, settings, replica, seed, pin_memory=device.type == "cuda"
+        )
         build.check_waits(config.comm, loader, settings, device)
         validation = None
         if config.validation.enable and not fake:
@@ -150,9 +152,10 @@ def main() -> None:
                 return
 
             # --- Update. Ranks agree on whether it may be applied, and whether one of them was asked to stop.
-            loss, norm = result.loss_sum.item(), grad_norm.item()  # the loss is on a replica's last stage
-            flags = [not math.isfinite(loss + norm), stop.asked, checkpoints.failed_in_background]
-            not_finite, stopping, save_failed = parallel.any_rank(flags, device)
+            figures = [result.loss_sum, grad_norm]  # the loss is on a replica's last stage
+            flags = [stop.asked, checkpoints.failed_in_background]
+            (loss, norm), agreed = parallel.agree(figures, flags, device)
+            not_finite, stopping, save_failed = agreed
             if data.targets and not not_finite:
                 optimizer.step()
             if not data.targets:

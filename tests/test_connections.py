@@ -114,7 +114,7 @@ def connections(pipeline_ranks, virtual, replicated, reshard):
                 for parameter in model.parameters():
                     parameter.grad = parameter.detach().clone()
             parallel.clip_grad_norm(models, 1.0, mesh)
-            parallel.any_rank([False], device)
+            parallel.agree([torch.ones(())], [False], device)
         shapes = hf_weights.parameter_shapes(families["qwen3"], whole.args)
         for _ in hf_weights.gathered_parameters(models, shapes, torch.float32, device):
             pass

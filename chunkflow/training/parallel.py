@@ -186,8 +186,8 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, settings: options.Training, r
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     if reshard:
-        # While a layer computes, the next is gathered. By itself FSDP2 goes back in the order of forwards, but
-        # with every backward it forgets that order, though those of other chunks are still to come.
+        # While a layer computes, the next is gathered. By itself FSDP2 goes back in the order of forwards,
+        # but forgets it with every backward, though those of other chunks are still to come.
         for module, following in zip((model, *layers), layers):
             module.set_modules_to_forward_prefetch([following])
         for module, preceding in zip((model, *layers[::-1]), layers[::-1]):
@@ -289,10 +289,18 @@ def clip_grad_norm(models: Iterable[nn.Module], max_norm: float, mesh: DeviceMes
     return norm
 
 
-def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
-    """For each flag, whether it is set on any rank. One small collective."""
-    if dist.get_world_size() == 1:
-        return flags
-    flags = torch.tensor(flags, dtype=torch.int32, device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in flags.tolist()]
+def agree(
+    figures: list[torch.Tensor], flags: list[bool], device: torch.device
+) -> tuple[list[float], list[bool]]:
+    """This rank's figures (0-dim) as numbers. And, the same on all ranks: whether a figure is not finite on
+    any rank, then for each flag whether it is set on any.
+
+    One small collective, and one wait for the device: until then the host only queues work.
+    """
+    own = torch.stack([figure.to(device, torch.float64) for figure in figures])
+    shared = torch.tensor([False, *flags], dtype=torch.float64).to(device, non_blocking=True)
+    shared[0] = own.isfinite().all().logical_not()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+    numbers = torch.cat([own, shared]).tolist()
+    return numbers[: len(figures)], [bool(number) for number in numbers[len(figures) :]]
