@@ -244,7 +244,7 @@ class Profiling:
 @dataclass
 class Comm:
     init_timeout_seconds: int = option(300, "time limit of collectives up to the first step", AT_LEAST_1)
-    train_timeout_seconds: int = option(100, "time limit of collectives afterwards", AT_LEAST_1)
+    train_timeout_seconds: int = option(1800, "time limit of collectives afterwards", AT_LEAST_1)
     mode: str = option(
         "default", "fake_backend: one process stands for rank 0 of NGPU", ("default", "fake_backend")
     )
