@@ -85,7 +85,7 @@ class Figures(NamedTuple):
     peaks_gib: list[float]  # of each process
 
 
-# ------------------------------------------------------------------------------------------- model and batches
+# ---- model and batches
 
 
 def write_model(folder: Path, options: argparse.Namespace) -> None:
@@ -126,7 +126,7 @@ def read_batches(path: Path, sequences: int) -> list[list[list[int]]]:
     return [rows[start : start + sequences] for start in range(0, len(rows), sequences)]
 
 
-# --------------------------------------------------------------------------------- the loops with transformers
+# ---- the loops with transformers
 
 
 def train_with_transformers(name: str, folder: Path, options: argparse.Namespace) -> None:
@@ -184,7 +184,7 @@ def train_with_transformers(name: str, folder: Path, options: argparse.Namespace
         dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------------------ running rows
+# ---- running rows
 
 
 def recipe_config(folder: Path, options: argparse.Namespace) -> str:
@@ -318,14 +318,15 @@ def note_of(name: str, folder: Path, options: argparse.Namespace) -> str:
     return ", ".join(parts)
 
 
-# --------------------------------------------------------------------------------------------------- the table
+# ---- the table
 
 
 def table(results: dict[str, list[Figures]], options: argparse.Namespace) -> list[list[str]]:
     """The header and a line for each row."""
-    lines = [
-        ["", "seconds a step", "as fast", "tokens/s", "peak GiB: largest", "all", "loss: step 1", "all steps", "note"]
-    ]  # fmt: skip
+    header = (
+        "| seconds a step | as fast | tokens/s | peak GiB: largest | all | loss: step 1 | all steps | note"
+    )
+    lines = [[name.strip() for name in header.split("|")]]
     batches = read_batches(options.folder / "rows.jsonl", options.sequences)
     tokens = statistics.median(sum(map(len, batch)) for batch in batches[1:])
     base_losses, base_seconds = None, None
@@ -373,15 +374,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--hidden", type=int, default=512, help="width of the model; heads are 64 wide")
-    add("--layers", type=int, default=6)
+    add("--hidden", type=int, default=384, help="width of the model; heads are 64 wide")
+    add("--layers", type=int, default=4)
     add("--vocab", type=int, default=8192)
     add("--precision", default="bfloat16", choices=FIRST_LOSS, help="of products; weights are fp32")
     add("--seq-len", type=int, default=8192, help="the longest sequence of each step, tokens")
-    add("--sequences", type=int, default=16, help="in a step")
+    add("--sequences", type=int, default=12, help="in a step")
     add("--chunk-size", type=int, default=2048)
     add("--k", type=int, default=1)
-    add("--steps", type=int, default=4, help="of a run; the first one warms up")
+    add("--steps", type=int, default=3, help="of a run; the first one warms up")
     add("--runs", type=int, default=1)
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a row, over its processes")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help="all, or some of them")
@@ -408,8 +409,8 @@ def main() -> None:
         print(
             f"width {args.dim}, {args.n_layers} layers, vocabulary {args.vocab_size}, {options.precision};"
             f" {options.sequences} sequences a step, the longest {options.seq_len:,} tokens; chunks of"
-            f" {options.chunk_size:,}, k = {options.k}; {options.threads} threads in all for every row, so two"
-            " processes have no more than one\n"
+            f" {options.chunk_size:,}, k = {options.k}; {options.threads} threads in all for every row,"
+            " so two processes have no more than one\n"
         )
         show(table(results, options), options.markdown)
 
