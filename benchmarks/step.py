@@ -261,7 +261,7 @@ def labelled(label: str, function):
 def shares(events: list[FunctionEvent]) -> tuple[float, Counter[str]]:
     """Seconds of the range "step", and of each category in it; they add up to the whole."""
     (step,) = (event for event in events if event.name == "step")
-    forward = {  # the number of a node of autograd's graph -> the operation that made it, the last that has it
+    forward = {  # number of a node of autograd's graph -> the operation that made it: the last that has it
         event.sequence_nr: event for event in sorted(events, key=lambda event: event.time_range.start)
         if event.sequence_nr >= 0 and event.scope == 0
     }  # fmt: skip

@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -396,6 +397,7 @@ def main() -> None:
     if options.row:
         train_with_transformers(options.row, options.folder, options)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a run that is under way ends, too
     with tempfile.TemporaryDirectory() as name:
         options.folder = Path(name)
         write_model(options.folder / "model", options)
