@@ -40,7 +40,7 @@ MEANINGS = {
     2: "The variable-length flash attention of this torch has another convention than"
     " chunkflow/execution/attention.py expects (alignment of the causal mask, layout of the log-sum-exp,"
     " order of arguments). Do not train.",
-    3: "Attention alone is right; the K/V state, the loss or the norms are not, on this device. Do not train.",
+    3: "Attention alone is right; K/V state, loss or norms are not, on this device. Do not train.",
     4: "A kernel reads or writes outside its tensors: results may be right by chance.",
     5: "Equal runs differ, or the loss does not fall: a kernel has no deterministic form, or is wrong.",
     6: "A killed run does not go on as if nothing had happened, or saving opens a second GPU.",
@@ -192,7 +192,7 @@ def contexts() -> list[str]:
 
 
 def kill_and_resume(session: Session) -> list[str]:
-    """A run on the last GPU: should one of its threads use the first by mistake, nvidia-smi shows it there."""
+    """A run on the last GPU: should one of its threads use the first one, nvidia-smi shows it there."""
     undisturbed, folder = session.deterministic(), session.place / "killed"
     options = [*session.debug_options(), "--debug.deterministic", f"--job.dump_folder={folder}"]
     options += [
