@@ -36,6 +36,7 @@ BF16 = 2e-2  # relative error that roundings of bf16 inputs and outputs (2^-8 ea
 LOSS = 1e-3  # of the mean over a thousand tokens and more
 MORE = 3  # chunks may be so much further from fp64 than whole sequences are: they sum more rounded gradients
 WIDE = {"dim": 512, "n_layers": 4, "n_heads": 8, "n_kv_heads": 2, "head_dim": 64, "hidden_dim": 1408}
+NARROW = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 32, "hidden_dim": 352}
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -95,7 +96,7 @@ def attention(device: torch.device, small: bool, layouts: list[tuple[int, int, i
 
 def model(device: torch.device, small: bool) -> list[str]:
     """Gradients in bf16 on this device, of whole sequences and of chunks, against fp64 on the CPU."""
-    args = dataclasses.replace(qwen2.flavors["debugmodel"], vocab_size=2048, **WIDE)
+    args = dataclasses.replace(qwen2.flavors["debugmodel"], **(NARROW if small else WIDE))
     lengths = [300, 77, 5, 1, 190] if small else [4500, 700, 300, 5, 1, 2100]
     torch.manual_seed(0)
     network = qwen2.Transformer(args)
@@ -235,7 +236,7 @@ def loss_speed(device, sizes, vocabulary: int, runs: int) -> list[str]:
 
 def layers_speed(device, sizes, small: bool, runs: int) -> list[str]:
     """Forward and backward of four layers as large as Qwen2.5-7B's. Host: until all kernels are launched."""
-    changes = WIDE if small else {"n_layers": 4}
+    changes = NARROW if small else {"n_layers": 4}
     args = dataclasses.replace(qwen2.flavors["7B"], vocab_size=1024, **changes)
     with torch.device(device):
         network = qwen2.Transformer(args).to(torch.bfloat16)

@@ -402,6 +402,7 @@ def main() -> None:
         options.folder = Path(name)
         write_model(options.folder / "model", options)
         write_rows(options.folder / "rows.jsonl", options)
+        load = os.getloadavg()[0]  # what others left of the cores: times mean little where this is not near 0
         results: dict[str, list[Figures]] = {row: [] for row in options.rows}
         for run in range(options.runs):
             for row in results:
@@ -412,7 +413,7 @@ def main() -> None:
             f"width {args.dim}, {args.n_layers} layers, vocabulary {args.vocab_size}, {options.precision};"
             f" {options.sequences} sequences a step, the longest {options.seq_len:,} tokens; chunks of"
             f" {options.chunk_size:,}, k = {options.k}; {options.threads} threads in all for every row,"
-            " so two processes have no more than one\n"
+            f" so two processes have no more than one; load average before: {load:.1f}\n"
         )
         show(table(results, options), options.markdown)
 
