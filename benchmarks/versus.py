@@ -44,7 +44,6 @@ from models.hf_config import model_of
 
 REPO = Path(__file__).parent.parent
 RECIPE = REPO / "recipes" / "finetune.py"
-CONFIG = "config.toml"  # of the recipe's rows, in the folder of this benchmark
 PADDED = 4  # sequences of a padded batch
 MAX_NORM, LEARNING_RATE, BETAS, WEIGHT_DECAY = 1.0, 1e-4, (0.9, 0.95), 0.1
 FIRST_LOSS = {"float32": 1e-5, "bfloat16": 2**-8}  # how far from the first row's, relative
@@ -188,36 +187,19 @@ def train_with_transformers(name: str, folder: Path, options: argparse.Namespace
 # ---- running rows
 
 
-def recipe_config(folder: Path, options: argparse.Namespace) -> str:
-    return f"""
-        [job]
-        dump_folder = "{folder / "run"}"
-        [model]
-        hf_assets_path = "{folder / "model"}"
-        [training]
-        dataset = "jsonl"
-        dataset_path = "{folder / "rows.jsonl"}"
-        shuffle = false
-        global_batch_size = {options.sequences}
-        seq_len = {options.seq_len}
-        steps = {options.steps}
-        mixed_precision_param = "{options.precision}"
-        max_norm = {MAX_NORM}
-        [chunkflow]
-        chunk_size = {options.chunk_size}
-        k = {options.k}
-        [optimizer]
-        lr = {LEARNING_RATE}
-        beta1 = {BETAS[0]}
-        beta2 = {BETAS[1]}
-        weight_decay = {WEIGHT_DECAY}
-        [lr_scheduler]
-        warmup_steps = 0
-        min_lr_factor = 1.0
-        [metrics]
-        log_freq = 1
-        enable_tensorboard = false
-    """
+def recipe_options(folder: Path, options: argparse.Namespace) -> list[str]:
+    return [
+        f"--job.dump_folder={folder / 'run'}", f"--model.hf_assets_path={folder / 'model'}",
+        "--training.dataset=jsonl", f"--training.dataset_path={folder / 'rows.jsonl'}",
+        "--training.no_shuffle", f"--training.global_batch_size={options.sequences}",
+        f"--training.seq_len={options.seq_len}",
+        f"--training.steps={options.steps}", f"--training.mixed_precision_param={options.precision}",
+        f"--training.max_norm={MAX_NORM}", f"--chunkflow.chunk_size={options.chunk_size}",
+        f"--chunkflow.k={options.k}", f"--optimizer.lr={LEARNING_RATE}", f"--optimizer.beta1={BETAS[0]}",
+        f"--optimizer.beta2={BETAS[1]}", f"--optimizer.weight_decay={WEIGHT_DECAY}",
+        "--lr_scheduler.warmup_steps=0", "--lr_scheduler.min_lr_factor=1.0",
+        "--metrics.log_freq=1", "--metrics.no_enable_tensorboard",
+    ]  # fmt: skip
 
 
 def run_row(name: str, folder: Path, options: argparse.Namespace) -> Figures:
@@ -228,9 +210,7 @@ def run_row(name: str, folder: Path, options: argparse.Namespace) -> Figures:
     if row.recipe is None:
         command = [sys.executable, __file__, *sys.argv[1:], "--row", name, "--folder", str(folder)]
     else:
-        config = folder / CONFIG
-        config.write_text(recipe_config(folder, options))
-        command = [sys.executable, str(RECIPE), "--job.config_file", str(config), *row.recipe]
+        command = [sys.executable, str(RECIPE), *recipe_options(folder, options), *row.recipe]
     with socket.create_server(("localhost", 0)) as probe:
         port = probe.getsockname()[1]
     environ = os.environ | {
@@ -246,12 +226,9 @@ def run_row(name: str, folder: Path, options: argparse.Namespace) -> Figures:
     with open(log, "w") as output:
         processes = [
             subprocess.Popen(
-                command,
-                env=environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=output,
-                stderr=output,
+                command, env=environ | {"RANK": r, "LOCAL_RANK": r}, stdout=output, stderr=output
             )
-            for rank in range(row.processes)
+            for r in map(str, range(row.processes))
         ]
         try:
             peaks = watch_memory(processes)
@@ -299,7 +276,7 @@ def note_of(name: str, folder: Path, options: argparse.Namespace) -> str:
     row = ROWS[name]
     if row.recipe is None:
         return "each sequence is a micro-batch"
-    config = read_config(["--job.config_file", str(folder / CONFIG), *row.recipe])
+    config = read_config([*recipe_options(folder, options), *row.recipe])
     stages = config.parallelism.pipeline_parallel_degree
     settings = build.plan_settings(config, build.model_spec(config), row.processes // stages)
     plans = [plan_step(batch, settings) for batch in lengths]
