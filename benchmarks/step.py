@@ -4,6 +4,7 @@
     kernels reach python benchmarks/step.py --dim 256 --layers 4 --vocab 2048 --precision float32    # the
     debug model python benchmarks/step.py --memory     # peak memory while the longest sequence grows from 4K
     to 64K tokens
+    python benchmarks/step.py --profile    # where the time of a step goes; under torchrun: of a rank
 
 What chunks gain depends on the model: every micro-batch makes and adds up a gradient as large as the weights,
 which costs a whole sequence of 300 tokens (the mix's median) as much as a chunk of 2048, and matrices of few
@@ -14,32 +15,44 @@ the work in the layers. In the debug model, with matrices that fit a cache, both
 Time: medians of interleaved runs. "Bare kernels" are the step's own matrix products and flash attention
 calls, same shapes and dtypes (logits are fp32 always), run in a row with nothing around them; their time over
 the step's time is the last column. On a machine that others use at the same time: OMP_NUM_THREADS=1 and
---cpu-time. Memory: each figure in a fresh process.
+--cpu-time. Memory: each figure in a fresh process. Profile: shares of one step as a rank runs it (plan, data,
+chunks with the first k, update), by torch.profiler, which slows small operations; backward counts where its
+forward does.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import multiprocessing
 import statistics
 import time
+from collections import Counter
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from attention import one_call
+from torch.autograd.profiler_util import FunctionEvent
 from torch.distributed.fsdp import FSDPModule
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from chunkflow.data.synthetic import synthetic_lengths
+from chunkflow.execution.loss import loss_sum
+from chunkflow.execution.norm import RMSNorm
+from chunkflow.execution.rotary import Rotary
 from chunkflow.execution.runner import Runner, StepResult
 from chunkflow.execution.stage import WholeModel
 from chunkflow.execution.state import ChunkTensors
 from chunkflow.planning.chunks import build_groups, whole_sequences
 from chunkflow.planning.cost import Cost
+from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.schedule import linear_schedule
 from chunkflow.reporting.device import peak_memory, reset_peak_memory
 from chunkflow.settings.options import Config
 from chunkflow.training import parallel
+from chunkflow.training.optimizer import build_optimizer
 from models import llama
 
 CPU = torch.device("cpu")
@@ -228,11 +241,131 @@ def compare_memory(arguments) -> None:
         print(f"longest {longest:6}:  " + ";  ".join(figures), flush=True)
 
 
+# ---- profile
+
+LABELS = "planning", "data", "attention", "norms and rotary", "loss", "optimizer", "waiting for other ranks"
+PRODUCTS, ELEMENTWISE, SUMS = "matrix products", "elementwise, embeddings", "sums of gradients over chunks"
+COMMUNICATION, REST = "FSDP2 and communication", "not attributed: Python, autograd's engine"
+PRODUCT_NAMES = {"aten::mm", "aten::addmm", "aten::matmul", "aten::linear", "aten::bmm"}
+
+
+def labelled(label: str, function):
+    @functools.wraps(function)
+    def run(*arguments, **options):
+        with record_function(label):
+            return function(*arguments, **options)
+
+    return run
+
+
+def shares(events: list[FunctionEvent]) -> tuple[float, Counter[str]]:
+    """Seconds of the range "step", and of each category in it; they add up to the whole."""
+    (step,) = (event for event in events if event.name == "step")
+    forward = {  # number of a node of autograd's graph -> the operation that made it: the last that has it
+        event.sequence_nr: event for event in sorted(events, key=lambda event: event.time_range.start)
+        if event.sequence_nr >= 0 and event.scope == 0
+    }  # fmt: skip
+
+    def category(event: FunctionEvent, through_backward: bool = True) -> str:
+        found = REST
+        while event is not None and event is not step:
+            if event.name in LABELS:
+                return event.name
+            if event.name.startswith(("torch::autograd::AccumulateGrad", "FSDP::post_backward_accumulate")):
+                return SUMS
+            if event.name.startswith(("FSDP::", "c10d::", "gloo:")):
+                return COMMUNICATION
+            if event.name in PRODUCT_NAMES:
+                found = PRODUCTS
+            elif event.name.startswith("aten::") and found == REST:
+                found = ELEMENTWISE
+            if event.scope == 1 and through_backward and event.sequence_nr in forward:
+                label = category(forward[event.sequence_nr], through_backward=False)
+                if label in LABELS:
+                    return label
+            event = event.cpu_parent
+        return found
+
+    seconds: Counter[str] = Counter()
+    for event in events:
+        inside = event.thread == step.thread and event is not step
+        if inside and step.time_range.start <= event.time_range.start < step.time_range.end:
+            seconds[category(event)] += event.self_cpu_time_total / 1e6
+    whole = step.cpu_time_total / 1e6
+    seconds[REST] = whole - sum(amount for name, amount in seconds.items() if name != REST)
+    return whole, seconds
+
+
+def profile_step(arguments) -> None:
+    """One step of this rank as the recipe runs it, in bf16 ("recipe") or fp32, both under FSDP2."""
+    config = Config()
+    if arguments.precision != "recipe":
+        config.training.mixed_precision_param = config.training.dtype = arguments.precision
+    processes = parallel.init_processes(config.comm, config.parallelism)
+    args = dataclasses.replace(
+        llama.flavors["debugmodel"], **sizes(arguments.dim, arguments.layers, arguments.vocab)
+    )
+    with parallel.default_dtype(config.training.dtype):
+        model = llama.Transformer(args)
+    parallel.apply_fsdp(model, processes.data_mesh, config.training, reshard=False)
+    parallel.init_weights(model, 0)
+    optimizer = build_optimizer(model, config.optimizer)
+
+    def meet(model) -> None:
+        if processes.replicas > 1:
+            with record_function("waiting for other ranks"):
+                dist.barrier()
+        parallel.before_last_backward(model)
+
+    runner = Runner([WholeModel(model, meet)], CPU, labelled("loss", loss_sum))
+    settings = PlanSettings(
+        Cost.of_model(args), replicas=processes.replicas, chunk_size=arguments.chunk_size, k=arguments.k[0]
+    )
+    everything = synthetic_lengths(arguments.mix, arguments.sequences, arguments.seed)
+    lengths = [min(length, arguments.longest) for length in everything]
+
+    def run() -> None:
+        with record_function("planning"):
+            plan = plan_step(lengths, settings, [processes.replica])
+        groups, (program,) = plan.groups[processes.replica], plan.programs[processes.replica]
+        with record_function("data"):
+            data = tensors(groups, arguments.vocab)
+        parallel.begin_step(model, reshard=False)
+        runner.step(program, groups, data, sum(lengths))
+        with record_function("optimizer"):
+            parallel.clip_grad_norm([model], 1.0, processes.mesh)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    patches = [(llama, "chunk_attention", "attention"), (llama, "store_keys_values", "attention")]
+    patches += [(RMSNorm, "forward", "norms and rotary"), (Rotary, "__call__", "norms and rotary")]
+    for owner, name, label in patches:
+        mock.patch.object(owner, name, labelled(label, getattr(owner, name))).start()
+    run()  # warms up
+    start = time.perf_counter()
+    run()
+    unprofiled = time.perf_counter() - start
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function("step"):
+        run()
+    whole, seconds = shares(list(profiler.events()))
+    mock.patch.stopall()
+    if processes.rank == 0:
+        print(
+            f"dim {arguments.dim}, {arguments.layers} layers, vocabulary {arguments.vocab};"
+            f" {arguments.precision}, {torch.get_num_threads()} threads, {processes.count} ranks;"
+            f" {len(lengths)} sequences, {sum(lengths):,} tokens, in chunks of {arguments.chunk_size},"
+            f" k = {arguments.k[0]}; rank 0: {whole:.2f} s, without the profiler {unprofiled:.2f} s"
+        )
+        for name in (*LABELS[:2], PRODUCTS, *LABELS[2:6], SUMS, COMMUNICATION, LABELS[6], ELEMENTWISE, REST):
+            print(f"{name:44}{seconds[name]:9.3f} s{seconds[name] / whole:8.1%}")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--mix", default="lmsys", choices=("lmsys", "llama3_sft"))
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--longest", type=int, default=16384, help="longer ones are cut to this")
@@ -247,7 +380,12 @@ def main():
     parser.add_argument("--memory-lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
-    compare_memory(arguments) if arguments.memory else compare_time(arguments)
+    if arguments.profile:
+        profile_step(arguments)
+    elif arguments.memory:
+        compare_memory(arguments)
+    else:
+        compare_time(arguments)
     if dist.is_initialized():
         dist.destroy_process_group()
 

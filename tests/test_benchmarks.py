@@ -1,11 +1,13 @@
-"""Every benchmark runs, with tiny sizes: what it prints is not judged here."""
+"""Every benchmark runs, with tiny sizes: times are not judged here, but what must hold at any size is."""
 
+import json
 import shlex
 import subprocess
 import sys
 
 import pytest
 
+from benchmarks.gpu import trace_figures
 from tests.helpers.processes import REPO, environment
 
 SMALL = "--dim 128 --layers 1 --vocab 256 --sequences 3 --runs 1"
@@ -13,6 +15,8 @@ COMMANDS = {
     "attention": "attention.py --tokens 64 --chunk-sizes 16 --runs 1",
     "data_parallel": "data_parallel.py --steps 1",
     "data_parallel measured": "data_parallel.py --measure --runs 1 --sequences 4 --longest 200",
+    "gpu": "gpu.py --cpu --only 1 3 4 7",
+    "gpu's attention": "gpu_kernels.py attention --cpu --one",
     "kill_loop": "kill_loop.py --kills 1 --steps 4 --layouts 'one process'",
     "pipeline simulated": "pipeline.py --train-steps 0 --steps 1 --stages 4",
     "pipeline measured": "pipeline.py --steps 0 --train-steps 2 --seq-len 64 --sequences 2 --kinds 'whole sequences'",
@@ -22,16 +26,73 @@ COMMANDS = {
 }
 
 
+def benchmark(
+    tmp_path, script: str, *options: str, seconds: int = 120, **environ
+) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPO / "benchmarks" / script), *options]
+    return subprocess.run(
+        command, cwd=tmp_path, env=environment(tmp_path, **environ),
+        capture_output=True, text=True, timeout=seconds,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_benchmark(name, tmp_path):
-    script, *options = shlex.split(COMMANDS[name])
-    command = [sys.executable, str(REPO / "benchmarks" / script), *options]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=120
-    )
+    done = benchmark(tmp_path, *shlex.split(COMMANDS[name]))
     assert done.returncode == 0 and done.stdout.strip(), done.stdout + done.stderr
 
 
 def test_no_benchmark_is_left_out():
     scripts = {path.name for path in (REPO / "benchmarks").glob("*.py")}
-    assert scripts == {command.split()[0] for command in COMMANDS.values()}
+    assert scripts == {command.split()[0] for command in COMMANDS.values()} | {"versus.py"}
+
+
+def test_usual_loops_and_ours_have_the_same_losses(tmp_path):
+    """Padded batches and FSDP2 of transformers against stages of ours: fp32, before and after an update."""
+    rows = [f"transformers, {kind}" for kind in ("padded batches of 4", "FSDP2, 2 ranks")]
+    rows.append("ChunkFlow, 2 stages")
+    options = ["--quick", "--precision", "float32", "--threads", "1", "--markdown", "--rows", *rows]
+    done = benchmark(tmp_path, "versus.py", *options, seconds=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    column = table[0].index("all steps")
+    assert [line[0].removeprefix("| ") for line in table[2:]] == rows
+    assert all(float(line[column]) <= 1e-5 for line in table[3:]), done.stdout
+
+
+@pytest.mark.parametrize("precision", ["recipe", "float32"])
+def test_shares_of_the_profile_add_up_to_the_step(precision, tmp_path):
+    done = benchmark(
+        tmp_path, "step.py", "--profile", *shlex.split(SMALL), "--longest=128", f"--precision={precision}"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    seconds = {line[:44].strip(): float(line[44:53]) for line in done.stdout.splitlines() if "%" in line}
+    (whole,) = (
+        float(line.split("rank 0: ")[1].split(" s")[0])
+        for line in done.stdout.splitlines()
+        if "rank 0" in line
+    )
+    assert abs(sum(seconds.values()) - whole) < 0.005 + 0.0005 * len(seconds), done.stdout  # they are rounded
+    for name in ("matrix products", "attention", "norms and rotary", "loss", "optimizer"):
+        assert seconds[name] > 0, done.stdout
+    assert all(amount >= 0 for amount in seconds.values()), done.stdout
+
+
+def test_a_machine_without_a_gpu_fails_the_first_check_of_the_first_hour(tmp_path):
+    done = benchmark(tmp_path, "gpu.py", CUDA_VISIBLE_DEVICES="")
+    report = (tmp_path / "gpu_results.md").read_text()
+    assert done.returncode == 1 and "check 1 failed" in done.stderr, done.stdout + done.stderr
+    assert "1. versions | FAILED" in report and "torch sees no GPU" in report and "2. attention" not in report
+
+
+def test_idle_time_and_waits_are_read_off_a_trace(tmp_path):
+    kernels = [(0, 100), (50, 400), (700, 10), (715, 5)]  # a gap of 250 us, one of 5
+    events = [{"cat": "kernel", "name": "gemm", "ts": ts, "dur": dur} for ts, dur in reversed(kernels)]
+    events += [
+        {"cat": "cuda_runtime", "name": "cudaStreamSynchronize", "ts": 1, "dur": 1},
+        {"name": "thread"},
+    ]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    assert trace_figures(tmp_path / "trace.json") == (
+        "profiled step: 4 kernels, 1 gaps above 0.2 ms, 0.2 ms in all, 1 waits of the host"
+    )
