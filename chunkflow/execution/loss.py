@@ -141,16 +141,17 @@ class _Gradients:
         hidden_BC = self.hidden_TC[self.block]
         dlogits_BV = self.dlogits_BV[: hidden_BC.size(0)]
         torch.mm(dlogits_BV, self.weight_VC, out=self.dhidden_TC[self.block])
-        if hidden_BC.size(0) == self.hidden_TC.size(0):
+        first, wide = self.dweight_VC is None, hidden_BC.dtype == self.compute
+        if first and (wide or hidden_BC.size(0) == self.hidden_TC.size(0)):
             self.dweight_VC = dlogits_BV.t() @ hidden_BC
             return
-        if self.dweight_VC is None:
+        if first:
             self.dweight_VC = torch.zeros_like(self.weight_VC, dtype=self.compute)
-        if hidden_BC.dtype == self.compute:
+        if wide:
             self.dweight_VC.addmm_(dlogits_BV.t(), hidden_BC)
         elif _device_type(hidden_BC) == "cuda":
-            wide = {"out_dtype": self.compute, "out": self.dweight_VC}
-            torch.addmm(self.dweight_VC, dlogits_BV.t(), hidden_BC, **wide)
+            out = {"out_dtype": self.compute, "out": self.dweight_VC}
+            torch.addmm(self.dweight_VC, dlogits_BV.t(), hidden_BC, **out)
         else:
             self.dweight_VC += dlogits_BV.t() @ hidden_BC
 
