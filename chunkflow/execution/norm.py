@@ -14,7 +14,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda:
+        if _device_type(x) == "cuda":
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return _RMSNorm.apply(x, self.weight, self.eps)
 
@@ -41,3 +41,8 @@ class _RMSNorm(torch.autograd.Function):
         mean = (products @ wide_weight).unsqueeze(-1) / x.size(-1)
         dx = (dy * wide_weight).addcmul_(normed, mean, value=-1).mul_(inverse)
         return dx.to(x.dtype), dweight.to(weight.dtype), None
+
+
+def _device_type(tensor: torch.Tensor) -> str:
+    """Decides between the ways of the CPU and of CUDA. Tests take the other."""
+    return tensor.device.type

@@ -25,9 +25,11 @@ PARTS = {
     "stage_inputs": "stage inputs, outputs and messages",
     "kv": "K/V of groups under way",
     "kv_gradients": "their gradients, fp32",
-    "logits": "logits of a slice, head's gradient",
+    "logits": "logits, their and the head's gradient",
     "temporaries": "temporaries of a layer's backward",
 }
+
+HEAD_BLOCK_TOKENS = 8192  # whose gradients of logits the loss holds at once, in the compute dtype
 
 
 class Layout(NamedTuple):
@@ -126,14 +128,19 @@ class StageSizes:
         return kept
 
     def head_temporaries(self, tokens: int) -> int:
-        """Bytes in the loss's backward: a slice's logits and their narrow copy, the gradients of hidden
-        states and of the head."""
+        """The most bytes in the loss's backward: a block's gradients of logits, with either a slice's logits
+        and log-probabilities or the gradient of the head; the gradients of hidden states."""
         if not self.last:
             return 0
-        rows = min(tokens, self.layout.slice_tokens)
-        logits = rows * self.vocab * (self.wide + (self.compute if self.compute < self.wide else 0))
-        sums = self.wide if tokens > rows else 0  # several slices add up in at least fp32
-        return logits + tokens * self.hidden_bytes + self.vocab * self.dim * (self.compute + sums)
+        block = min(tokens, HEAD_BLOCK_TOKENS)
+        slices = 2 * min(block, self.layout.slice_tokens) * self.vocab * self.wide
+        dlogits, gradient = block * self.vocab * self.compute, self.vocab * self.dim * self.compute
+        if tokens == block:
+            most = dlogits + max(slices, gradient)
+        else:  # several blocks add up in at least fp32; the sum is narrowed at last
+            summed = self.vocab * self.dim * self.wide
+            most = summed + max(dlogits + slices, gradient if self.compute < self.wide else 0)
+        return tokens * self.hidden_bytes + most
 
     def layer_temporaries(self, chunk: Chunk, standalone: bool) -> int:
         """The most bytes that one layer's backward holds beyond what its forward kept.
