@@ -52,7 +52,11 @@ def record_calls(model):
     calls = {}
 
     def record(name):
-        return lambda module, inputs, output: calls.update({name: getattr(output, "dtype", None)})
+        def call(module, inputs, output):
+            output = output[-1] if isinstance(output, tuple) else output
+            calls[name] = getattr(output, "dtype", None)
+
+        return call
 
     for name, module in model.named_modules():
         module.register_forward_hook(record(name))
