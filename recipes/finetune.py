@@ -102,7 +102,8 @@ def main() -> None:
         for model in models.values():
             convert_model(model, config.model.converters, config.quantize.linear.float8)
             parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
-            parallel.apply_compile(model, config.compile)
+            if not fake:
+                parallel.apply_compile(model, config.compile)
             parallel.apply_fsdp(model, processes.data_mesh, training, reshard)
             if not fake:
                 model.to_empty(device="cpu" if training.enable_cpu_offload else device)
