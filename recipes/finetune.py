@@ -20,6 +20,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from chunkflow.execution.linear import pad_rows
 from chunkflow.execution.loss import loss_sum
 from chunkflow.execution.runner import Runner
 from chunkflow.planning.simulate import picture
@@ -104,6 +105,8 @@ def main() -> None:
             parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
             if not fake:
                 parallel.apply_compile(model, config.compile)
+                if device.type == "cpu" and compute_dtype == torch.bfloat16:
+                    pad_rows(model)
             parallel.apply_fsdp(model, processes.data_mesh, training, reshard)
             if not fake:
                 model.to_empty(device="cpu" if training.enable_cpu_offload else device)
