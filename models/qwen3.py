@@ -3,7 +3,8 @@
 Rotary pairs lie as in Hugging Face's files, so weights load unpermuted. No batch dimension: the input is one
 chunk. A pipeline stage is this model with layers and ends deleted.
 
-Shape suffixes: T tokens of the chunk, C model width, H query heads, G key/value heads, D head dimension.
+Shape suffixes: T tokens of the chunk, C model width, H query heads, G key/value heads, D head dimension,
+F feed-forward width.
 """
 
 import math
@@ -15,6 +16,7 @@ from torch import nn
 
 from chunkflow.execution.attention import chunk_attention, store_keys_values
 from chunkflow.execution.norm import RMSNorm
+from chunkflow.execution.recompute import cheap
 from chunkflow.execution.rotary import Rotary, rope_type, rotary_frequencies
 from chunkflow.execution.state import ChunkTensors
 
@@ -129,11 +131,21 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x_TC: torch.Tensor, rotary: Rotary, chunk: ChunkTensors, layer: int, keys_values_only: bool
     ) -> torch.Tensor | None:
-        attention_TC = self.attention(self.attention_norm(x_TC), rotary, chunk, layer, keys_values_only)
+        """The layer's hidden states; None with `keys_values_only`. torch.compile makes one graph of each of
+        the two parts below."""
+        q_THD, k_TGD, v_TGD = self.before_attention(x_TC, rotary, keys_values_only)
         if keys_values_only:
-            return None
-        x_TC = x_TC + attention_TC
-        return x_TC + self.feed_forward(self.ffn_norm(x_TC))
+            return store_keys_values(k_TGD, v_TGD, chunk, layer)
+        return self.after_attention(x_TC, chunk_attention(q_THD, k_TGD, v_TGD, chunk, layer))
+
+    def before_attention(
+        self, x_TC: torch.Tensor, rotary: Rotary, keys_values_only: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        return self.attention(cheap(self.attention_norm, x_TC), rotary, keys_values_only)
+
+    def after_attention(self, x_TC: torch.Tensor, attention_THD: torch.Tensor) -> torch.Tensor:
+        x_TC = x_TC + self.attention.wo(attention_THD.flatten(1))
+        return x_TC + self.feed_forward(cheap(self.ffn_norm, x_TC))
 
 
 class Attention(nn.Module):
@@ -148,14 +160,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(args.head_dim, args.norm_eps)
 
     def forward(
-        self, x_TC: torch.Tensor, rotary: Rotary, chunk: ChunkTensors, layer: int, keys_values_only: bool
-    ) -> torch.Tensor | None:
+        self, x_TC: torch.Tensor, rotary: Rotary, keys_values_only: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Queries (None with `keys_values_only`), keys and values; `wo` follows chunk_attention."""
         k_TGD = rotary(self.k_norm(self.wk(x_TC).unflatten(-1, self.heads_shape)))
         v_TGD = self.wv(x_TC).unflatten(-1, self.heads_shape)
         if keys_values_only:
-            return store_keys_values(k_TGD, v_TGD, chunk, layer)
+            return None, k_TGD, v_TGD
         q_THD = rotary(self.q_norm(self.wq(x_TC).unflatten(-1, self.heads_shape)))
-        return self.wo(chunk_attention(q_THD, k_TGD, v_TGD, chunk, layer).flatten(1))
+        return q_THD, k_TGD, v_TGD
 
 
 class FeedForward(nn.Module):
@@ -166,4 +179,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x_TC)) * self.w3(x_TC))
+        return self.w2(cheap(self.gate, self.w1(x_TC), self.w3(x_TC)))
+
+    def gate(self, a_TF: torch.Tensor, b_TF: torch.Tensor) -> torch.Tensor:
+        return F.silu(a_TF) * b_TF

@@ -20,6 +20,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from chunkflow.execution.linear import pad_rows
 from chunkflow.execution.loss import loss_sum
 from chunkflow.execution.runner import Runner
 from chunkflow.planning.simulate import picture
@@ -106,8 +107,11 @@ def main() -> None:
             models = stages.build_stages(spec.family, spec.args, spec.layers, rank, ranks)
         for model in models.values():
             convert_model(model, config.model.converters, config.quantize.linear.float8)
-            parallel.apply_compile(model, config.compile)
             parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
+            if not fake:
+                parallel.apply_compile(model, config.compile)
+                if device.type == "cpu" and compute_dtype == torch.bfloat16:
+                    pad_rows(model)
             parallel.apply_fsdp(model, processes.data_mesh, training, reshard)
             if not fake:
                 model.to_empty(device="cpu" if offload else device)

@@ -123,7 +123,7 @@ def stage_sizes(
 ) -> tuple[list[dict[int, StageSizes]], Layout]:
     """Memory of each pipeline rank's stages, by number, from the shapes of their parameters."""
     training, recomputing = config.training, config.activation_checkpoint
-    every = {"none": 0, "full": 1, "selective": int(recomputing.selective_ac_option)}[recomputing.mode]
+    how = {"none": "0", "full": "1", "selective": recomputing.selective_ac_option}[recomputing.mode]
     layout = Layout(
         stored=parallel.DTYPES[training.dtype].itemsize,
         compute=parallel.DTYPES[training.mixed_precision_param].itemsize,
@@ -132,7 +132,8 @@ def stage_sizes(
         reshard=settings.lockstep,
         eight_bit=config.optimizer.name == "AdamW8bit",
         offload=training.enable_cpu_offload,
-        checkpoint_every=every,
+        checkpoint_every=0 if how == "op" else int(how),
+        recompute_cheap=how == "op",
         slice_tokens=slice_tokens("cuda", spec.args.vocab_size),
         sends_in_flight=SENDS_IN_FLIGHT if settings.pipeline_ranks > 1 else 0,
     )

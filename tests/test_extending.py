@@ -25,8 +25,10 @@ from tests.helpers.reference import (
 # Another block: attention and feed-forward side by side, with a gate on what attention adds.
 CHANGES = {
     "        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)\n": "        self.gate = nn.Linear(args.dim, args.dim)\n",
-    "        x_TC = x_TC + attention_TC\n        return x_TC + self.feed_forward(self.ffn_norm(x_TC))\n": (
-        "        normed_TC = self.attention_norm(x_TC)\n"
+    "        x_TC = x_TC + self.attention.wo(attention_THD.flatten(1))\n"
+    "        return x_TC + self.feed_forward(cheap(self.ffn_norm, x_TC))\n": (
+        "        attention_TC = self.attention.wo(attention_THD.flatten(1))\n"
+        "        normed_TC = cheap(self.attention_norm, x_TC)\n"
         "        return x_TC + self.gate(normed_TC).sigmoid() * attention_TC + self.feed_forward(normed_TC)\n"
     ),
     '    "model_type": "llama",\n': '    "model_type": "toy",\n    "modules": {"gate": "gate_proj"},\n',

@@ -75,15 +75,30 @@ def sizes(args, model, dtype, **layout):
     return StageSizes(args, {name: tuple(p.shape) for name, p in model.named_parameters()}, layout)
 
 
+LAYOUTS = {
+    "none": {},
+    "op": {"recompute_cheap": True},
+    "2": {"checkpoint_every": 2},
+    "full": {"checkpoint_every": 1},
+}
+
+
+def checkpoint_activations(model, mode):
+    """`mode`: activation_checkpoint.mode, or the option of "selective"."""
+    settings = Config().activation_checkpoint
+    settings.mode = mode if mode in ("none", "full") else "selective"
+    if settings.mode == "selective":
+        settings.selective_ac_option = mode
+    parallel.apply_activation_checkpoint(model, settings)
+
+
 @every_family
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_activations(family, mode, dtype):
     args, model = small_model(family, dtype)
-    config = Config()
-    config.activation_checkpoint.mode = mode
-    parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
-    stage = sizes(args, model, dtype, checkpoint_every={"none": 0, "selective": 2, "full": 1}[mode])
+    checkpoint_activations(model, mode)
+    stage = sizes(args, model, dtype, **LAYOUTS[mode])
     sequences = random_sequences([300, 20, 60], args.vocab_size, 0)
     groups = build_groups([300, 20, 60], 128)
     for group, chunks in zip(groups, chunk_tensors(groups, sequences)):
@@ -113,16 +128,16 @@ def test_activations(family, mode, dtype):
         ([1000, 30, 70], 3, "none", torch.float32),
         ([256], 1, "none", torch.bfloat16),
         ([1500, 300], 1, "full", torch.float32),
+        ([1000, 30, 70], 3, "op", torch.bfloat16),
+        ([256], 1, "op", torch.float32),
     ],
 )
 def test_peak_of_a_step(family, lengths, k, mode, dtype):
     """All storages that live at once in a step, against the sum of parts at its peak. The CPU's temporaries
     are its own."""
     args, model = small_model(family, dtype, n_layers=6)
-    config = Config()
-    config.activation_checkpoint.mode = mode
-    parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
-    stage = sizes(args, model, dtype, reduce=dtype.itemsize, checkpoint_every=int(mode == "full"))
+    checkpoint_activations(model, mode)
+    stage = sizes(args, model, dtype, reduce=dtype.itemsize, **LAYOUTS[mode])
     groups = build_groups(lengths, 256)
     chunks = chunk_tensors(groups, random_sequences(lengths, args.vocab_size, 0))
     actions = linear_schedule([len(group.chunks) for group in groups], k)

@@ -8,7 +8,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from chunkflow.execution.linear import pad_rows
 from chunkflow.execution.loss import last_logits, loss_sum
 from chunkflow.execution.norm import RMSNorm
 from chunkflow.execution.rotary import Rotary, rotary_frequencies
@@ -52,7 +54,11 @@ def record_calls(model):
     calls = {}
 
     def record(name):
-        return lambda module, inputs, output: calls.update({name: getattr(output, "dtype", None)})
+        def call(module, inputs, output):
+            output = output[-1] if isinstance(output, tuple) else output
+            calls[name] = getattr(output, "dtype", None)
+
+        return call
 
     for name, module in model.named_modules():
         module.register_forward_hook(record(name))
@@ -482,6 +488,42 @@ def test_activations_have_the_dtype_of_the_embeddings(family, dtype):
     assert loss.shape == () and loss.dtype == calls.pop("") == compute
     assert len(calls) >= 3 * 12 and set(calls.values()) == {dtype} and angles == [compute]
     assert loss.item() == pytest.approx(small_model(family)(chunk.tokens, chunk).item(), rel=0.05)
+
+
+class Products(TorchDispatchMode):
+    """Sizes of all matrix products while it is on."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.sizes.append((*args[-2].shape, args[-1].size(1)))
+        return function(*args, **(kwargs or {}))
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+
+@every_family
+def test_padded_rows_change_nothing(family):
+    chunk, results = standalone_chunk(length=20), []
+    for pads in (False, True):
+        model = small_model(family)
+        model.layers["1"].attention.wk.weight.requires_grad_(False)
+        if pads:
+            pad_rows(model)
+        with Products() as products:
+            loss = model(chunk.tokens, chunk)
+            loss.backward()
+        layers = [sizes for sizes in products.sizes if SMALL["vocab_size"] not in sizes]
+        assert len(layers) == 3 * 3 * 7 - 1, "each of 7 layers' three products in 3 blocks, but for one"
+        assert {20 in sizes for sizes in layers} == {not pads} and {64 in sizes for sizes in layers} == {pads}
+        results.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
+    (loss, gradients), (padded_loss, padded) = results
+    assert (
+        padded_loss == pytest.approx(loss, rel=1e-13) and padded.pop("layers.1.attention.wk.weight") is None
+    )
+    for name, gradient in padded.items():
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-12, atol=1e-12)
 
 
 # Stages, tied embeddings

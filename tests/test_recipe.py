@@ -73,6 +73,7 @@ def test_fp32_for_twenty_steps(tmp_path, data):
     "processes, options",
     [
         (2, ["--parallelism.fsdp_reshard_after_forward=never"]),
+        (2, ["--compile.enable", "--compile.backend=aot_eager", "--activation_checkpoint.mode=selective"]),
         (2, ["--chunkflow.balance=tokens", "--activation_checkpoint.mode=full"]),
         (3, ["--chunkflow.k=3", "--training.enable_cpu_offload"]),
         (4, ["--parallelism.data_parallel_replicate_degree=2"]),

@@ -43,6 +43,7 @@ class Layout(NamedTuple):
     eight_bit: bool = False  # AdamW8bit
     offload: bool = False  # shards and optimizer live in host memory
     checkpoint_every: int = 0  # every n-th layer keeps its input only; 0: none
+    recompute_cheap: bool = False  # results of norms and of the gate are not kept
     slice_tokens: int = 512  # of the head's logits
     sends_in_flight: int = 0  # messages between pipeline ranks that may wait for the other end
 
@@ -105,6 +106,9 @@ class StageSizes:
         # products, silu of the first, and their product.
         elements = 4 * self.dim + 2 * self.queries + 4 * self.hidden
         statistics = self.heads + 2  # log-sum-exp of each head; each norm's factor
+        if self.layout.recompute_cheap:  # norms keep their inputs, the feed-forward two products
+            elements -= 2 * self.dim + 2 * self.hidden
+            statistics -= 2
         if self.head_norms:  # their inputs
             elements += self.queries + self.keys
             statistics += self.heads + self.kv_heads
@@ -149,12 +153,14 @@ class StageSizes:
         half of what the forward kept is freed: flash attention sums the gradient of queries in fp32, and with
         grouped-query heads makes K/V gradients for every query head, of the prefix too.
         """
+        cheap = self.layout.recompute_cheap
         tokens, compute, queries, keys = chunk.tokens, self.compute, self.queries, self.keys
-        feed_forward = tokens * (2 * self.hidden + 2 * self.dim) * compute
+        # What is not kept, silu of the first product, is made again, and there is no result to free.
+        feed_forward = tokens * ((4 if cheap else 2) * self.hidden + 2 * self.dim) * compute
         attention = (tokens + 128 * len(chunk.segments)) * (queries + self.heads) * 4
         attention += tokens * 2 * queries * compute
         attention += (chunk.prefix + tokens) * 2 * (keys + (queries if queries > keys else 0)) * compute
-        attention -= tokens * (4 * self.hidden + self.dim) * compute
+        attention -= tokens * ((2 if cheap else 4) * self.hidden + self.dim) * compute
         recomputed = self.layer_activations(tokens, standalone) if self.layout.checkpoint_every else 0
         return recomputed + max(feed_forward, attention)
 

@@ -318,9 +318,9 @@ def _check_combinations(config: Config, given: dict[str, Any]) -> None:
         f"checkpoint.load_step = {checkpoint.load_step} is not read without checkpoint.enable: set that too",
     )
     _refuse_if(
-        not selective.isdecimal() or int(selective) < 1,
-        f"activation_checkpoint.selective_ac_option = {show(selective)} is not a whole number of at least 1"
-        ' in quotes: set "2" to recompute every second layer',
+        selective != "op" and (not selective.isdecimal() or int(selective) < 1),
+        f'activation_checkpoint.selective_ac_option = {show(selective)} is neither "op" nor a whole number of'
+        ' at least 1 in quotes: set "op", or "2" to recompute every second layer',
     )
 
 

@@ -191,12 +191,15 @@ class Checkpoint:
 @dataclass
 class ActivationCheckpoint:
     mode: str = option("none", "recomputation inside a chunk, besides k", ("none", "selective", "full"))
-    selective_ac_option: str = option("2", "selective: every how many-th layer is recomputed")
+    selective_ac_option: str = option(
+        "op",
+        'selective: "op" recomputes all but matrix products and attention; "2": every second layer, whole',
+    )
 
 
 @dataclass
 class Compile:
-    enable: bool = option(False, "torch.compile")
+    enable: bool = option(False, "torch.compile of each layer, but for attention and its K/V state")
     components: list[str] = option(["model"], "what is compiled", ("model",))
     backend: str = option("inductor", "torch.compile's backend")
 

@@ -4,10 +4,10 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from chunkflow.execution.recompute import recompute_cheap
+from chunkflow.execution.rotary import Rotary
 from chunkflow.settings import options
 from chunkflow.training.start import world_size
 
@@ -139,26 +141,48 @@ def connect(mesh: DeviceMesh, device: torch.device, ring: bool) -> None:
 
 
 def apply_activation_checkpoint(model: nn.Module, settings: options.ActivationCheckpoint) -> None:
-    """Recomputes whole layers in backward: all ("full") or every n-th ("selective"), as in torchtitan.
+    """Recomputes in backward, as in torchtitan: whole layers, all ("full") or every n-th ("selective" with a
+    number), or in each layer ("selective" with "op") what is cheap: all but matrix products and attention.
 
     This adds to k, which recomputes whole chunks. Writing a chunk's K/V twice changes nothing.
     """
     if settings.mode == "none":
         return
-    every = 1 if settings.mode == "full" else int(settings.selective_ac_option)
+    how, every = "full", 1
+    if settings.mode == "selective":
+        how = settings.selective_ac_option
+        every = 1 if how == "op" else int(how)
+    whole = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing is random
     for index, layer in enumerate(model.layers.values()):
         if index % every == 0:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    logger.info(f"Applied {settings.mode} activation checkpointing to the model")
+            layer.forward = functools.partial(recompute_cheap if how == "op" else whole, layer.forward)
+    logger.info(f"Applied {settings.mode} activation checkpointing ({how}) to the model")
 
 
 def apply_compile(model: nn.Module, settings: options.Compile) -> None:
-    """Compiles each layer's forward, with a graph break at chunk-aware attention and its K/V state."""
+    """Compiles each layer's parts before and after attention, whose K/V state a graph must not touch. Each is
+    one graph, or an error; all layers and all lengths of chunks share it."""
     if not settings.enable:
         return
     for layer in model.layers.values():
-        layer.forward = torch.compile(layer.forward, backend=settings.backend, dynamic=True)
+        for name in ("before_attention", "after_attention"):
+            setattr(layer, name, _compiled(getattr(layer, name), settings.backend))
     logger.info("Compiling each TransformerBlock with torch.compile")
+
+
+def _compiled(part: Callable, backend: str) -> Callable:
+    compiled = torch.compile(part, backend=backend, fullgraph=True)
+
+    def run(x_TC: torch.Tensor, *inputs: Any) -> Any:
+        if x_TC.size(0) == 1:  # a dummy, mostly: torch.compile would make graphs for this length alone
+            return part(x_TC, *inputs)
+        for value in (x_TC, *inputs):
+            for tensor in (value.cos_T1R, value.sin_T1R) if isinstance(value, Rotary) else (value,):
+                if isinstance(tensor, torch.Tensor):
+                    torch._dynamo.mark_dynamic(tensor, 0)
+        return compiled(x_TC, *inputs)
+
+    return run
 
 
 def reshards(settings: options.Parallelism, replicas: int) -> bool:

@@ -1,0 +1,54 @@
+"""Linear layers for bf16 on the CPU, where each new number of rows costs memory.
+
+oneDNN compiles a kernel for every shape of a bf16 product and keeps it: chunks of ever new lengths fill its
+cache.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROWS = 64  # multiples of 32 and of 128 take as long; the former keep twice the memory, the latter pad more
+
+
+def pad_rows(model: nn.Module) -> None:
+    """Makes the model's linear layers multiply a multiple of ROWS rows, the last of them zeros. Results and
+    gradients stay."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = functools.partial(_forward, module)
+
+
+def _forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    if torch.compiler.is_compiling():  # whose graphs are for all lengths
+        return F.linear(x, linear.weight, linear.bias)
+    return _PaddedLinear.apply(x, linear.weight, linear.bias)
+
+
+def _pad(x: torch.Tensor) -> torch.Tensor:
+    extra = -x.size(0) % ROWS
+    return F.pad(x, (0, 0, 0, extra)) if extra else x
+
+
+class _PaddedLinear(torch.autograd.Function):
+    """Saves its input as it came: padded it would be kept for each layer that uses it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(_pad(x), weight, bias)[: x.size(0)]
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        padded = _pad(dy)
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = (padded @ weight)[: x.size(0)]
+        if ctx.needs_input_grad[1]:
+            dweight = padded.t() @ _pad(x)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.sum(0)
+        return dx, dweight, dbias
