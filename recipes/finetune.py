@@ -95,6 +95,7 @@ def main() -> None:
     tensors_without_content = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     logger.info(f"Building {spec.name} with {spec.args}")
     logger.info(f"Model {spec.name} size: {spec.parameters:,} total parameters{spec.stages_in_words}")
+    build.activate_attention(config)
     with tensors_without_content:
         with torch.device(device if fake else "meta"), parallel.default_dtype(training.dtype):
             rank, ranks = processes.pipeline_rank, processes.pipeline_ranks

@@ -29,7 +29,13 @@ from chunkflow.planning.chunks import Chunk, Group, Segment
 from chunkflow.storage import hf_weights as hf
 from chunkflow.storage.tensors import load_model_weights
 from chunkflow.training import parallel
-from chunkflow.training.build import check_cuda_dtype, model_args, open_tokenizer, positions
+from chunkflow.training.build import (
+    activate_attention,
+    check_cuda_dtype,
+    model_args,
+    open_tokenizer,
+    positions,
+)
 from chunkflow.training.start import read_config
 from models.hf_config import end_tokens
 
@@ -129,6 +135,7 @@ def load_model(
     """The model in training.mixed_precision_param, with weights of --checkpoint or of the config's folder."""
     dtype = config.training.mixed_precision_param
     check_cuda_dtype(config.training)
+    activate_attention(config)
     family, args = model_args(config.model, 1, tokenizer.vocab_size)  # of any length: checked below
     total = prompt_tokens + cli.max_new_tokens
     if total > positions(args) and config.model.rope_scaling is None:

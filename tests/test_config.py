@@ -36,6 +36,7 @@ CONTRACT = {
     "model.rope_theta": None,
     "model.rope_scaling": None,
     "model.converters": [],
+    "model.attention": "default",
     "training.dataset": "python_stdlib",
     "training.dataset_path": "",
     "training.global_batch_size": 16,

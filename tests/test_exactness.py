@@ -133,9 +133,7 @@ def test_memory_follows_k(k, monkeypatch):
         len(states) == 2
         and result.state_bytes < 2 * 105 * layers * per_token < 2 * tokens * layers * per_token
     )
-    assert all(not gradients for state in states for gradients in state.gradients.values()), (
-        "gradients that nobody took"
-    )
+    assert not any(state.gradients for state in states), "gradients that nobody took"
 
 
 def test_wrong_orders_are_caught():

@@ -18,6 +18,11 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def activate_flash_attention_3() -> None:
+    """On CUDA, attention of this process uses the kernels of the module flash_attn_interface from now on."""
+    torch.nn.attention.activate_flash_attention_impl("FA3")
+
+
 @torch.compiler.disable  # reads and writes the state, which a compiled graph must not
 def chunk_attention(
     q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, chunk: ChunkTensors, layer: int
@@ -37,12 +42,18 @@ def store_keys_values(k_TGD: torch.Tensor, v_TGD: torch.Tensor, chunk: ChunkTens
     chunk.state.write(layer, chunk.prefix, k_TGD, v_TGD)
 
 
+def _kernels(q_THD: torch.Tensor):
+    """Forward and backward for the tensor's device. Tests replace this to run CUDA's on the CPU."""
+    return (_forward_cuda, _backward_cuda) if q_THD.is_cuda else (_forward_cpu, _backward_cpu)
+
+
 class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
         if chunk.state is not None:
             chunk.state.write(layer, chunk.prefix, k_TGD, v_TGD)
-        out_THD, extra = (_forward_cuda if q_THD.is_cuda else _forward_cpu)(q_THD, k_TGD, v_TGD, chunk, layer)
+        forward, _ = _kernels(q_THD)
+        out_THD, extra = forward(q_THD, k_TGD, v_TGD, chunk, layer)
         ctx.chunk, ctx.layer = chunk, layer
         # With a state, keys and values are in its buffer already: saving them too would hold them twice.
         # Views of that buffer must not be saved, since later chunks write into it.
@@ -58,14 +69,15 @@ class _ChunkAttention(torch.autograd.Function):
         extra, keys_values = rest[: ctx.extras], rest[ctx.extras :]
         if state is not None:
             keys_values = state.read(layer, chunk.prefix, chunk.prefix + q_THD.size(0))
-        backward = _backward_cuda if q_THD.is_cuda else _backward_cpu
+        _, backward = _kernels(q_THD)
         dq, dk, dv, dk_prefix, dv_prefix = backward(
             dout_THD, q_THD, *keys_values, out_THD, extra, chunk, layer
         )
         if state is not None:
             later = state.exchange_gradients(layer, chunk.index, dk_prefix, dv_prefix)
-            if later is not None:
-                dk, dv = (later[0] + dk).to(dk.dtype), (later[1] + dv).to(dv.dtype)
+            if later is not None:  # summed in the wider dtype, rounded once, in one kernel each
+                dk.add_(later[0])
+                dv.add_(later[1])
         return dq, dk, dv, None, None
 
 
@@ -129,24 +141,31 @@ def _group_keys_values(k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
 
 
 def _varlen_limits(chunk: ChunkTensors):
+    """Ends of queries and of keys, the most of each in a segment, whether causal; and the window."""
     longest_key = max(chunk.prefix + chunk.lengths[0], *chunk.lengths)
-    return chunk.query_ends, chunk.key_ends, max(chunk.lengths), longest_key, True
+    longest_query = max(chunk.lengths)
+    # One query a segment, as in decoding, is its last token and sees all keys without a mask. FlashAttention
+    # spreads the keys of such a query over the GPU (split-K), but only if it is given no window.
+    causal = longest_query > 1
+    limits = chunk.query_ends, chunk.key_ends, longest_query, longest_key, causal
+    return limits, [-1, 0 if causal else -1]
 
 
 def _forward_cuda(q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
     keys, values = _group_keys_values(k_TGD, v_TGD, chunk, layer)
-    grouped = q_THD.size(1) != keys.size(1)
+    limits, window = _varlen_limits(chunk)
     out, lse, random_state = torch.ops.torch_attn._varlen_attn(
-        q_THD, keys, values, *_varlen_limits(chunk), window_size=[-1, 0], enable_gqa=grouped
+        q_THD, keys, values, *limits, window_size=window
     )
     return out, (lse, random_state)
 
 
 def _backward_cuda(dout_THD, q_THD, k_TGD, v_TGD, out_THD, extra, chunk: ChunkTensors, layer: int):
     keys, values = _group_keys_values(k_TGD, v_TGD, chunk, layer)
+    limits, window = _varlen_limits(chunk)
     lse, random_state = extra
     dq, dk, dv = torch.ops.torch_attn._varlen_attn_backward(
-        dout_THD, q_THD, keys, values, out_THD, lse, *_varlen_limits(chunk), random_state, window_size=[-1, 0]
+        dout_THD, q_THD, keys, values, out_THD, lse, *limits, random_state, window_size=window
     )
     prefix = chunk.prefix
     return dq, dk[prefix:], dv[prefix:], dk[:prefix], dv[:prefix]

@@ -8,7 +8,6 @@ Shape suffixes: T tokens of the chunk, P tokens of its prefix, G key/value heads
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -74,8 +73,8 @@ def dummy_chunk() -> ChunkTensors:
 class KeyValueState:
     """For each layer, keys and values of a group's tokens so far, and gradients that later chunks added.
 
-    A layer has one buffer for the whole group: a chunk reads its prefix without a copy. Gradients are kept
-    for each chunk, in at least fp32, until that chunk's backward takes them.
+    A layer has one buffer for the whole group: a chunk reads its prefix without a copy. Gradients are in
+    another, in at least fp32, which is there from the last chunk's backward to the first chunk's.
     """
 
     def __init__(self, group: Group):
@@ -83,8 +82,7 @@ class KeyValueState:
         # With the segments packed behind the sequence's end: on CUDA one call reads the prefix and them.
         self.tokens = group.tokens
         self.buffers: dict[int, torch.Tensor] = {}  # layer -> (2, tokens, G, D): keys and values
-        # layer -> chunk -> (2, tokens of the chunk, G, D)
-        self.gradients: defaultdict[int, dict[int, torch.Tensor]] = defaultdict(dict)
+        self.gradients: dict[int, torch.Tensor] = {}  # layer -> (2, prefix of the last chunk, G, D)
         self.next_backward: dict[int, int] = {}  # layer -> index of the chunk whose backward comes next
 
     def write(self, layer: int, start: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> None:
@@ -113,17 +111,18 @@ class KeyValueState:
             f"layer {layer}: backward of chunk {index}, but chunk {expected} comes first"
         )
         self.next_backward[layer] = index - 1
-        gradients = self.gradients[layer]
-        for earlier, (start, end) in enumerate(zip(self.chunk_starts[:index], self.chunk_starts[1:])):
-            if earlier in gradients:
-                gradients[earlier][0] += dk_PGD[start:end]
-                gradients[earlier][1] += dv_PGD[start:end]
-            else:
-                both = torch.stack((dk_PGD[start:end], dv_PGD[start:end]))
-                gradients[earlier] = both.to(torch.promote_types(both.dtype, torch.float32))
-        return gradients.pop(index, None)
+        prefix, last = self.chunk_starts[index], index == len(self.chunk_starts) - 1
+        if last:  # the first backward: nobody adds to the last chunk's own keys and values
+            wide = torch.promote_types(self.buffers[layer].dtype, torch.float32)
+            self.gradients[layer] = torch.empty_like(self.buffers[layer][:, :prefix], dtype=wide)
+        gradient = self.gradients[layer]
+        if prefix:  # two kernels, however many chunks it has
+            for sum_PGD, part_PGD in zip(gradient[:, :prefix], (dk_PGD, dv_PGD)):
+                sum_PGD.copy_(part_PGD) if last else sum_PGD.add_(part_PGD)
+        else:
+            del self.gradients[layer]
+        return None if last else gradient[:, prefix : self.chunk_starts[index + 1]]
 
     def bytes(self) -> int:
         """Bytes of the tensors held now."""
-        gradients = [gradient for layer in self.gradients.values() for gradient in layer.values()]
-        return sum(tensor.nbytes for tensor in [*self.buffers.values(), *gradients])
+        return sum(tensor.nbytes for tensor in [*self.buffers.values(), *self.gradients.values()])

@@ -211,8 +211,9 @@ def peak_parts(
         first = remaining[number] == backwards[number]
         remaining[number] -= 1
         reduces = stage.layout.reshard or not remaining[number]
-        prefix = chunk.prefix
-        new = 0 if standalone else prefix - gradient_tokens.get((number, entry.group), 0)
+        # K/V gradients of the last chunk's prefix, from the group's first backward to its last.
+        before = gradient_tokens.get((number, entry.group), 0)
+        new = ((before or chunk.prefix) if entry.chunk else 0) - before
         layer = stage.layer_gradient + (stage.layer_reduced if reduces else 0)
         head = stage.vocab * stage.dim * stage.layout.compute if stage.last else 0
         in_layer = {
@@ -240,7 +241,7 @@ def peak_parts(
         now["stage_inputs"] -= 2 * output + 2 * sent_back
         if standalone:
             continue
-        gradient_tokens[number, entry.group] = prefix
+        gradient_tokens[number, entry.group] = before + new
         if entry.chunk == 0:
             now["kv"] -= kv * group.tokens
             del gradient_tokens[number, entry.group]

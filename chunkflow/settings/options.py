@@ -61,6 +61,12 @@ class Model:
     converters: list[str] = option(
         [], "what linear layers multiply in, the head excepted (torchao)", ("float8", "int8")
     )
+    attention: str = option(
+        "default",
+        "kernels of attention on CUDA: PyTorch's own (FlashAttention-2), or FlashAttention-3, which Hopper"
+        " GPUs run faster",
+        ("default", "fa3"),
+    )
 
 
 @dataclass

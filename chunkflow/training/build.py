@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib
 import logging
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ from chunkflow.data.dataloader import ChunkDataLoader
 from chunkflow.data.dataset import TokenDataset, open_dataset
 from chunkflow.data.synthetic import SyntheticDataset
 from chunkflow.data.tokenizer import Tokenizer
+from chunkflow.execution.attention import activate_flash_attention_3
 from chunkflow.execution.rotary import rope_type
 from chunkflow.planning.background import PlanProcess
 from chunkflow.planning.cost import Cost
@@ -70,6 +72,7 @@ def check(config: Config) -> ModelSpec:
     check_converters(config.model, float8, spec.family, spec.args, training.dtype, fake)
     check_optimizer(config.optimizer, config.compile, training, fake)
     check_cuda_dtype(training)
+    check_attention(config)
     return spec
 
 
@@ -79,6 +82,34 @@ def check_cuda_dtype(settings: options.Training) -> None:
             f"training.mixed_precision_param = {settings.mixed_precision_param} cannot be used on CUDA, whose"
             ' variable-length attention computes in bfloat16: set "bfloat16"'
         )
+
+
+def check_attention(config: Config) -> None:
+    """ValueError, one sentence, where this machine cannot run model.attention. On the fake backend no kernel
+    runs."""
+    if config.model.attention == "default" or config.comm.mode == "fake_backend":
+        return
+    cuda, value = torch.cuda.is_available(), 'model.attention = "fa3"'
+    major, minor = torch.cuda.get_device_capability() if cuda else (0, 0)
+    if major != 9:
+        device = f"{torch.cuda.get_device_name()} has {major}.{minor}" if cuda else "this runs on the CPU"
+        needs = "needs a Hopper GPU (compute capability 9.0)"
+        raise ConfigError(f'{value} {needs}, but {device}: set "default"')
+    try:
+        importlib.import_module("flash_attn_interface")
+    except ImportError as error:
+        raise ConfigError(
+            f"{value} needs the module flash_attn_interface, which cannot be imported ({error}): build"
+            " FlashAttention-3 for this PyTorch (folder hopper of github.com/Dao-AILab/flash-attention), or"
+            ' set "default"'
+        ) from None
+
+
+def activate_attention(config: Config) -> None:
+    """Lets attention of this process use model.attention. ValueError where it cannot."""
+    check_attention(config)
+    if config.model.attention == "fa3" and config.comm.mode != "fake_backend":
+        activate_flash_attention_3()
 
 
 def plan_settings(config: Config, spec: ModelSpec, replicas: int) -> PlanSettings:
