@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from chunkflow.planning.balance import block_sizes
 from chunkflow.settings import options
 from chunkflow.training.start import world_size
 
@@ -101,6 +102,19 @@ def init_processes(comm: options.Comm, degrees: options.Parallelism) -> Processe
         set_timeouts(mesh, comm.init_timeout_seconds)
     pipeline_rank, replica = divmod(rank, replicas)
     return Processes(device, mesh, rank, count, pipeline_rank, pipeline_ranks, replica, replicas)
+
+
+def init_blocks(processes: Processes, most: int) -> dict[range, dist.ProcessGroup]:
+    """For each block of replicas, at most `most` of them, that this one belongs to and that may share a
+    sequence: the ranks with this rank's stages."""
+    blocks = {}
+    for size in block_sizes(processes.replicas, most)[:-1]:
+        first = processes.replica // size * size
+        if first + size <= processes.replicas:
+            replicas = range(first, first + size)
+            ranks = [processes.pipeline_rank * processes.replicas + replica for replica in replicas]
+            blocks[replicas] = dist.new_group(ranks, use_local_synchronization=True)
+    return blocks
 
 
 def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:

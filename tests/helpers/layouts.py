@@ -61,18 +61,21 @@ def join(config: Config | None = None) -> parallel.Processes:
     return parallel.init_processes(config.comm, config.parallelism)
 
 
-def sharded_gradients(model, lengths, sequences, config, k=1, balance="cost", chunk_size=16):
+def sharded_gradients(
+    model, lengths, sequences, config, k=1, balance="cost", chunk_size=16, blocks=None, **more
+):
     """One step of this rank; returns the global loss and whole gradients."""
     reshard = config.parallelism.fsdp_reshard_after_forward == "always"
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    options = {"chunk_size": chunk_size, "k": k, "balance": balance, "lockstep": reshard}
+    options = {"chunk_size": chunk_size, "k": k, "balance": balance, "lockstep": reshard, **more}
     plan = plan_step(lengths, PlanSettings(Cost.of_model(model.args), ranks, **options), [rank])
     targets = sum(int((labels != -100).sum()) for _, labels in sequences)
     parallel.begin_step(model, reshard)
     ((program,),) = plan.programs.values()
     groups = plan.groups[rank]
     chunks = chunk_tensors(groups, sequences)
-    result = runner_of(model, parallel.before_last_backward).step(program, groups, chunks, targets)
+    runner = runner_of(model, parallel.before_last_backward, blocks=blocks)
+    result = runner.step(program, groups, chunks, targets)
     dist.all_reduce(result.loss_sum)
     whole = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
     model.zero_grad()
