@@ -93,9 +93,11 @@ def assign(
         spread: list[tuple[int, int]] = []  # (sequence, over how many replicas)
         size = sizes[0]
         for number, index in enumerate(order):
-            held = lengths[index] / kv_tokens if kv_tokens else 0
-            wanted = sizes[0] if number < over_all else max(least_size, times[index] / longest, held)
-            fits = [fit for fit in sizes if fit <= size and _fits(lengths[index], fit, chunk_size)]
+            length = lengths[index]
+            held = length / kv_tokens if kv_tokens else 0
+            least_of_long = least_size if length > chunk_size else 1
+            wanted = sizes[0] if number < over_all else max(least_of_long, times[index] / longest, held)
+            fits = [fit for fit in sizes if fit <= size and _fits(length, fit, chunk_size)]
             size = min((fit for fit in fits if fit >= wanted), default=fits[0])
             if size == 1:
                 break  # the others are shorter
@@ -110,8 +112,8 @@ def assign(
 
 
 def _rules(mean: float, sizes: Sequence[int], sequences: int) -> Iterator[tuple[float, int, int]]:
-    """(longest time that a sequence may take a replica, how many replicas it goes over at least, how many of
-    the longest go over all)."""
+    """(longest time that a sequence may take a replica, how many replicas one of several chunks goes over at
+    least, how many of the longest go over all)."""
     yield float("inf"), 1, 0
     if len(sizes) > 1:
         yield from ((mean / part, 1, 0) for part in (1, 1.4, 2, 2.8, 4))

@@ -106,7 +106,8 @@ def init_processes(comm: options.Comm, degrees: options.Parallelism) -> Processe
 
 def init_blocks(processes: Processes, most: int) -> dict[range, dist.ProcessGroup]:
     """For each block of replicas, at most `most` of them, that this one belongs to and that may share a
-    sequence: the ranks with this rank's stages."""
+    sequence: the ranks with this rank's stages. Call it once: only a group's ranks take part in making it,
+    and they must have made equally many before."""
     blocks = {}
     for size in block_sizes(processes.replicas, most)[:-1]:
         first = processes.replica // size * size

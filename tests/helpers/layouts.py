@@ -86,7 +86,7 @@ def sharded_gradients(
 class Pipeline:
     """This rank's stages of a small model, with the weights of `whole`, on a ("pp", "dp_shard") mesh."""
 
-    def __init__(self, family, mesh, virtual, whole, dtype=torch.float64):
+    def __init__(self, family, mesh, virtual, whole, dtype=torch.float64, blocks=None):
         self.mesh, self.whole = mesh, whole
         self.rank, self.ranks = mesh.get_local_rank("pp"), mesh.size(0)
         self.replica, self.replicas = mesh.get_local_rank("dp_shard"), mesh.size(1)
@@ -103,12 +103,15 @@ class Pipeline:
             model.load_state_dict({name: weights[name] for name in model.state_dict()})
             parallel.apply_fsdp(model, mesh["dp_shard"], layout_config().training, False)
         self.stages = stages.make_stages(self.models, count, self.processes, dtype)
-        self.runner = Runner(self.stages, device)
+        if blocks is None:  # torch names groups by their number: once a process
+            blocks = parallel.init_blocks(self.processes, self.replicas)
+        self.blocks = blocks
+        self.runner = Runner(self.stages, device, blocks=blocks)
 
-    def plan(self, lengths, k, enable=True, balance="cost", chunk_size=16, forward_only=False):
+    def plan(self, lengths, k, enable=True, balance="cost", chunk_size=16, forward_only=False, **more):
         last = len(self.layers) - 1
         costs = [Cost.of_layers(self.whole.args, len(own), s == last) for s, own in enumerate(self.layers)]
-        options = {"balance": balance, "forward_only": forward_only}
+        options = {"balance": balance, "forward_only": forward_only, **more}
         options |= {"stages": tuple(costs), "pipeline_ranks": self.ranks}
         cost = Cost.of_model(self.whole.args)
         settings = PlanSettings(cost, self.replicas, enable, chunk_size, k, **options)
