@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import random
+import sys
+from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from chunkflow.planning.cost import Cost
 from chunkflow.planning.pipeline_schedule import live_limit
+from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.training import parallel
+from chunkflow.training.validation import LossByPosition
 from models import families
-from tests.helpers.layouts import Pipeline, join, layout_config, sharded_gradients, small_model
+from tests.helpers.layouts import SMALL, Pipeline, join, layout_config, sharded_gradients, small_model
 from tests.helpers.processes import run_ranks
-from tests.helpers.reference import assert_same_gradients, random_sequences, whole_sequence_gradients
+from tests.helpers.reference import (
+    assert_same_gradients,
+    chunk_tensors,
+    naive_attention,
+    naive_cross_entropy,
+    random_sequences,
+    runner_of,
+    whole_sequence,
+    whole_sequence_gradients,
+)
 
 
 def random_batch(rng: random.Random) -> list[int]:
@@ -30,7 +45,9 @@ def cases(replicas):
     for reshard in ("never", "always"):
         for mode in ("none", "full"):
             config = layout_config(replicas=replicas, reshard=reshard, mode=mode)
-            reference, model = small_model("llama3"), small_model("llama3")
+            family = "qwen3" if mode == "full" else "llama3"
+            tied = {"tied_embeddings": mode == "full"}
+            reference, model = small_model(family, **tied), small_model(family, **tied)
             parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
             parallel.apply_fsdp(model, processes.data_mesh, config.training, reshard == "always")
             for seed in range(4 if mode == "none" else 1):
@@ -81,3 +98,106 @@ def on_stages(shape, virtual):
 @pytest.mark.parametrize("shape, virtual", [((2, 2), 1), ((2, 2), 2), ((2, 3), 1)])
 def test_stages_share_sequences_with_their_like(shape, virtual):
     assert run_ranks(on_stages, shape[0] * shape[1], shape, virtual) == [12] * (shape[0] * shape[1])
+
+
+def held(lengths, k):
+    """For 1, 2 and 4 replicas that share a sequence: bytes of K/V and gradients at their peak, and live chunks."""
+    processes = join()
+    blocks = parallel.init_blocks(processes, processes.replicas)
+    model = small_model("qwen2")
+    parallel.apply_fsdp(model, processes.data_mesh, layout_config().training, False)
+    sequences, peaks = random_sequences(lengths, 96, 0), []
+    for most in (1, 2, 4):
+        settings = PlanSettings(
+            Cost.of_model(model.args), 4, chunk_size=16, k=k, spread_over=most, kv_tokens=1 if most > 1 else 0
+        )
+        plan = plan_step(lengths, settings, [processes.replica])
+        parallel.begin_step(model, False)
+        groups, ((program,),) = plan.groups[processes.replica], plan.programs.values()
+        runner = runner_of(model, parallel.before_last_backward, blocks=blocks)
+        result = runner.step(program, groups, chunk_tensors(groups, sequences), 100)
+        model.zero_grad()
+        peaks.append((result.state_bytes, result.live_chunks[0], plan.most_ranks_of_a_sequence))
+    return peaks
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_what_a_rank_holds_of_keys_and_values_falls_with_the_ranks_that_share_them(k):
+    length = 512
+    answers = run_ranks(held, 4, [length], k)
+    alone = max(rank[0][0] for rank in answers)
+    token = 2 * SMALL["n_layers"] * SMALL["n_kv_heads"] * SMALL["head_dim"] * 8  # fp64, keys and values
+    assert length * token < alone <= 2 * length * token
+    for rank, peaks in enumerate(answers):
+        for state_bytes, live, ranks in peaks[1:]:
+            shares = rank < ranks
+            assert shares <= live <= k
+            assert state_bytes <= shares * 2 * length * token / ranks
+    assert [peak[2] for peak in answers[0]] == [1, 2, 4]
+
+
+def validation_losses(shape):
+    """Losses by position of whole sequences, on ranks ("never", "always") or stages."""
+    processes = join()
+    checked = 0
+    if shape is None:
+        blocks = parallel.init_blocks(processes, processes.replicas)
+        for reshard in ("never", "always"):
+            reference, model = small_model("llama3"), small_model("llama3")
+            config = layout_config(reshard=reshard)
+            parallel.apply_fsdp(model, processes.data_mesh, config.training, reshard == "always")
+            runner, models = runner_of(model, blocks=blocks), [model]
+            for seed in range(3):
+                options = {"lockstep": reshard == "always", "forward_only": True, "chunk_size": 16}
+                options |= {"spread_over": processes.replicas, "kv_tokens": 60}
+                settings = PlanSettings(Cost.of_model(model.args), processes.replicas, **options)
+                lengths = random_batch(random.Random(seed))
+                plan = plan_step(lengths, settings, [processes.replica])
+                checked += compare_losses(
+                    plan,
+                    lengths,
+                    runner,
+                    models,
+                    reference,
+                    processes.replica,
+                    plan.programs[processes.replica][0],
+                )
+        return checked
+    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("pp", "dp_shard"))
+    whole = small_model("qwen3", n_layers=5, tied_embeddings=True)
+    pipeline = Pipeline("qwen3", mesh, 1, whole)
+    for seed in range(3):
+        lengths = random_batch(random.Random(seed))
+        plan = pipeline.plan(lengths, 1, forward_only=True, spread_over=shape[1], kv_tokens=60)
+        models = pipeline.models.values()
+        checked += compare_losses(
+            plan, lengths, pipeline.runner, models, whole, pipeline.replica, pipeline.program(plan)
+        )
+    return checked
+
+
+def compare_losses(plan, lengths, runner, models, reference, replica, program):
+    assert plan.spread_sequences
+    sequences = random_sequences(lengths, 96, 3)
+    losses = LossByPosition(max(lengths), torch.device("cpu"))
+    groups = plan.groups[replica]
+    runner.evaluate(program, groups, chunk_tensors(groups, sequences), losses.take)
+    for model in models:
+        model.reset_iter_state()
+    dist.all_reduce(losses.figures)
+    with (
+        torch.no_grad(),
+        mock.patch.object(sys.modules[type(reference).__module__], "chunk_attention", naive_attention),
+    ):
+        expected = sum(
+            reference(tokens, whole_sequence(tokens, labels, naive_cross_entropy))
+            for tokens, labels in sequences
+        )
+    total = losses.figures[0].sum()
+    assert abs(total - expected) <= 1e-10 * expected
+    return 1
+
+
+@pytest.mark.parametrize("world_size, shape", [(2, None), (4, None), (4, (2, 2))])
+def test_validation_of_shared_sequences(world_size, shape):
+    assert run_ranks(validation_losses, world_size, shape) == [3 if shape else 6] * world_size
