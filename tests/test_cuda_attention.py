@@ -18,7 +18,8 @@ from chunkflow.execution.attention import chunk_attention
 from chunkflow.execution.state import KeyValueState
 from chunkflow.planning.chunks import build_groups, whole_sequences
 from chunkflow.planning.schedule import DUMMY, Action, Kind, forward_only, linear_schedule
-from chunkflow.settings.config import load_config
+from chunkflow.settings.config import flat, load_config
+from chunkflow.storage import manifest
 from chunkflow.training import build
 from models import families
 from tests.helpers.cuda_kernels import cuda_attention_on_cpu, flash_attention_3_on_cpu
@@ -213,7 +214,7 @@ def test_launches_do_not_depend_on_the_chunk(calls):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_gradients_of_later_chunks_are_summed_in_at_least_fp32(calls, dtype):
+def test_gradients_of_later_chunks_are_summed_in_at_least_fp32(dtype):
     (group,) = build_groups([40], 8)
     state = KeyValueState(group)
     keys_TGD = torch.zeros(40, 2, 8, dtype=dtype)
@@ -252,6 +253,12 @@ def test_flash_attention_3_gives_the_same_gradients():
         kernels.append(calls)
     assert kernels[0] == kernels[1] and current_flash_attention_impl() is None
     assert all(torch.equal(*pair) for pair in zip(*(got.values() for got in gradients)))
+
+
+def test_checkpoints_go_on_with_other_kernels():
+    args = families["llama3"].flavors["debugmodel"]
+    identities = [manifest.model_identity(flat(config), args) for config in (load_config([]), config_of())]
+    assert identities[0] == identities[1]
 
 
 @pytest.mark.parametrize(

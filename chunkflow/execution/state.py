@@ -130,7 +130,10 @@ class KeyValueState:
         gradient = self.gradients[layer]
         if prefix:  # two kernels, however many chunks it has
             for sum_PGD, part_PGD in zip(gradient[:, :prefix], (dk_PGD, dv_PGD)):
-                sum_PGD.copy_(part_PGD) if last else sum_PGD.add_(part_PGD)
+                if last:
+                    sum_PGD.copy_(part_PGD)
+                else:
+                    sum_PGD.add_(part_PGD)
         else:
             del self.gradients[layer]
         return None if last else gradient[:, prefix : self.chunk_starts[index + 1]]
