@@ -10,12 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from chunkflow.execution.attention import chunk_attention
+from chunkflow.execution.shared_state import SharedKeyValueState
+from chunkflow.planning.chunks import spread_groups
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.pipeline_schedule import live_limit
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.training import parallel
 from chunkflow.training.validation import LossByPosition
 from models import families
+from tests.helpers.cuda_kernels import cuda_attention_on_cpu
 from tests.helpers.layouts import SMALL, Pipeline, join, layout_config, sharded_gradients, small_model
 from tests.helpers.processes import run_ranks
 from tests.helpers.reference import (
@@ -28,6 +32,7 @@ from tests.helpers.reference import (
     whole_sequence,
     whole_sequence_gradients,
 )
+from tests.test_cuda_attention import Launches
 
 
 def random_batch(rng: random.Random) -> list[int]:
@@ -201,3 +206,60 @@ def compare_losses(plan, lengths, runner, models, reference, replica, program):
 @pytest.mark.parametrize("world_size, shape", [(2, None), (4, None), (4, (2, 2))])
 def test_validation_of_shared_sequences(world_size, shape):
     assert run_ranks(validation_losses, world_size, shape) == [3 if shape else 6] * world_size
+
+
+def on_cuda_kernels(seeds):
+    """The same on naive kernels below torch's variable-length operators; and of one layer of a shared chunk, what
+    is launched forward and backward, and the bytes that collectives carry."""
+    processes = join()
+    ranks = processes.replicas
+    blocks = parallel.init_blocks(processes, ranks)
+    for seed in range(seeds):
+        rng = random.Random(seed)
+        family = rng.choice(list(families))
+        reference, model = small_model(family), small_model(family)
+        config = layout_config(reshard="never")
+        parallel.apply_fsdp(model, processes.data_mesh, config.training, False)
+        lengths = random_batch(rng)
+        sequences = random_sequences(lengths, 96, seed)
+        loss, expected = whole_sequence_gradients(reference, sequences)
+        more = {"spread_over": ranks, "kv_tokens": 40, "blocks": blocks}
+        with cuda_attention_on_cpu() as calls:
+            got_loss, got = sharded_gradients(model, lengths, sequences, config, rng.choice([1, 2]), **more)
+        assert calls
+        assert abs(got_loss - loss) <= 1e-10 * loss
+        assert_same_gradients(got, expected, 1e-10)
+    block = range(ranks)
+    group = spread_groups(0, 32 * ranks * 3, 32, block)[processes.replica]
+    chunks = chunk_tensors([group], random_sequences([32 * ranks * 3], 96, 0))[0]
+    state, counts = SharedKeyValueState(group, blocks[block]), []
+    graphs = []
+    with cuda_attention_on_cpu():
+        for chunk in chunks:
+            chunk.state = state
+            inputs = [torch.randn(32, heads, 16).bfloat16().requires_grad_() for heads in (4, 2, 2)]
+            with Launches() as launches:
+                graphs.append((chunk_attention(*inputs, chunk, 0), inputs))
+            counts.append(launches.names)
+        for output, inputs in reversed(graphs):
+            with Launches() as launches:
+                torch.autograd.grad(output, inputs, torch.ones_like(output))
+            counts.append(launches.names)
+    return counts
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_shared_sequences_on_the_kernels_of_cuda(world_size):
+    for counts in run_ranks(on_cuda_kernels, world_size, 3):
+        forward, backward = [[name for name in names if name != "arange"] for names in counts], counts[3:]
+        write, read = ["copy_", "copy_"], ["index_select", "_varlen_attn", "_varlen_attn", "cat"]
+        gathers = ["_allgather_base_"]
+        # for a chunk's first layer "cat" makes the order of its tokens, too
+        assert forward[0] == [*write, *gathers, "cat", *read]
+        assert forward[1] == forward[2] == [*write, *gathers * 2, "cat", *read]
+        for chunk, names in zip((2, 1, 0), backward):
+            assert (
+                names.count("_allgather_base_") == names.count("_reduce_scatter_base_") == (2 if chunk else 1)
+            )
+            assert names.count("_varlen_attn_backward") == 2
+            assert len(names) <= 26  # whatever the chunk; each of two parts adds to four sums

@@ -120,9 +120,9 @@ class _SharedAttention(torch.autograd.Function):
             part.state = None
             dqs.append(dq)
             for which, (dx, dx_prefix) in enumerate(zip(own, (dk_prefix, dv_prefix))):
-                sums[start:end, which] += dx
+                sums[start:end, which].add_(dx)
                 if start:
-                    sums[:start, which] += dx_prefix
+                    sums[:start, which].add_(dx_prefix)
         dk, dv = state.exchange_gradients(layer, chunk.index, sums)
         return torch.cat(dqs), dk.to(q_THD.dtype), dv.to(q_THD.dtype), None, None
 

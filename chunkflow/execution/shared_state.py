@@ -97,9 +97,9 @@ class SharedKeyValueState:
             prefix = sums.new_empty(start, *sums.shape[1:])
             dist.reduce_scatter_tensor(prefix, sums[:before], group=self.ranks)
         if index < last:
-            own += self.gradients[layer][start : start + width]
+            own.add_(self.gradients[layer][start : start + width])
             if before:
-                self.gradients[layer][:start] += prefix
+                self.gradients[layer][:start].add_(prefix)
             else:
                 del self.gradients[layer]
         elif before:
