@@ -73,7 +73,8 @@ def main() -> None:
 
     # ---- Processes. With the fake backend this one stands for rank 0 of NGPU, and tensors have shapes but no
     # content.
-    processes = parallel.init_processes(config.comm, config.parallelism)
+    offload = training.enable_cpu_offload
+    processes = parallel.init_processes(config.comm, config.parallelism, offload)
     device, replica, pipeline_rank = processes.device, processes.replica, processes.pipeline_rank
     if processes.rank == 0:
         with user_errors():
@@ -83,7 +84,10 @@ def main() -> None:
     # the tokens of its sequences.
     settings = build.plan_settings(config, spec, processes.replicas)
     with user_errors():
-        loader = build.open_loader(training, dataset, settings, replica, seed)
+        loader = build.open_loader(
+            training, dataset, settings, replica, seed, pin_memory=device.type == "cuda"
+        )
+        build.check_waits(config.comm, loader, settings, device)
         validation = None
         if config.validation.enable and not fake:
             validation = Validation(config.validation, training, spec, settings, processes, seed)
@@ -106,7 +110,7 @@ def main() -> None:
             parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
             parallel.apply_fsdp(model, processes.data_mesh, training, reshard)
             if not fake:
-                model.to_empty(device="cpu" if training.enable_cpu_offload else device)
+                model.to_empty(device="cpu" if offload else device)
         chunk_stages = stages.make_stages(models, len(spec.layers), processes, compute_dtype)
         runner = Runner(chunk_stages, device, loss=loss_sum)
         optimizer = build_optimizer(nn.ModuleList(models.values()), config.optimizer)
@@ -149,9 +153,10 @@ def main() -> None:
                 return
 
             # --- Update. Ranks agree on whether it may be applied, and whether one of them was asked to stop.
-            loss, norm = result.loss_sum.item(), grad_norm.item()  # the loss is on a replica's last stage
-            flags = [not math.isfinite(loss + norm), stop.asked, checkpoints.failed_in_background]
-            not_finite, stopping, save_failed = parallel.any_rank(flags, device)
+            figures = [result.loss_sum, grad_norm]  # the loss is on a replica's last stage
+            flags = [stop.asked, checkpoints.failed_in_background]
+            (loss, norm), agreed = parallel.agree(figures, flags, device)
+            not_finite, stopping, save_failed = agreed
             if data.targets and not not_finite:
                 optimizer.step()
             if not data.targets:

@@ -101,7 +101,7 @@ CONTRACT = {
     "profiling.save_traces_folder": "profile_traces",
     "profiling.profile_freq": 10,
     "comm.init_timeout_seconds": 300,
-    "comm.train_timeout_seconds": 100,
+    "comm.train_timeout_seconds": 1800,
     "comm.mode": "default",
     "validation.enable": False,
     "validation.dataset": None,

@@ -6,7 +6,10 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from chunkflow.training import parallel
 from models import families
@@ -123,7 +126,6 @@ def test_one_start_for_all_layouts():
 
 def recorded_collectives(reshard):
     """The name and size of every collective of this rank over a few random steps, in order."""
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     class Recorder(TorchDispatchMode):
         def __init__(self):
@@ -160,3 +162,77 @@ def test_every_rank_runs_the_same_collectives(reshard):
         reshard == "never"
     ):  # one gather and one reduction a layer and step, however many chunks (full_tensor's aside)
         assert gathers <= 6 * (layers + len(list(small_model("llama3").parameters())) + 1)
+
+
+def division_of_gradients():
+    """Numbers of elements that are divided in steps of one rank, and the size of its smallest group."""
+    divided = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_):
+                divided.append(arguments[0].numel())
+            return function(*arguments, **(kwargs or {}))
+
+    config = layout_config(param="bfloat16")
+    mesh = join(config).mesh
+    for reshard in (False, True):
+        model = small_model("llama3", torch.float32)
+        parallel.apply_fsdp(model, mesh, config.training, reshard)
+        sequences = random_sequences([70, 20], 96, 0)
+        with Recorder():
+            sharded_gradients(model, [70, 20], sequences, config)
+    return divided, sum(parameter.numel() for parameter in model.layers["0"].parameters())
+
+
+def test_gradients_of_one_rank_are_not_copied_to_be_divided():
+    ((divided, layer),) = run_ranks(division_of_gradients, 1)
+    assert not [elements for elements in divided if elements >= layer]
+
+
+def order_of_a_step(replicas, k, chunks):
+    """What happens on this rank in steps under ZeRO-3, a letter each: g, r, a: a layer is gathered, reduced to
+    shards, reduced over replicas; G, R, A: the root group; c: a layer computes its forward. A step ends with
+    the sum of losses, a."""
+    steps = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            name = function.name().replace("_", "")
+            for what, letter in (("allgather", "g"), ("reducescatter", "r"), ("allreduce", "a")):
+                if name.startswith(f"c10d::{what}"):
+                    sizes = [
+                        leaf.numel() for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)
+                    ]
+                    whole = max(sizes) * (2 if letter == "a" else 1)  # there are two shards
+                    steps[-1] += letter.upper() if whole == root else letter
+            return function(*arguments, **(kwargs or {}))
+
+    def computes(*_):
+        steps[-1] += "c"
+
+    config = layout_config(replicas=replicas)
+    mesh = join(config).mesh
+    model = small_model("llama3")
+    root = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("layers."))
+    parallel.apply_fsdp(model, mesh, config.training, True)
+    for layer in model.layers.values():
+        layer.attention_norm.register_forward_pre_hook(computes)
+    lengths = [16 * chunks] * dist.get_world_size()
+    sequences = random_sequences(lengths, 96, 0)
+    for _ in range(2):
+        steps.append("")
+        with Recorder():
+            sharded_gradients(model, lengths, sequences, config, k)
+    return steps
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_zero_3_gathers_a_layer_ahead_and_reduces_the_root_once(replicas):
+    forward, backward = "ggcgcc", "ggrgrr"  # of three layers: the next one's gather is begun first
+    # Four chunks, k = 2: two forwards for K/V, two that stay, their backwards, and two recomputed chunks. The
+    # root is gathered and reduced once; replicas sum shards once, in the last backward.
+    step = "G" + 4 * forward + 2 * backward + forward + backward + forward
+    step += ("ggrgrr" + "R" if replicas == 1 else "ggragraraRA") + "a"
+    for steps in run_ranks(order_of_a_step, 2 * replicas, replicas, 2, 4):
+        assert steps == [step, step]

@@ -65,6 +65,7 @@ class ChunkDataLoader:
     `overlong`: what becomes of sequences longer than `seq_len` tokens, "error" (ValueError here), "truncate"
     or "drop". `replica`: the data-parallel replica to read for; all ranks of its pipeline read the same
     chunks. `make_plan`: lengths -> plan, in the loader's thread; None: `plan_step` with the settings.
+    `pin_memory`: chunks lie in pinned memory, for copies to a GPU.
     """
 
     def __init__(
@@ -80,11 +81,12 @@ class ChunkDataLoader:
         seed: int,
         make_plan: Callable[[list[int]], Plan] | None = None,
         once: bool = False,
+        pin_memory: bool = False,
     ):
         self.dataset, self.replica = dataset, replica
         self.make_plan = make_plan or functools.partial(plan_step, settings=settings, replicas=[replica])
         self.global_batch_size, self.seq_len, self.overlong = global_batch_size, seq_len, overlong
-        self.shuffle, self.seed = shuffle, seed
+        self.shuffle, self.seed, self.pin_memory = shuffle, seed, pin_memory
         self.ledger = Ledger()
         self.cursor = 0  # sequences passed by the steps that were handed out
         self._waited = 0.0
@@ -209,7 +211,7 @@ class ChunkDataLoader:
 
         def tensors(chunk: Chunk, index: int, shared: bool) -> ChunkTensors:
             spans = [(s.sequence, slice(s.start, s.start + s.length)) for s in chunk.segments]
-            return ChunkTensors(
+            made = ChunkTensors(
                 chunk,
                 index,
                 tokens=torch.cat([tokens[sequence][span] for sequence, span in spans]),
@@ -217,6 +219,7 @@ class ChunkDataLoader:
                 positions=torch.cat([torch.arange(span.start, span.stop) for _, span in spans]),
                 shared=shared,
             )
+            return made.pin_memory() if self.pin_memory else made
 
         return [
             [tensors(chunk, index, group.spread is not None) for index, chunk in enumerate(group.chunks)]

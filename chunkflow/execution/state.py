@@ -63,12 +63,19 @@ class ChunkTensors:
 
     def to(self, device: torch.device) -> ChunkTensors:
         """A copy on the device, made asynchronously. On the same device the tensors are shared."""
-        moved = copy.copy(self)
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> ChunkTensors:
+        """A copy in pinned memory: from other memory a GPU copies large tensors while the host waits."""
+        return self._with_each(torch.Tensor.pin_memory)
+
+    def _with_each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ChunkTensors:
+        changed = copy.copy(self)
         for name in ("tokens", "labels", "positions", "query_ends", "key_ends"):
             if (tensor := getattr(self, name)) is not None:
-                setattr(moved, name, tensor.to(device, non_blocking=True))
-        moved.parts = [part.to(device) for part in self.parts]
-        return moved
+                setattr(changed, name, function(tensor))
+        changed.parts = [part._with_each(function) for part in self.parts]
+        return changed
 
 
 # (hidden_TC, weight_VC of the head, chunk) -> the model's result

@@ -76,12 +76,12 @@ class StageSizes:
         self.optimizer = 2 * moments + 4 * len(shapes)  # and a step count each
 
         # "never" keeps everything gathered, and sums the gradients of all chunks unsharded, until the step's
-        # last backward. ZeRO-3 gathers the layer in use while the next one arrives, and reduces a layer's
-        # gradients at once.
+        # last backward. ZeRO-3 does that with the root's; it gathers the layer in use while the next one
+        # arrives, and reduces a layer's gradients at once.
         self.root_gathered = sum(map(shard, root_shapes)) * layout.shards * layout.compute
         layer_gathered = sum(map(shard, layer_shapes)) * layout.shards * layout.compute
         self.gathered = self.root_gathered + (2 if layout.reshard else self.layers) * layer_gathered
-        self.accumulated = 0 if layout.reshard else (root + self.layers * layer) * layout.reduce
+        self.accumulated = (root + (0 if layout.reshard else self.layers * layer)) * layout.reduce
         self.layer_gradient, self.layer_reduced = layer * layout.compute, layer * layout.reduce
         self.root_gradient, self.root_reduced = root * layout.compute, root * layout.reduce
 
@@ -152,6 +152,15 @@ class StageSizes:
         return recomputed + max(feed_forward, attention)
 
 
+def communicators(pipeline_ranks: int, replicated: int, shards: int) -> int:
+    """The most NCCL communicators that one rank takes part in: of all ranks, of each dimension of the mesh
+    that is neither 1 nor all ranks, and of each pair with a neighbour in the pipeline."""
+    sizes = (pipeline_ranks, replicated, shards)
+    ranks = prod(sizes)
+    groups = (ranks > 1) + sum(1 < size < ranks for size in sizes)
+    return groups + min(pipeline_ranks - 1, 2)
+
+
 def host_bytes(stages: Iterable[StageSizes]) -> int:
     """Bytes of the shards and optimizer state that offloading keeps in host memory."""
     return sum(s.parameters + s.optimizer + s.gradients for s in stages if s.layout.offload)
@@ -207,7 +216,7 @@ def peak_parts(
             continue
 
         # Backward: first the head, then each layer, which frees activations and makes K/V gradients of the
-        # prefix; at the end the root group's reduction.
+        # prefix; at the end of the last one the root group's reduction.
         first = remaining[number] == backwards[number]
         remaining[number] -= 1
         reduces = stage.layout.reshard or not remaining[number]
@@ -232,12 +241,11 @@ def peak_parts(
         if stage.layers:
             checkpointed = bool(stage.layout.checkpoint_every)
             moment(activations=stage.layer_activations(tokens, standalone, checkpointed), **in_layer)
-        root = stage.root_gradient + (stage.root_reduced if reduces else 0)
-        if remaining[number] or stage.layout.reshard:
-            moment(unsharded_gradients=root)
-        else:  # the layers' sums and gathered parameters have been freed
-            freed = stage.accumulated - stage.root_reduced
-            moment(unsharded_gradients=root - freed, gathered_parameters=stage.root_gathered - stage.gathered)
+        if remaining[number]:
+            moment(unsharded_gradients=stage.root_gradient)
+        else:  # it is reduced; the layers' sums and gathered parameters have been freed
+            root = stage.root_gradient + stage.root_reduced - (stage.accumulated - stage.root_reduced)
+            moment(unsharded_gradients=root, gathered_parameters=stage.root_gathered - stage.gathered)
         now["stage_inputs"] -= 2 * output + 2 * sent_back
         if standalone:
             continue

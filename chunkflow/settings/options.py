@@ -140,6 +140,12 @@ class Parallelism:
         'free gathered parameters after each forward (ZeRO-3); "default": with more than one rank',
         ("default", "always", "never"),
     )
+    context_parallel_degree: int = option(
+        -1,
+        "most data-parallel ranks that share one long sequence (a power of two, or all; rounded down); -1: for"
+        " each as many as balance and memory ask for; 1: none",
+        DEGREE,
+    )
     pipeline_parallel_degree: int = option(1, "ranks that share one replica's layers (pipeline)", AT_LEAST_1)
     pipeline_parallel_schedule: str = option(
         "1F1B", "one stage a rank, or several; the state-aware form of each", ("1F1B", "Interleaved1F1B")
@@ -244,7 +250,7 @@ class Profiling:
 @dataclass
 class Comm:
     init_timeout_seconds: int = option(300, "time limit of collectives up to the first step", AT_LEAST_1)
-    train_timeout_seconds: int = option(100, "time limit of collectives afterwards", AT_LEAST_1)
+    train_timeout_seconds: int = option(1800, "time limit of collectives afterwards", AT_LEAST_1)
     mode: str = option(
         "default", "fake_backend: one process stands for rank 0 of NGPU", ("default", "fake_backend")
     )

@@ -228,11 +228,13 @@ def gathered_parameters(
         if name in parameters:
             whole = parameters[name].to(device, dtype)
             whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-        if rank == sender != 0:
-            dist.send(whole, dst=0)
         if rank == 0 != sender:
             whole = torch.empty(shape, dtype=dtype, device=device)
-            dist.recv(whole, src=sender)
+        if sender and rank in (0, sender):
+            # A batch goes through the whole group's communicator; NCCL would make one more for a lone pair.
+            kind, peer = (dist.irecv, sender) if rank == 0 else (dist.isend, 0)
+            for work in dist.batch_isend_irecv([dist.P2POp(kind, whole, peer)]):
+                work.wait()
         yield whole.cpu() if rank == 0 else None
 
 

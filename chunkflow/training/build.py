@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib
 import logging
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from chunkflow.execution.attention import activate_flash_attention_3
 from chunkflow.execution.rotary import rope_type
 from chunkflow.planning.background import PlanProcess
 from chunkflow.planning.cost import Cost
-from chunkflow.planning.planner import PlanSettings
+from chunkflow.planning.planner import PlanSettings, plan_step
+from chunkflow.planning.waits import PESSIMISTIC_FLOPS, longest_wait
 from chunkflow.settings import options
 from chunkflow.settings.config import ConfigError
 from chunkflow.settings.options import Config
@@ -114,7 +116,7 @@ def activate_attention(config: Config) -> None:
 
 def plan_settings(config: Config, spec: ModelSpec, replicas: int) -> PlanSettings:
     """What plans depend on, for this number of data-parallel replicas."""
-    chunkflow, last = config.chunkflow, spec.layers[-1]
+    chunkflow, last, most = config.chunkflow, spec.layers[-1], config.parallelism.context_parallel_degree
     costs = [Cost.of_layers(spec.args, len(layers), head=layers is last) for layers in spec.layers]
     return PlanSettings(
         Cost.of_model(spec.args),
@@ -127,6 +129,7 @@ def plan_settings(config: Config, spec: ModelSpec, replicas: int) -> PlanSetting
         lockstep=reshards(config.parallelism, replicas),
         stages=tuple(costs),
         pipeline_ranks=config.parallelism.pipeline_parallel_degree,
+        spread_over=replicas if most == -1 else most,
     )
 
 
@@ -155,6 +158,25 @@ def open_loader(
     if loader.notice:
         logger.info(loader.notice)
     return loader
+
+
+def check_waits(
+    settings: options.Comm, loader: ChunkDataLoader, plan: PlanSettings, device: torch.device
+) -> None:
+    """ValueError if on GPUs a third of the time limit of collectives is less than the longest wait to expect:
+    of a slow GPU, in a step with the longest sequence of all. NCCL would end such a run in that step."""
+    if device.type != "cuda":
+        return
+    _, lengths, _, _ = loader.batch_at(0)
+    lengths[lengths.index(max(lengths))] = loader.longest
+    seconds = longest_wait(plan_step(lengths, plan), plan)
+    if 3 * seconds > settings.train_timeout_seconds:
+        raise ConfigError(
+            f"comm.train_timeout_seconds = {settings.train_timeout_seconds} is less than three times the"
+            f" {seconds:,.0f} s that a rank may wait for others in a step with a sequence of"
+            f" {loader.longest:,} tokens (at {PESSIMISTIC_FLOPS / 1e12:.0f} TFLOP/s): set it to at least"
+            f" {math.ceil(3 * seconds)}"
+        )
 
 
 # -------------------------------------------------------------------------------------------------- the model

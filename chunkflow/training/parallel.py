@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -66,10 +66,12 @@ def set_seed(settings: options.Debug) -> int:
     return seed
 
 
-def init_processes(comm: options.Comm, degrees: options.Parallelism) -> Processes:
-    """Joins torchrun's process group (without torchrun: a group of one) and builds the device mesh.
+def init_processes(comm: options.Comm, degrees: options.Parallelism, offload: bool = False) -> Processes:
+    """Joins torchrun's process group (without torchrun: a group of one), builds the device mesh and connects
+    its ranks.
 
     Its dimensions are ("pp", "dp_replicate", "dp_shard"); the first two only where their size is above 1.
+    With `offload` gradients are in host memory, and on CUDA sums over ranks go there too, through gloo.
     With comm.mode = "fake_backend" this process stands for rank 0 of NGPU x NNODES, on the CPU, and nothing
     is sent.
     """
@@ -89,7 +91,7 @@ def init_processes(comm: options.Comm, degrees: options.Parallelism) -> Processe
             # torchrun's restarts share one store: the prefix hides the ranks of the attempt that crashed.
             store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
             store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "nccl" if cuda else "gloo"
+        backend = ("cpu:gloo,cuda:nccl" if offload else "nccl") if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=count)
     rank, count = dist.get_rank(), dist.get_world_size()
     pipeline_ranks, replicated = degrees.pipeline_parallel_degree, degrees.data_parallel_replicate_degree
@@ -100,6 +102,7 @@ def init_processes(comm: options.Comm, degrees: options.Parallelism) -> Processe
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     if not fake:
         set_timeouts(mesh, comm.init_timeout_seconds)
+        connect(mesh, device, ring=degrees.pipeline_parallel_schedule == "Interleaved1F1B")
     pipeline_rank, replica = divmod(rank, replicas)
     return Processes(device, mesh, rank, count, pipeline_rank, pipeline_ranks, replica, replicas)
 
@@ -123,6 +126,31 @@ def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:
     groups do not take over init_process_group's timeout."""
     for group in [dist.group.WORLD, *mesh.get_all_groups()]:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def connect(mesh: DeviceMesh, device: torch.device, ring: bool) -> None:
+    """Uses each process group, and each pair of neighbours in the pipeline, once. In a `ring` (several stages
+    a rank) the last and the first rank are neighbours, too.
+
+    NCCL makes a communicator at its first use, outside PyTorch's allocator: in mid-step that may hold all
+    memory. Pairs come in the same order on all ranks, and of a pair the first sends first, so none waits in
+    a circle, even if every send waits for its receive.
+    """
+    one = torch.ones(1, device=device)
+    groups = {group.group_name: group for group in [dist.group.WORLD, *mesh.get_all_groups()]}
+    for group in groups.values():
+        if group.size() > 1:
+            dist.all_reduce(one, group=group)
+    if "pp" not in mesh.mesh_dim_names:
+        return
+    group, rank, ranks = mesh.get_group("pp"), mesh.get_local_rank("pp"), mesh["pp"].size()
+    pairs = [(first, first + 1) for first in range(ranks - 1)]
+    for pair in pairs + ([(ranks - 1, 0)] if ring and ranks > 2 else []):
+        for sender, receiver in (pair, pair[::-1]):
+            if rank == sender:
+                dist.send(one, group=group, group_dst=receiver)
+            elif rank == receiver:
+                dist.recv(one, group=group, group_src=sender)
 
 
 def apply_activation_checkpoint(model: nn.Module, settings: options.ActivationCheckpoint) -> None:
@@ -167,10 +195,18 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, settings: options.Training, r
     for layer in model.layers.values():
         fully_shard(layer, reshard_after_forward=reshard, **sharding)
     fully_shard(model, reshard_after_forward=False, **sharding)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
+    layers = list(model.layers.values())
+    if mesh.size() > 1:  # over one rank FSDP2 copies, and with a factor it divides into one more copy
+        for module in (model, *layers):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if reshard:
+        # While a layer computes, the next is gathered. By itself FSDP2 goes back in the order of forwards,
+        # but forgets it with every backward, though those of other chunks are still to come.
+        for module, following in zip((model, *layers), layers):
+            module.set_modules_to_forward_prefetch([following])
+        for module, preceding in zip((model, *layers[::-1]), layers[::-1]):
+            module.set_modules_to_backward_prefetch([preceding])
     gib = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize / 2**30
     cost = f"all {gib:.2f}GiB are gathered once a step and stay; ranks need not agree on their chunks"
     if reshard:
@@ -182,17 +218,19 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, settings: options.Training, r
 
 
 def begin_step(model: nn.Module, reshard: bool) -> None:
-    """Call before the first chunk. Resharding ranks run in lockstep and reduce at every backward; others keep
-    parameters and gradients whole until `before_last_backward`: their numbers of chunks may differ."""
-    if not reshard:
-        model.set_requires_gradient_sync(False)
-        model.set_reshard_after_backward(False)
+    """Call before the first chunk. Parameters and gradients stay whole until `before_last_backward`, so ranks
+    may differ in their numbers of chunks. With `reshard` (lockstep) only those of the root group do: each
+    backward reduces the layers' gradients to shards, and the last one the shards over their replicas."""
+    model.set_requires_gradient_sync(False, recurse=not reshard)
+    model.set_reshard_after_backward(False, recurse=not reshard)
+    model.set_requires_all_reduce(False)
 
 
 def before_last_backward(model: nn.Module) -> None:
     """Makes the next backward reduce gradients and reshard parameters, layer by layer."""
     model.set_requires_gradient_sync(True)
     model.set_reshard_after_backward(True)
+    model.set_requires_all_reduce(True)
 
 
 @contextmanager
@@ -266,10 +304,18 @@ def clip_grad_norm(models: Iterable[nn.Module], max_norm: float, mesh: DeviceMes
     return norm
 
 
-def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
-    """For each flag, whether it is set on any rank. One small collective."""
-    if dist.get_world_size() == 1:
-        return flags
-    flags = torch.tensor(flags, dtype=torch.int32, device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in flags.tolist()]
+def agree(
+    figures: list[torch.Tensor], flags: list[bool], device: torch.device
+) -> tuple[list[float], list[bool]]:
+    """This rank's figures (0-dim) as numbers. And, the same on all ranks: whether a figure is not finite on
+    any rank, then for each flag whether it is set on any.
+
+    One small collective, and one wait for the device: until then the host only queues work.
+    """
+    own = torch.stack([figure.to(device, torch.float64) for figure in figures])
+    shared = torch.tensor([False, *flags], dtype=torch.float64).to(device, non_blocking=True)
+    shared[0] = own.isfinite().all().logical_not()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+    numbers = torch.cat([own, shared]).tolist()
+    return numbers[: len(figures)], [bool(number) for number in numbers[len(figures) :]]

@@ -81,6 +81,7 @@ class Validation:
         plan = plan._replace(forward_only=True)
         make_plan = functools.cache(lambda *lengths: plan_step(list(lengths), plan, [self.replica]))
         arguments = {"shuffle": False, "once": True, "make_plan": lambda lengths: make_plan(*lengths)}
+        arguments["pin_memory"] = self.device.type == "cuda"
         self.loader = open_loader(training, dataset, plan, self.replica, seed, **arguments)
         logger.info(
             f"Validation data: {len(dataset):,} sequences of {settings.dataset}, {sum(dataset.lengths):,}"
