@@ -45,7 +45,7 @@ def cases(replicas):
     config = layout_config(replicas=replicas)
     processes = join(config)
     ranks = processes.replicas
-    blocks = parallel.init_blocks(processes, ranks)
+    blocks = processes.blocks
     checked = 0
     for reshard in ("never", "always"):
         for mode in ("none", "full"):
@@ -75,14 +75,18 @@ def test_shared_sequences_give_the_gradients_of_one_process(world_size, replicas
     assert run_ranks(cases, world_size, replicas) == [10] * world_size
 
 
+def stages_config(shape):
+    config = layout_config()
+    config.parallelism.pipeline_parallel_degree = shape[0]
+    return config
+
+
 def on_stages(shape, virtual):
-    join()
-    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("pp", "dp_shard"))
-    checked, blocks = 0, None
+    processes = join(stages_config(shape))
+    mesh, checked = processes.mesh, 0
     for family in families:
         whole = small_model(family, n_layers=5, tied_embeddings=family != "llama3")
-        pipeline = Pipeline(family, mesh, virtual, whole, blocks=blocks)
-        blocks = pipeline.blocks
+        pipeline = Pipeline(family, mesh, virtual, whole, blocks=processes.blocks)
         for seed in range(4):
             rng = random.Random(f"{family}/{seed}")
             lengths = random_batch(rng) if seed else [150]
@@ -108,7 +112,7 @@ def test_stages_share_sequences_with_their_like(shape, virtual):
 def held(lengths, k):
     """For 1, 2 and 4 replicas that share a sequence: bytes of K/V and gradients at their peak, and live chunks."""
     processes = join()
-    blocks = parallel.init_blocks(processes, processes.replicas)
+    blocks = processes.blocks
     model = small_model("qwen2")
     parallel.apply_fsdp(model, processes.data_mesh, layout_config().training, False)
     sequences, peaks = random_sequences(lengths, 96, 0), []
@@ -143,10 +147,10 @@ def test_what_a_rank_holds_of_keys_and_values_falls_with_the_ranks_that_share_th
 
 def validation_losses(shape):
     """Losses by position of whole sequences, on ranks ("never", "always") or stages."""
-    processes = join()
+    processes = join(stages_config(shape) if shape else None)
     checked = 0
     if shape is None:
-        blocks = parallel.init_blocks(processes, processes.replicas)
+        blocks = processes.blocks
         for reshard in ("never", "always"):
             reference, model = small_model("llama3"), small_model("llama3")
             config = layout_config(reshard=reshard)
@@ -168,9 +172,8 @@ def validation_losses(shape):
                     plan.programs[processes.replica][0],
                 )
         return checked
-    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("pp", "dp_shard"))
     whole = small_model("qwen3", n_layers=5, tied_embeddings=True)
-    pipeline = Pipeline("qwen3", mesh, 1, whole)
+    pipeline = Pipeline("qwen3", processes.mesh, 1, whole, blocks=processes.blocks)
     for seed in range(3):
         lengths = random_batch(random.Random(seed))
         plan = pipeline.plan(lengths, 1, forward_only=True, spread_over=shape[1], kv_tokens=60)
@@ -213,7 +216,7 @@ def on_cuda_kernels(seeds):
     is launched forward and backward, and the bytes that collectives carry."""
     processes = join()
     ranks = processes.replicas
-    blocks = parallel.init_blocks(processes, ranks)
+    blocks = processes.blocks
     for seed in range(seeds):
         rng = random.Random(seed)
         family = rng.choice(list(families))

@@ -142,8 +142,8 @@ class Parallelism:
     )
     context_parallel_degree: int = option(
         -1,
-        "most data-parallel ranks that share one long sequence (a power of two, or all; rounded down); -1: for"
-        " each as many as balance and memory ask for; 1: none",
+        "most data-parallel ranks that share a long sequence (a power of two, or all; else rounded down); -1:"
+        " for each sequence as many as balance and memory ask for; 1: none share",
         DEGREE,
     )
     pipeline_parallel_degree: int = option(1, "ranks that share one replica's layers (pipeline)", AT_LEAST_1)

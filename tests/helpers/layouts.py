@@ -92,7 +92,7 @@ class Pipeline:
         self.replica, self.replicas = mesh.get_local_rank("dp_shard"), mesh.size(1)
         device, rank, count = torch.device("cpu"), dist.get_rank(), dist.get_world_size()
         own = self.rank, self.ranks, self.replica, self.replicas
-        self.processes = parallel.Processes(device, mesh, rank, count, *own)
+        self.processes = parallel.Processes(device, mesh, rank, count, *own, blocks or {})
         args, count = whole.args, self.ranks * virtual
         bounds = [stage * args.n_layers // count for stage in range(count + 1)]
         self.layers = [range(*pair) for pair in zip(bounds, bounds[1:])]
@@ -103,10 +103,7 @@ class Pipeline:
             model.load_state_dict({name: weights[name] for name in model.state_dict()})
             parallel.apply_fsdp(model, mesh["dp_shard"], layout_config().training, False)
         self.stages = stages.make_stages(self.models, count, self.processes, dtype)
-        if blocks is None:  # torch names groups by their number: once a process
-            blocks = parallel.init_blocks(self.processes, self.replicas)
-        self.blocks = blocks
-        self.runner = Runner(self.stages, device, blocks=blocks)
+        self.runner = Runner(self.stages, device, blocks=self.processes.blocks)
 
     def plan(self, lengths, k, enable=True, balance="cost", chunk_size=16, forward_only=False, **more):
         last = len(self.layers) - 1
