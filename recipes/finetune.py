@@ -116,7 +116,7 @@ def main() -> None:
             if not fake:
                 model.to_empty(device="cpu" if offload else device)
         chunk_stages = stages.make_stages(models, len(spec.layers), processes, compute_dtype)
-        runner = Runner(chunk_stages, device, loss=loss_sum)
+        runner = Runner(chunk_stages, device, loss_sum, processes.blocks)
         optimizer = build_optimizer(nn.ModuleList(models.values()), config.optimizer)
         progress = Progress()
         if not fake:
@@ -206,7 +206,7 @@ def main() -> None:
             if profile:
                 profile.step()
             if step == first_step:
-                parallel.set_timeouts(processes.mesh, config.comm.train_timeout_seconds)
+                parallel.set_timeouts(processes, config.comm.train_timeout_seconds)
 
             # ---- Progress. A step that was not finite is reported, and too many of them end the run; else
             # what was trained is saved when it is due.
@@ -225,7 +225,7 @@ def main() -> None:
         stop.leave(saved=config.checkpoint.enable)
     if config.checkpoint.last_save_in_hf:
         # Ranks wait while rank 0 writes.
-        parallel.set_timeouts(processes.mesh, config.comm.init_timeout_seconds)
+        parallel.set_timeouts(processes, config.comm.init_timeout_seconds)
         with user_errors():
             dtype = config.checkpoint.export_dtype
             hf.save_model(checkpoints.hf_folder, models.values(), spec.family, config.model, dtype, device)

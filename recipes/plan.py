@@ -32,6 +32,8 @@ FIGURES = {
     "padding_percent": ("padding, %", ".2f"),
     "recomputed_percent": ("recomputed chunks, %", ".2f"),
     "imbalance_percent": ("slowest rank over the mean, %", ".2f"),
+    "spread_sequences": ("sequences that ranks share", ",.1f"),
+    "most_ranks_of_a_sequence": ("most ranks that share one", ",.1f"),
     "template_overhead_percent": ("slots added by ZeRO-3's common template, %", ".2f"),
     "bubble_percent": ("simulated bubble, %", ".2f"),
     "idle_percent": ("simulated idle time, %", ".2f"),
@@ -163,6 +165,8 @@ def plan(lengths: list[int], settings: PlanSettings, sizes: list[dict[int, Stage
         "padding_percent": made.padding_percent,
         "recomputed_percent": 100 * made.recomputed_chunks / made.chunks,
         "imbalance_percent": made.imbalance_percent,
+        "spread_sequences": made.spread_sequences,
+        "most_ranks_of_a_sequence": made.most_ranks_of_a_sequence,
     }
     if settings.lockstep:
         figures["template_overhead_percent"] = made.template_overhead_percent

@@ -70,6 +70,7 @@ CONTRACT = {
     "parallelism.data_parallel_replicate_degree": 1,
     "parallelism.data_parallel_shard_degree": -1,
     "parallelism.fsdp_reshard_after_forward": "default",
+    "parallelism.context_parallel_degree": -1,
     "parallelism.pipeline_parallel_degree": 1,
     "parallelism.pipeline_parallel_schedule": "1F1B",
     "parallelism.pipeline_parallel_layers_per_stage": None,

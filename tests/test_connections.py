@@ -97,19 +97,20 @@ def connections(pipeline_ranks, virtual, replicated, reshard):
     mesh, device = processes.mesh, processes.device
     whole = small_model("qwen3", n_layers=6, tied_embeddings=True)
     if pipeline_ranks > 1:
-        pipeline = Pipeline("qwen3", mesh, virtual, whole)
+        pipeline = Pipeline("qwen3", mesh, virtual, whole, blocks=processes.blocks)
         models = list(pipeline.models.values())
     else:
         models = [whole]
         parallel.apply_fsdp(whole, mesh, config.training, reshard == "always")
+    share = {"spread_over": processes.replicas, "kv_tokens": 40}
     with steps():
         for seed in range(2):
-            lengths = random_lengths(random.Random(seed), 90)
+            lengths = random_lengths(random.Random(seed), 90) + [120, 100]
             sequences = random_sequences(lengths, 96, seed)
             if pipeline_ranks > 1:
-                pipeline.step(pipeline.plan(lengths, 1), sequences)
+                pipeline.step(pipeline.plan(lengths, 1, **share), sequences)
             else:
-                sharded_gradients(whole, lengths, sequences, config)
+                sharded_gradients(whole, lengths, sequences, config, blocks=processes.blocks, **share)
             for model in models:  # the step took them
                 for parameter in model.parameters():
                     parameter.grad = parameter.detach().clone()
@@ -138,7 +139,8 @@ def test_no_communicator_is_made_in_a_step(pipeline_ranks, virtual, replicated, 
     answers = run_ranks(connections, ranks, pipeline_ranks, virtual, replicated, reshard, seconds=120)
     for start, steps in answers:
         assert steps and steps <= start, (steps - start, start)
-    assert max(len(start) for start, _ in answers) == communicators(pipeline_ranks, replicated, shards)
+    layout = pipeline_ranks, replicated, shards
+    assert max(len(start) for start, _ in answers) == communicators(*layout, replicated * shards)
     if pipeline_ranks > 1:  # messages are seen at all, and each neighbour was met before
         pairs = set().union(*({use for use in steps if isinstance(use, frozenset)} for _, steps in answers))
         ring = virtual > 1 and pipeline_ranks > 2

@@ -183,7 +183,7 @@ class ChunkDataLoader:
         groups = plan.groups[self.replica]
         sequences = sorted({s.sequence for group in groups for chunk in group.chunks for s in chunk.segments})
         chunks = self._tensors(groups, {index: (rows[index], lengths[index]) for index in sequences})
-        own_targets = sum(supervised[index] for index in sequences)
+        own_targets = sum(int((chunk.labels != IGNORE).sum()) for group in chunks for chunk in group)
         epoch = (cursor - 1) // len(self.dataset)
         return StepData(plan, rows, lengths, chunks, ledger.trained, own_targets, ledger, cursor, epoch)
 
@@ -209,7 +209,7 @@ class ChunkDataLoader:
             # The one shift: position t is to predict token t + 1. On the whole sequence, before any cut.
             labels[sequence] = torch.cat([aligned[1:], aligned.new_tensor([IGNORE])])
 
-        def tensors(chunk: Chunk, index: int) -> ChunkTensors:
+        def tensors(chunk: Chunk, index: int, shared: bool) -> ChunkTensors:
             spans = [(s.sequence, slice(s.start, s.start + s.length)) for s in chunk.segments]
             made = ChunkTensors(
                 chunk,
@@ -217,7 +217,11 @@ class ChunkDataLoader:
                 tokens=torch.cat([tokens[sequence][span] for sequence, span in spans]),
                 labels=torch.cat([labels[sequence][span] for sequence, span in spans]),
                 positions=torch.cat([torch.arange(span.start, span.stop) for _, span in spans]),
+                shared=shared,
             )
             return made.pin_memory() if self.pin_memory else made
 
-        return [[tensors(chunk, index) for index, chunk in enumerate(group.chunks)] for group in groups]
+        return [
+            [tensors(chunk, index, group.spread is not None) for index, chunk in enumerate(group.chunks)]
+            for group in groups
+        ]

@@ -33,13 +33,14 @@ def chunk_attention(
     and values to the state, and the gradients that later chunks added there to the chunk's. Keys and values
     of the prefix are not autograd inputs.
     """
-    return _ChunkAttention.apply(q_THD, k_TGD, v_TGD, chunk, layer)
+    function = _SharedAttention if chunk.parts else _ChunkAttention
+    return function.apply(q_THD, k_TGD, v_TGD, chunk, layer)
 
 
 @torch.compiler.disable
 def store_keys_values(k_TGD: torch.Tensor, v_TGD: torch.Tensor, chunk: ChunkTensors, layer: int) -> None:
     """Stores a chunk's keys and values of one layer, without attention."""
-    chunk.state.write(layer, chunk.prefix, k_TGD, v_TGD)
+    chunk.state.write(layer, chunk.index, k_TGD, v_TGD)
 
 
 def _kernels(q_THD: torch.Tensor):
@@ -51,7 +52,7 @@ class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
         if chunk.state is not None:
-            chunk.state.write(layer, chunk.prefix, k_TGD, v_TGD)
+            chunk.state.write(layer, chunk.index, k_TGD, v_TGD)
         forward, _ = _kernels(q_THD)
         out_THD, extra = forward(q_THD, k_TGD, v_TGD, chunk, layer)
         ctx.chunk, ctx.layer = chunk, layer
@@ -79,6 +80,51 @@ class _ChunkAttention(torch.autograd.Function):
                 dk.add_(later[0])
                 dv.add_(later[1])
         return dq, dk, dv, None, None
+
+
+class _SharedAttention(torch.autograd.Function):
+    """Of a chunk that ranks share: this rank's two parts, each after all tokens before it in the sequence."""
+
+    @staticmethod
+    def forward(ctx, q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
+        chunk.state.write(layer, chunk.index, k_TGD, v_TGD)
+        gathered = chunk.state.gathered(layer, chunk.index)
+        forward, _ = _kernels(q_THD)
+        outs, extras = [], []
+        for part, piece in zip(chunk.parts, _pieces(chunk)):
+            part.state = gathered
+            out_THD, extra = forward(q_THD[piece], k_TGD[piece], v_TGD[piece], part, layer)
+            part.state = None
+            outs.append(out_THD)
+            extras += extra
+        out_THD = torch.cat(outs)
+        ctx.chunk, ctx.layer = chunk, layer
+        ctx.save_for_backward(q_THD, out_THD, *extras)
+        return out_THD
+
+    @staticmethod
+    def backward(ctx, dout_THD):
+        chunk, layer, state = ctx.chunk, ctx.layer, ctx.chunk.state
+        q_THD, out_THD, *extras = ctx.saved_tensors
+        gathered = state.gathered(layer, chunk.index)
+        wide = torch.promote_types(q_THD.dtype, torch.float32)
+        sums = torch.zeros_like(gathered.rows, dtype=wide)  # gradients of all keys and values
+        _, backward = _kernels(q_THD)
+        dqs, each = [], len(extras) // len(chunk.parts)
+        for number, (part, piece) in enumerate(zip(chunk.parts, _pieces(chunk))):
+            part.state, start = gathered, part.prefix
+            end = start + part.lengths[0]
+            extra = extras[each * number : each * (number + 1)]
+            tensors = dout_THD[piece], q_THD[piece], *gathered.read(layer, start, end), out_THD[piece]
+            dq, *own, dk_prefix, dv_prefix = backward(*tensors, extra, part, layer)
+            part.state = None
+            dqs.append(dq)
+            for which, (dx, dx_prefix) in enumerate(zip(own, (dk_prefix, dv_prefix))):
+                sums[start:end, which].add_(dx)
+                if start:
+                    sums[:start, which].add_(dx_prefix)
+        dk, dv = state.exchange_gradients(layer, chunk.index, sums)
+        return torch.cat(dqs), dk.to(q_THD.dtype), dv.to(q_THD.dtype), None, None
 
 
 def _heads_first(x_THD: torch.Tensor) -> torch.Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from chunkflow.execution.loss import loss_sum, token_losses
+from chunkflow.execution.shared_state import SharedKeyValueState
 from chunkflow.execution.stage import WholeModel
 from chunkflow.execution.state import ChunkTensors, End, KeyValueState, dummy_chunk
 from chunkflow.planning.chunks import Group
@@ -89,10 +90,17 @@ class Runner:
     """Runs each step's program on the stages of this rank: one, or several virtual ones.
 
     `loss(hidden_TC, weight_VC, chunk)` is the sum of a chunk's token losses, 0-dim, as `loss.loss_sum`.
+    `blocks`: the ranks of this stage in each block of replicas that may share a sequence.
     """
 
-    def __init__(self, stages: Sequence[WholeModel | ChunkStage], device: torch.device, loss: End = loss_sum):
-        self.stages, self.device, self.loss = stages, device, loss
+    def __init__(
+        self,
+        stages: Sequence[WholeModel | ChunkStage],
+        device: torch.device,
+        loss: End = loss_sum,
+        blocks: Mapping[range, dist.ProcessGroup] | None = None,
+    ):
+        self.stages, self.device, self.loss, self.blocks = stages, device, loss, blocks or {}
 
     def step(
         self, program: Program, groups: Sequence[Group], chunks: list[list[ChunkTensors]], targets: int
@@ -126,9 +134,10 @@ class _Run:
     ):
         self.groups, self.chunks, self.device = groups, chunks, runner.device
         self.loss, self.loss_gradient, self.take = runner.loss, loss_gradient, take
+        self.blocks = runner.blocks
         self.stages = {stage.stage_index: stage for stage in runner.stages}
         self.places = {index: place for place, index in enumerate(self.stages)}
-        self.states: dict[tuple[int, int], KeyValueState] = {}  # (stage, group)
+        self.states: dict[tuple[int, int], KeyValueState | SharedKeyValueState] = {}  # (stage, group)
         # (stage, key) -> the chunk as that stage sees it, from its first forward to its backward
         self.in_flight: dict[tuple[int, tuple[int, int]], ChunkTensors] = {}
         self.discarded: set[tuple[int, tuple[int, int]]] = set()  # those without activations
@@ -237,11 +246,16 @@ class _Run:
             group, number = key
             chunk = dummy_chunk() if group == DUMMY else self.chunks[group][number]
             self.in_flight[index, key] = chunk = chunk.to(self.device)
-            if group != DUMMY and len(self.chunks[group]) > 1:
+            if group != DUMMY and (len(self.chunks[group]) > 1 or chunk.parts):
                 if (index, group) not in self.states:
-                    self.states[index, group] = KeyValueState(self.groups[group])
+                    self.states[index, group] = self._state(self.groups[group])
                 chunk.state = self.states[index, group]
         return self.in_flight[index, key]
+
+    def _state(self, group: Group) -> KeyValueState | SharedKeyValueState:
+        if group.spread is None:
+            return KeyValueState(group)
+        return SharedKeyValueState(group, self.blocks[group.spread.replicas])
 
     def _count_state_bytes(self) -> None:
         if self.states:

@@ -10,10 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 
 from chunkflow.planning.chunks import ONE_TOKEN, Chunk, Group
+
+if TYPE_CHECKING:
+    from chunkflow.execution.shared_state import SharedKeyValueState
 
 IGNORE = -100  # the label of a position that has no target
 
@@ -23,7 +27,8 @@ class ChunkTensors:
 
     tokens, labels, positions: (T,) int64. `labels[t]` is the target of position t (already shifted), -100
     for no target; `labels` is None in generation. `lengths` are the tokens of each segment; the first segment
-    attends to `prefix` earlier tokens of its sequence. `index`: of the chunk in its group.
+    attends to `prefix` earlier tokens of its sequence. `index`: of the chunk in its group. `parts`: this
+    rank's two of a chunk that ranks share, as chunks without tensors; of other chunks none.
 
     The runner sets, before each forward: `state` (None for a standalone chunk); `end`, the function of the
     last hidden states, the head's weight and this chunk that returns the model's result (None: only keys and
@@ -38,12 +43,17 @@ class ChunkTensors:
         tokens: torch.Tensor,
         labels: torch.Tensor | None,
         positions: torch.Tensor,
+        shared: bool = False,
     ):
         self.index = index
         self.prefix = chunk.prefix
         self.lengths = [segment.length for segment in chunk.segments]
         self.tokens, self.labels, self.positions = tokens, labels, positions
-        self.state: KeyValueState | None = None
+        self.parts = []
+        if shared:
+            none = None, None, None
+            self.parts = [ChunkTensors(Chunk((segment,)), index, *none) for segment in chunk.segments]
+        self.state: KeyValueState | SharedKeyValueState | None = None
         self.end: End | None = None
         self.loss_gradient: float | None = None
         # Cumulative lengths of queries and of keys, for variable-length attention on CUDA.
@@ -64,6 +74,7 @@ class ChunkTensors:
         for name in ("tokens", "labels", "positions", "query_ends", "key_ends"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(changed, name, function(tensor))
+        changed.parts = [part._with_each(function) for part in self.parts]
         return changed
 
 
@@ -92,8 +103,9 @@ class KeyValueState:
         self.gradients: dict[int, torch.Tensor] = {}  # layer -> (2, prefix of the last chunk, G, D)
         self.next_backward: dict[int, int] = {}  # layer -> index of the chunk whose backward comes next
 
-    def write(self, layer: int, start: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> None:
+    def write(self, layer: int, index: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> None:
         """Stores a chunk's keys and values. Recomputation writes the same values again."""
+        start = self.chunk_starts[index]
         if layer not in self.buffers:
             self.buffers[layer] = k_TGD.new_empty(2, self.tokens, *k_TGD.shape[1:])
         keys, values = self.read(layer, start, start + k_TGD.size(0))

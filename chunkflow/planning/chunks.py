@@ -19,7 +19,8 @@ class Segment(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The micro-batch: segments one after the other. Only the first may be a part of a longer sequence."""
+    """The micro-batch: segments one after the other. Only the first may be a part of a longer sequence (of a
+    spread one, both)."""
 
     segments: tuple[Segment, ...]
 
@@ -36,10 +37,42 @@ class Chunk(NamedTuple):
 ONE_TOKEN = Chunk((Segment(0, 0, 1),))  # a dummy, without targets, for ranks that only join collectives
 
 
+class Spread(NamedTuple):
+    """How a group's chunks are shared by several replicas.
+
+    Each chunk is cut into twice as many parts as there are replicas; replica m of R has the parts m and
+    2R - 1 - m, so that all attend to equally many tokens. The parts of every chunk but the last are equal.
+    """
+
+    replicas: range
+    member: int  # which of them this one is
+    ends: tuple[int, ...]  # where in the sequence each chunk ends
+
+    def start(self, chunk: int) -> int:
+        """Where in the sequence a chunk begins."""
+        return self.ends[chunk - 1] if chunk else 0
+
+    def parts(self, chunk: int) -> list[range]:
+        """The positions of each part of a chunk."""
+        start, count = self.start(chunk), 2 * len(self.replicas)
+        tokens = self.ends[chunk] - start
+        bounds = [start + tokens * part // count for part in range(count + 1)]
+        return [range(*pair) for pair in zip(bounds, bounds[1:])]
+
+    def of_member(self, chunk: int, member: int) -> tuple[range, range]:
+        """The positions of a chunk's two parts that a replica has."""
+        parts = self.parts(chunk)
+        return parts[member], parts[-1 - member]
+
+
 class Group(NamedTuple):
-    """The chunks that share K/V state: N dependent chunks in order, or one standalone chunk."""
+    """The chunks that share K/V state: N dependent chunks in order, or one standalone chunk.
+
+    With `spread` they are one replica's parts of a sequence's chunks, two of each, and the state is shared.
+    """
 
     chunks: tuple[Chunk, ...]
+    spread: Spread | None = None
 
     @property
     def tokens(self) -> int:
@@ -75,6 +108,36 @@ def build_groups(
         groups.append(Group((*(Chunk((segment,)) for segment in cut), Chunk((tail, *neighbours)))))
     groups += [Group((Chunk(tuple(segments)),)) for segments in bins[len(long) :]]
     groups.sort(key=lambda group: (-group.tokens, group.chunks[0].segments[0].sequence))
+    return groups
+
+
+def spread_ends(length: int, chunk_size: int, replicas: int) -> tuple[int, ...] | None:
+    """Where each chunk ends when a sequence of `length` tokens is spread over so many replicas.
+
+    Chunks are as few as can be, with at most `chunk_size` tokens a replica, and nearly equal; all but the
+    last are a multiple of 2 x replicas. None if the sequence is too short for that.
+    """
+    columns, most = -(-length // (2 * replicas)), chunk_size // 2  # tokens of a part
+    if not most:
+        return None
+    chunks = -(-columns // most)
+    each, wider = divmod(columns, chunks)
+    if length < 2 * replicas * (columns - each + 1):
+        return None  # the last chunk has fewer tokens than parts
+    ends = [2 * replicas * (each * chunk + min(chunk, wider)) for chunk in range(1, chunks)]
+    return (*ends, length)
+
+
+def spread_groups(sequence: int, length: int, chunk_size: int, replicas: range) -> list[Group]:
+    """The groups of a sequence that is spread over these replicas, one for each of them."""
+    ends = spread_ends(length, chunk_size, len(replicas))
+    assert ends, f"{length} tokens cannot be spread over {len(replicas)} replicas"
+    groups = []
+    for member in range(len(replicas)):
+        spread = Spread(replicas, member, ends)
+        parts = [spread.of_member(chunk, member) for chunk in range(len(ends))]
+        chunks = (Chunk(tuple(Segment(sequence, part.start, len(part)) for part in both)) for both in parts)
+        groups.append(Group(tuple(chunks), spread))
     return groups
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+# What a rank could compute while it waits for a byte from another. A GPU computes about 1,000 FLOPs in the
+# time that NVLink takes, but most of it while it waits; two processes on one CPU about 100.
+FLOPS_PER_BYTE = 300
+
 
 class Cost(NamedTuple):
-    """Forward FLOPs: `per_token` in products with weights, `per_pair` of a query and a key (all layers)."""
+    """Forward FLOPs: `per_token` in products with weights, `per_pair` of a query and a key (all layers);
+    `per_gathered`: what could be computed while K and V of a token come from another rank, in bfloat16."""
 
     per_token: float
     per_pair: float
+    per_gathered: float = 0.0
 
     @classmethod
     def of_model(cls, args) -> Cost:
@@ -22,7 +28,8 @@ class Cost(NamedTuple):
         attention = args.n_heads * args.head_dim
         keys_values = 2 * args.n_kv_heads * args.head_dim
         layer = args.dim * (2 * attention + keys_values + 3 * args.hidden_dim)
-        return cls(2.0 * (layers * layer + head * args.dim * args.vocab_size), 4.0 * layers * attention)
+        products = 2.0 * (layers * layer + head * args.dim * args.vocab_size)
+        return cls(products, 4.0 * layers * attention, 2.0 * layers * keys_values * FLOPS_PER_BYTE)
 
     def forward(self, tokens: int, prefix: int = 0) -> float:
         """Forward FLOPs of `tokens` tokens that follow `prefix` others of their sequence."""

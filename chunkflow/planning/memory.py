@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
+from chunkflow.planning.balance import block_sizes
 from chunkflow.planning.chunks import Chunk, Group
 from chunkflow.planning.pipeline_transfers import Transfer
 from chunkflow.planning.schedule import DUMMY, Action, Kind
@@ -165,13 +166,14 @@ class StageSizes:
         return recomputed + max(feed_forward, attention)
 
 
-def communicators(pipeline_ranks: int, replicated: int, shards: int) -> int:
+def communicators(pipeline_ranks: int, replicated: int, shards: int, spread_over: int) -> int:
     """The most NCCL communicators that one rank takes part in: of all ranks, of each dimension of the mesh
-    that is neither 1 nor all ranks, and of each pair with a neighbour in the pipeline."""
+    that is neither 1 nor all ranks, of each pair with a neighbour in the pipeline, and of each block of
+    replicas (at most `spread_over` of them) that may share a sequence."""
     sizes = (pipeline_ranks, replicated, shards)
     ranks = prod(sizes)
     groups = (ranks > 1) + sum(1 < size < ranks for size in sizes)
-    return groups + min(pipeline_ranks - 1, 2)
+    return groups + min(pipeline_ranks - 1, 2) + len(block_sizes(replicated * shards, spread_over)) - 1
 
 
 def host_bytes(stages: Iterable[StageSizes]) -> int:

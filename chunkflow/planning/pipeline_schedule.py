@@ -7,6 +7,8 @@ once. Stage s holds the activations of at most `live_limit` chunks; for k = 1, a
 holds about what it does in Megatron's interleaved schedule.
 """
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Sequence
 from heapq import heappop, heappush
@@ -28,6 +30,10 @@ class Costs(NamedTuple):
 
     forward: Sequence[Sequence[Sequence[float]]]
     backward: Sequence[Sequence[Sequence[float]]]
+
+    def of_groups(self, groups: range) -> Costs:
+        """Those of some groups, which follow each other."""
+        return Costs(*([stage[groups.start : groups.stop] for stage in part] for part in self))
 
 
 Schedule = list[list[Action]]  # rank -> its actions
@@ -72,16 +78,13 @@ def _merge(lists: Schedule, costs: Costs, ranks: int) -> Schedule:
     return [[timed.action for timed in actions] for actions in timeline]
 
 
-def forward_schedule(counts: Sequence[int], stages: int, ranks: int) -> tuple[Schedule, Costs]:
-    """Validation of groups with so many chunks each, and the costs it is made for: each chunk costs the same.
-
-    So all ranks move in step. (With the true costs, cheap stages would run ahead and fill the next rank's
-    memory with hidden states.)
-    """
-    costs = equal_stages([[1.0] * count for count in counts], stages)
-    chunks = [(group, chunk) for group, count in enumerate(counts) for chunk in range(count)]
-    lists = [[Action(Kind.EVALUATE, *chunk, stage) for chunk in chunks] for stage in range(stages)]
-    return _merge(lists, costs, ranks), costs
+def forward_schedule(costs: Costs, ranks: int) -> Schedule:
+    """Validation: each chunk forward once, group after group."""
+    chunks = [(group, chunk) for group, row in enumerate(costs.forward[0]) for chunk in range(len(row))]
+    stages = range(len(costs.forward))
+    return _merge(
+        [[Action(Kind.EVALUATE, *chunk, stage) for chunk in chunks] for stage in stages], costs, ranks
+    )
 
 
 def state_aware_schedule(costs: Costs, k: int, ranks: int) -> Schedule:

@@ -3,10 +3,18 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from chunkflow.planning.balance import assign
-from chunkflow.planning.chunks import ONE_TOKEN, Chunk, Group, build_groups, whole_sequences
+from chunkflow.planning.balance import Assignment, assign, block_sizes, flops
+from chunkflow.planning.chunks import ONE_TOKEN, Group, build_groups, spread_groups, whole_sequences
+from chunkflow.planning.collectives import check_meetings, check_slots
 from chunkflow.planning.cost import Cost
-from chunkflow.planning.pipeline_schedule import Costs, forward_schedule, paper_schedule, state_aware_schedule
+from chunkflow.planning.pipeline_schedule import (
+    Costs,
+    Schedule,
+    equal_stages,
+    forward_schedule,
+    paper_schedule,
+    state_aware_schedule,
+)
 from chunkflow.planning.pipeline_transfers import Program, add_transfers, check_schedule
 from chunkflow.planning.schedule import DUMMY, Action, forward_only, linear_schedule, lockstep
 from chunkflow.planning.simulate import Simulation, simulate
@@ -16,7 +24,7 @@ class PlanSettings(NamedTuple):
     """What the plan of a step depends on, besides the lengths.
 
     A replica trains its part of the batch by itself: a data-parallel rank, or a pipeline of several ranks
-    (stage s on pipeline rank s % pipeline_ranks).
+    (stage s on pipeline rank s % pipeline_ranks). Only a long sequence may be spread over several.
     """
 
     cost: Cost
@@ -30,6 +38,8 @@ class PlanSettings(NamedTuple):
     forward_only: bool = False  # validation, where nothing is recomputed and `k` has no effect
     stages: tuple[Cost, ...] = ()  # of each pipeline stage; none: one stage, the whole model
     pipeline_ranks: int = 1
+    spread_over: int = 1  # most replicas that may share a sequence
+    kv_tokens: int = 0  # of a sequence, the most whose K/V and gradients a replica can hold; 0: no limit
 
 
 class Plan(NamedTuple):
@@ -39,11 +49,13 @@ class Plan(NamedTuple):
     programs: dict[int, list[Program]]  # replica -> pipeline rank -> what it runs
     simulations: dict[int, Simulation]  # unit of time: a token on a mean stage, without attention
     tokens: int
-    chunks: int
+    chunks: int  # of all replicas: a chunk that is spread over R counts R
     recomputed_chunks: int
     padding_percent: float
     imbalance_percent: float  # slowest replica / mean - 1, in the planner's cost
     template_overhead_percent: float  # slots of the common template / slots of the busiest replica - 1
+    spread_sequences: int
+    most_ranks_of_a_sequence: int
 
 
 def plan_step(lengths: list[int], settings: PlanSettings, replicas: Sequence[int] | None = None) -> Plan:
@@ -53,15 +65,16 @@ def plan_step(lengths: list[int], settings: PlanSettings, replicas: Sequence[int
     """
     chunk_size = settings.chunk_size if settings.enable else max(lengths)
     k = max(lengths) if settings.forward_only else settings.k  # as many chunks as that: none is recomputed
-    if settings.balance == "tokens":
-        costs = [float(length) for length in lengths]
-    else:
-        costs = [settings.cost.chunked_training(length, chunk_size, k) for length in lengths]
-    members = assign(costs, settings.replicas)
-    if settings.enable:
-        groups = [build_groups(lengths, chunk_size, settings.fill_tails, indices) for indices in members]
-    else:
-        groups = [whole_sequences(lengths, indices) for indices in members]
+    spread, whole, loads = _assign(lengths, settings, chunk_size, k)
+    groups: list[list[Group]] = [[] for _ in range(settings.replicas)]
+    for sequence, members in spread:
+        for replica, group in zip(members, spread_groups(sequence, lengths[sequence], chunk_size, members)):
+            groups[replica].append(group)
+    for own, indices in zip(groups, whole):
+        if settings.enable:
+            own += build_groups(lengths, chunk_size, settings.fill_tails, indices)
+        else:
+            own += whole_sequences(lengths, indices)
 
     counts = [[len(group.chunks) for group in of_replica] for of_replica in groups]
     recomputed = [sum(max(0, count - k) for count in of_replica) for of_replica in counts]
@@ -69,12 +82,15 @@ def plan_step(lengths: list[int], settings: PlanSettings, replicas: Sequence[int
     slots = [passes * sum(of_replica) + again for of_replica, again in zip(counts, recomputed)]
     templates: Sequence[list[Action] | None] = [None] * settings.replicas
     if settings.lockstep:
-        templates = forward_only(counts, lockstep=True) if settings.forward_only else lockstep(counts, k)
+        shared = [sum(group.spread is not None for group in of_replica) for of_replica in groups]
+        templates = (
+            forward_only(counts, lockstep=True) if settings.forward_only else lockstep(counts, k, shared)
+        )
+        check_slots(templates, groups)
     wanted = range(settings.replicas) if replicas is None else replicas
     planned = {replica: _run(groups[replica], settings, k, templates[replica]) for replica in wanted}
 
     chunks, tokens = sum(map(sum, counts)), sum(lengths)
-    loads = [sum(costs[index] for index in sequences) for sequences in members]
     return Plan(
         groups=groups,
         programs={replica: programs for replica, (programs, _) in planned.items()},
@@ -85,6 +101,21 @@ def plan_step(lengths: list[int], settings: PlanSettings, replicas: Sequence[int
         padding_percent=100 * (1 - tokens / (chunks * chunk_size)) if settings.enable else 0.0,
         imbalance_percent=100 * (max(loads) * len(loads) / sum(loads) - 1),
         template_overhead_percent=100 * (len(templates[0]) / max(slots) - 1) if settings.lockstep else 0.0,
+        spread_sequences=len(spread),
+        most_ranks_of_a_sequence=max((len(share.replicas) for share in spread), default=1),
+    )
+
+
+def _assign(lengths: list[int], settings: PlanSettings, chunk_size: int, k: int) -> Assignment:
+    sizes = block_sizes(settings.replicas, settings.spread_over if settings.enable else 1)
+    price = flops(settings.cost, chunk_size, k)
+    if settings.balance == "tokens":
+
+        def price(length: int, replicas: int) -> float:
+            return length / replicas
+
+    return assign(
+        lengths, price, settings.replicas, sizes, chunk_size=chunk_size, kv_tokens=settings.kv_tokens
     )
 
 
@@ -92,41 +123,76 @@ def _run(
     groups: list[Group], settings: PlanSettings, k: int, template: list[Action] | None
 ) -> tuple[list[Program], Simulation]:
     """Checked programs of one replica's ranks; `template`: its actions, if all replicas run in lockstep."""
-    idle = template is None and not groups
-    if idle:  # it still takes part in collectives
-        groups = [Group((ONE_TOKEN,))]
+    # Every replica takes part in collectives, and none starts to reduce its gradients in a chunk that it
+    # shares: others would wait in that chunk for keys and values.
+    idle = template is None and all(group.spread for group in groups)
+    if idle:
+        groups = [*groups, Group((ONE_TOKEN,))]
     counts, ranks = [len(group.chunks) for group in groups], settings.pipeline_ranks
-    costs = _costs(groups, settings.stages or (settings.cost,))
-    stages = len(costs.forward)
+    stages = len(settings.stages) or 1
+    if settings.forward_only:
+        # Each chunk costs the same, so that all ranks move in step: with the true costs, cheap stages would
+        # run ahead and fill the next rank's memory with hidden states.
+        costs = equal_stages([[1.0] * count for count in counts], stages)
+    else:
+        costs = _costs(groups, settings.stages or (settings.cost,))
     if template is not None:
         schedule = [template]
-    elif settings.forward_only:
-        schedule, costs = forward_schedule(counts, stages, ranks)
-    elif stages == 1:
-        schedule = [linear_schedule(counts, k)]
-    else:  # whole sequences are the baseline, with ordinary 1F1B
-        schedule = (state_aware_schedule if settings.enable else paper_schedule)(costs, k, ranks)
+    else:
+        schedule = [[] for _ in range(ranks)]
+        for part in _parts(groups):
+            for actions, more in zip(schedule, _schedule(costs.of_groups(part), settings, k)):
+                actions += [action._replace(group=part[action.group]) for action in more]
     programs = add_transfers(schedule, costs) if stages > 1 else schedule
     check_schedule(programs, counts, k, stages)
+    check_meetings(programs, groups, lockstep=template is not None)
     real = [[action for action in actions if action.group != DUMMY] for actions in schedule]
     simulation = simulate(real, costs, [group.tokens for group in groups])
     if idle:
-        programs = [[entry._replace(group=DUMMY) for entry in program] for program in programs]
+        last = len(groups) - 1
+        programs = [
+            [entry._replace(group=DUMMY) if entry.group == last else entry for entry in program]
+            for program in programs
+        ]
     return programs, simulation
+
+
+def _parts(groups: list[Group]) -> list[range]:
+    """The groups, cut where fewer replicas share them than before: whoever shares some of a part's groups
+    shares all that came before, so that all of them make the same program of it."""
+    keys = [group.spread.replicas if group.spread else None for group in groups]
+    starts = [index for index, key in enumerate(keys) if index == 0 or key != keys[index - 1]]
+    return [range(*pair) for pair in zip(starts, [*starts[1:], len(groups)])]
+
+
+def _schedule(costs: Costs, settings: PlanSettings, k: int) -> Schedule:
+    if settings.forward_only:
+        return forward_schedule(costs, settings.pipeline_ranks)
+    if len(costs.forward) == 1:
+        return [linear_schedule(map(len, costs.forward[0]), k)]
+    # whole sequences are the baseline, with ordinary 1F1B
+    make = state_aware_schedule if settings.enable else paper_schedule
+    return make(costs, k, settings.pipeline_ranks)
 
 
 def _costs(groups: list[Group], stages: Sequence[Cost]) -> Costs:
     """Time of each chunk on each stage; a backward takes as long as two forwards."""
     unit = sum(cost.per_token for cost in stages) / len(stages)
-    amounts = [[(chunk.tokens, _pairs(chunk)) for chunk in group.chunks] for group in groups]
+    amounts = [[_tokens_and_pairs(group, chunk) for chunk in range(len(group.chunks))] for group in groups]
 
     def times(cost: Cost, factor: float) -> list[list[float]]:
-        per_token, per_pair = cost
+        per_token, per_pair = cost.per_token, cost.per_pair
         return [[factor * ((n * per_token + pairs * per_pair) / unit) for n, pairs in row] for row in amounts]
 
     return Costs([times(cost, 1) for cost in stages], [times(cost, 2) for cost in stages])
 
 
-def _pairs(chunk: Chunk) -> float:
-    """How many pairs of a query and a key attend."""
-    return sum(s.length * (s.start + (s.length + 1) / 2) for s in chunk.segments)
+def _tokens_and_pairs(group: Group, index: int) -> tuple[float, float]:
+    """Tokens of a chunk, and how many pairs of a query and a key attend; of a spread one the mean share, the
+    same for all replicas."""
+    if group.spread is None:
+        chunk = group.chunks[index]
+        return chunk.tokens, sum(s.length * (s.start + (s.length + 1) / 2) for s in chunk.segments)
+    start, replicas = group.spread.start(index), len(group.spread.replicas)
+    tokens = group.spread.ends[index] - start
+    return tokens / replicas, tokens * (start + (tokens + 1) / 2) / replicas

@@ -42,9 +42,11 @@ def linear_schedule(chunks_per_group: Iterable[int], k: int) -> list[Action]:
     return actions
 
 
-def lockstep(chunks_per_group: Sequence[Sequence[int]], k: int) -> list[list[Action]]:
+def lockstep(
+    chunks_per_group: Sequence[Sequence[int]], k: int, spread: Sequence[int] | None = None
+) -> list[list[Action]]:
     """Every rank's actions (from the chunk counts of its groups) in one template of forward and backward
-    slots.
+    slots. `spread`: how many of each rank's groups, the first ones, are shared with other ranks.
 
     With parameters resharded between chunks (ZeRO-3), the n-th slot of each rank must be of the same kind, or
     gathers of different layers meet. A slot is a backward if every rank has one to run, else a forward; a
@@ -52,9 +54,15 @@ def lockstep(chunks_per_group: Sequence[Sequence[int]], k: int) -> list[list[Act
     template as short as possible for k = 1: 2 x (most backwards of a rank) + (most recomputed chunks of a
     rank). In return, the K/V of all of a rank's long groups are held from the start. At most k chunks of a
     rank hold activations, dummies aside.
+
+    Ranks that share a group must run each of its chunks in the same slot, since keys and values are gathered
+    inside. So shared groups come first, one after the other, each action in the first slot of its kind: that
+    depends on the shared groups before it alone, on which these ranks agree. A rank whose next shared action
+    does not fit the slot runs a K/V-only forward of its own groups, or a dummy.
     """
-    ranks = [_LockstepRank(counts, k) for counts in chunks_per_group]
-    while any(rank.backwards for rank in ranks):
+    spread = spread or [0] * len(chunks_per_group)
+    ranks = [_LockstepRank(counts, k, shared) for counts, shared in zip(chunks_per_group, spread)]
+    while any(rank.shared or rank.backwards for rank in ranks):
         backward = all(rank.can_backward() for rank in ranks)
         for rank in ranks:
             rank.backward() if backward else rank.forward()
@@ -64,38 +72,50 @@ def lockstep(chunks_per_group: Sequence[Sequence[int]], k: int) -> list[list[Act
 class _LockstepRank:
     """How far one rank has come, while the common template is built."""
 
-    def __init__(self, counts: Sequence[int], k: int):
+    def __init__(self, counts: Sequence[int], k: int, shared: int):
         self.k, self.counts = k, counts
         self.actions: list[Action] = []
-        groups = list(enumerate(counts))
+        # The next one is popped from the end of each list.
+        self.shared = linear_schedule(counts[:shared], k)[::-1]
+        groups = list(enumerate(counts))[shared:]
         self.forwards = [Action(Kind.FORWARD_STATE, g, c) for g, n in groups for c in range(n - k)]
         self.forwards += [Action(Kind.FORWARD, g, c) for g, n in groups for c in range(max(0, n - k), n)]
-        self.forwards.reverse()  # the next one is popped from the end, as of the backwards
+        self.forwards.reverse()
         self.backwards = [Action(Kind.BACKWARD, g, c) for g, n in reversed(groups) for c in range(n)]
-        self.live: set[tuple[int, int]] = set()  # (group, chunk) with activations
+        self.live: set[tuple[int, int]] = set()  # (group, chunk) with activations, of its own groups
         self.dummies: list[int] = []  # those whose backward has not run
         self.dummies_made = 0
 
-    def _next(self) -> tuple[int, int] | None:
-        """Group and chunk of the backward that comes next."""
-        return self.backwards[-1][1:3] if self.backwards else None
+    def _due(self) -> tuple[int, int] | None:
+        """Group and chunk of its own backward that comes next."""
+        return self.backwards[-1][1:3] if self.backwards and not self.shared else None
+
+    def _shares(self, backward: bool) -> bool:
+        """Whether the next shared action fits a slot of this kind."""
+        return bool(self.shared) and (self.shared[-1].kind is Kind.BACKWARD) == backward
 
     def can_backward(self) -> bool:
-        return bool(self.dummies) or self._next() in self.live
+        return bool(self.dummies) or self._shares(backward=True) or self._due() in self.live
 
     def backward(self) -> None:
-        if self._next() in self.live:
-            self.live.discard(self._next())
+        if self._shares(backward=True):
+            self.actions.append(self.shared.pop())
+        elif self._due() in self.live:
+            self.live.discard(self._due())
             self.actions.append(self.backwards.pop())
         else:
             self.actions.append(Action(Kind.BACKWARD, DUMMY, self.dummies.pop()))
 
     def forward(self) -> None:
-        due = self._next()
-        if due and due not in self.live and due[1] < self.counts[due[0]] - self.k:
+        due = self._due()
+        state_only = bool(self.forwards) and self.forwards[-1].kind is Kind.FORWARD_STATE
+        room = not self.shared and len(self.live) < self.k
+        if self._shares(backward=False):
+            self.actions.append(self.shared.pop())
+        elif due and due not in self.live and due[1] < self.counts[due[0]] - self.k:
             self.live.add(due)
             self.actions.append(Action(Kind.RECOMPUTE, *due))
-        elif self.forwards and (self.forwards[-1].kind is Kind.FORWARD_STATE or len(self.live) < self.k):
+        elif self.forwards and (state_only or room):
             action = self.forwards.pop()
             if action.kind is Kind.FORWARD:
                 self.live.add(action[1:3])

@@ -141,6 +141,11 @@ class MetricsLogger:
                 "padding_percent": ("chunkflow/padding(%)", plan.padding_percent),
                 "recomputed_chunks": ("chunkflow/recomputed_chunks", plan.recomputed_chunks),
                 "dp_imbalance_percent": ("chunkflow/dp_imbalance(%)", plan.imbalance_percent),
+                "spread_sequences": ("chunkflow/spread_sequences", plan.spread_sequences),
+                "most_ranks_of_a_sequence": (
+                    "chunkflow/most_ranks_of_a_sequence",
+                    plan.most_ranks_of_a_sequence,
+                ),
                 "memory_gib": ("memory/max_reserved(GiB)", memory.reserved_gib),
                 "global_max_loss": ("loss_metrics/global_max_loss", max_loss),
                 "n_tokens_seen": ("n_tokens_seen", self.tokens_seen),

@@ -18,10 +18,11 @@ _ANSWERS = {
     " parallelism.disable_loss_parallel parallelism.enable_async_tensor_parallel"
     " experimental.enable_async_tensor_parallel": "is not there yet: long sequences are split into chunks"
     " instead; use data_parallel_shard_degree for large models",
-    "training.context_parallel_degree parallelism.context_parallel_degree"
-    " parallelism.context_parallel_load_balancer parallelism.context_parallel_rotate_method"
-    " experimental.context_parallel_degree": "is not there yet: a long sequence is split over chunks in time,"
-    " set chunkflow.chunk_size and chunkflow.k",
+    "training.context_parallel_degree experimental.context_parallel_degree": "was renamed: set"
+    " parallelism.context_parallel_degree, the most ranks that share a long sequence",
+    "parallelism.context_parallel_load_balancer parallelism.context_parallel_rotate_method": "is not used: of"
+    " each chunk a rank has one part from the front and one from the back, and gathers keys and values;"
+    " remove the key",
     "parallelism.pipeline_parallel_expert_parallel_overlap parallelism.expert_parallel_degree"
     " parallelism.expert_tensor_parallel_degree parallelism.expert_parallel_comm_backend"
     " activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns quantize.grouped_mm"

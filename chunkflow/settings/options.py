@@ -140,6 +140,12 @@ class Parallelism:
         'free gathered parameters after each forward (ZeRO-3); "default": with more than one rank',
         ("default", "always", "never"),
     )
+    context_parallel_degree: int = option(
+        -1,
+        "most data-parallel ranks that share a long sequence (a power of two, or all; else rounded down); -1:"
+        " for each sequence as many as balance and memory ask for; 1: none share",
+        DEGREE,
+    )
     pipeline_parallel_degree: int = option(1, "ranks that share one replica's layers (pipeline)", AT_LEAST_1)
     pipeline_parallel_schedule: str = option(
         "1F1B", "one stage a rank, or several; the state-aware form of each", ("1F1B", "Interleaved1F1B")

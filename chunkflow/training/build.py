@@ -116,7 +116,7 @@ def activate_attention(config: Config) -> None:
 
 def plan_settings(config: Config, spec: ModelSpec, replicas: int) -> PlanSettings:
     """What plans depend on, for this number of data-parallel replicas."""
-    chunkflow, last = config.chunkflow, spec.layers[-1]
+    chunkflow, last, most = config.chunkflow, spec.layers[-1], config.parallelism.context_parallel_degree
     costs = [Cost.of_layers(spec.args, len(layers), head=layers is last) for layers in spec.layers]
     return PlanSettings(
         Cost.of_model(spec.args),
@@ -129,6 +129,7 @@ def plan_settings(config: Config, spec: ModelSpec, replicas: int) -> PlanSetting
         lockstep=reshards(config.parallelism, replicas),
         stages=tuple(costs),
         pipeline_ranks=config.parallelism.pipeline_parallel_degree,
+        spread_over=replicas if most == -1 else most,
     )
 
 

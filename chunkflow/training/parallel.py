@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from chunkflow.execution.recompute import recompute_cheap
 from chunkflow.execution.rotary import Rotary
+from chunkflow.planning.balance import block_sizes
 from chunkflow.settings import options
 from chunkflow.training.start import world_size
 
@@ -38,6 +39,8 @@ class Processes(NamedTuple):
     pipeline_ranks: int
     replica: int
     replicas: int  # data-parallel, each one rank or one pipeline
+    # Of replicas that may share a sequence, in which this one is: the ranks that have this rank's stages.
+    blocks: dict[range, dist.ProcessGroup]
 
     @property
     def last_stage(self) -> bool:
@@ -101,21 +104,37 @@ def init_processes(comm: options.Comm, degrees: options.Parallelism, offload: bo
     sizes = {name: size for name, size in sizes.items() if size > 1} | {"dp_shard": replicas // replicated}
     logger.info(f"Building {len(sizes)}-D device mesh with {list(sizes)}, {list(sizes.values())}")
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    if not fake:
-        set_timeouts(mesh, comm.init_timeout_seconds)
-        connect(mesh, device, ring=degrees.pipeline_parallel_schedule == "Interleaved1F1B")
     pipeline_rank, replica = divmod(rank, replicas)
-    return Processes(device, mesh, rank, count, pipeline_rank, pipeline_ranks, replica, replicas)
+    blocks = make_blocks(pipeline_rank, replica, replicas, degrees.context_parallel_degree)
+    place = pipeline_rank, pipeline_ranks, replica, replicas
+    processes = Processes(device, mesh, rank, count, *place, blocks)
+    if not fake:
+        set_timeouts(processes, comm.init_timeout_seconds)
+        connect(processes, ring=degrees.pipeline_parallel_schedule == "Interleaved1F1B")
+    return processes
 
 
-def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:
+def make_blocks(pipeline_rank: int, replica: int, replicas: int, most: int) -> dict[range, dist.ProcessGroup]:
+    """`Processes.blocks`, of at most `most` replicas (-1: all). Call it once: only a group's ranks take part
+    in making it, and torch wants them to have made equally many before."""
+    blocks = {}
+    for size in block_sizes(replicas, replicas if most == -1 else most)[:-1]:
+        first = replica // size * size
+        if first + size <= replicas:
+            block = range(first, first + size)
+            ranks = [pipeline_rank * replicas + member for member in block]
+            blocks[block] = dist.new_group(ranks, use_local_synchronization=True)
+    return blocks
+
+
+def set_timeouts(processes: Processes, seconds: int) -> None:
     """Gives every process group this timeout, so that a rank that stops answering ends the job. A mesh's
     groups do not take over init_process_group's timeout."""
-    for group in [dist.group.WORLD, *mesh.get_all_groups()]:
+    for group in [dist.group.WORLD, *processes.mesh.get_all_groups(), *processes.blocks.values()]:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def connect(mesh: DeviceMesh, device: torch.device, ring: bool) -> None:
+def connect(processes: Processes, ring: bool) -> None:
     """Uses each process group, and each pair of neighbours in the pipeline, once. In a `ring` (several stages
     a rank) the last and the first rank are neighbours, too.
 
@@ -123,8 +142,9 @@ def connect(mesh: DeviceMesh, device: torch.device, ring: bool) -> None:
     memory. Pairs come in the same order on all ranks, and of a pair the first sends first, so none waits in
     a circle, even if every send waits for its receive.
     """
-    one = torch.ones(1, device=device)
-    groups = {group.group_name: group for group in [dist.group.WORLD, *mesh.get_all_groups()]}
+    mesh, one = processes.mesh, torch.ones(1, device=processes.device)
+    groups = [dist.group.WORLD, *mesh.get_all_groups(), *processes.blocks.values()]
+    groups = {group.group_name: group for group in groups}
     for group in groups.values():
         if group.size() > 1:
             dist.all_reduce(one, group=group)

@@ -61,18 +61,21 @@ def join(config: Config | None = None) -> parallel.Processes:
     return parallel.init_processes(config.comm, config.parallelism)
 
 
-def sharded_gradients(model, lengths, sequences, config, k=1, balance="cost", chunk_size=16):
+def sharded_gradients(
+    model, lengths, sequences, config, k=1, balance="cost", chunk_size=16, blocks=None, **more
+):
     """One step of this rank; returns the global loss and whole gradients."""
     reshard = config.parallelism.fsdp_reshard_after_forward == "always"
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    options = {"chunk_size": chunk_size, "k": k, "balance": balance, "lockstep": reshard}
+    options = {"chunk_size": chunk_size, "k": k, "balance": balance, "lockstep": reshard, **more}
     plan = plan_step(lengths, PlanSettings(Cost.of_model(model.args), ranks, **options), [rank])
     targets = sum(int((labels != -100).sum()) for _, labels in sequences)
     parallel.begin_step(model, reshard)
     ((program,),) = plan.programs.values()
     groups = plan.groups[rank]
     chunks = chunk_tensors(groups, sequences)
-    result = runner_of(model, parallel.before_last_backward).step(program, groups, chunks, targets)
+    runner = runner_of(model, parallel.before_last_backward, blocks=blocks)
+    result = runner.step(program, groups, chunks, targets)
     dist.all_reduce(result.loss_sum)
     whole = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -83,13 +86,13 @@ def sharded_gradients(model, lengths, sequences, config, k=1, balance="cost", ch
 class Pipeline:
     """This rank's stages of a small model, with the weights of `whole`, on a ("pp", "dp_shard") mesh."""
 
-    def __init__(self, family, mesh, virtual, whole, dtype=torch.float64):
+    def __init__(self, family, mesh, virtual, whole, dtype=torch.float64, blocks=None):
         self.mesh, self.whole = mesh, whole
         self.rank, self.ranks = mesh.get_local_rank("pp"), mesh.size(0)
         self.replica, self.replicas = mesh.get_local_rank("dp_shard"), mesh.size(1)
         device, rank, count = torch.device("cpu"), dist.get_rank(), dist.get_world_size()
         own = self.rank, self.ranks, self.replica, self.replicas
-        self.processes = parallel.Processes(device, mesh, rank, count, *own)
+        self.processes = parallel.Processes(device, mesh, rank, count, *own, blocks or {})
         args, count = whole.args, self.ranks * virtual
         bounds = [stage * args.n_layers // count for stage in range(count + 1)]
         self.layers = [range(*pair) for pair in zip(bounds, bounds[1:])]
@@ -100,12 +103,12 @@ class Pipeline:
             model.load_state_dict({name: weights[name] for name in model.state_dict()})
             parallel.apply_fsdp(model, mesh["dp_shard"], layout_config().training, False)
         self.stages = stages.make_stages(self.models, count, self.processes, dtype)
-        self.runner = Runner(self.stages, device)
+        self.runner = Runner(self.stages, device, blocks=self.processes.blocks)
 
-    def plan(self, lengths, k, enable=True, balance="cost", chunk_size=16, forward_only=False):
+    def plan(self, lengths, k, enable=True, balance="cost", chunk_size=16, forward_only=False, **more):
         last = len(self.layers) - 1
         costs = [Cost.of_layers(self.whole.args, len(own), s == last) for s, own in enumerate(self.layers)]
-        options = {"balance": balance, "forward_only": forward_only}
+        options = {"balance": balance, "forward_only": forward_only, **more}
         options |= {"stages": tuple(costs), "pipeline_ranks": self.ranks}
         cost = Cost.of_model(self.whole.args)
         settings = PlanSettings(cost, self.replicas, enable, chunk_size, k, **options)

@@ -58,6 +58,7 @@ def chunk_tensors(groups: list[Group], sequences) -> list[list[ChunkTensors]]:
                 cat(chunk, lambda s: sequences[s.sequence][0]),
                 cat(chunk, lambda s: sequences[s.sequence][1]),
                 cat(chunk, lambda s: torch.arange(s.start + s.length)),
+                shared=group.spread is not None,
             )
             for index, chunk in enumerate(group.chunks)
         ]
@@ -90,9 +91,9 @@ def whole_sequence_gradients(model, sequences):
     return total, gradients(model)
 
 
-def runner_of(model, before_last_backward=lambda model: None, loss=loss_sum) -> Runner:
+def runner_of(model, before_last_backward=lambda model: None, loss=loss_sum, blocks=None) -> Runner:
     """Runs the whole model on this process."""
-    return Runner([WholeModel(model, before_last_backward)], torch.device("cpu"), loss)
+    return Runner([WholeModel(model, before_last_backward)], torch.device("cpu"), loss, blocks)
 
 
 def chunked_gradients(model, sequences, groups, k, actions=None):
