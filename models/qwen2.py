@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from chunkflow.execution.attention import chunk_attention, store_keys_values
+from chunkflow.execution.attention import begin_attention, chunk_attention, store_keys_values
 from chunkflow.execution.norm import RMSNorm
 from chunkflow.execution.recompute import cheap
 from chunkflow.execution.rotary import Rotary, rope_type, rotary_frequencies
@@ -134,6 +134,8 @@ class TransformerBlock(nn.Module):
     ) -> torch.Tensor | None:
         """The layer's hidden states; None with `keys_values_only`. torch.compile makes one graph of each of
         the two parts below."""
+        if not keys_values_only:
+            begin_attention(chunk, layer)
         q_THD, k_TGD, v_TGD = self.before_attention(x_TC, rotary, keys_values_only)
         if keys_values_only:
             return store_keys_values(k_TGD, v_TGD, chunk, layer)

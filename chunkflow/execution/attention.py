@@ -23,6 +23,14 @@ def activate_flash_attention_3() -> None:
     torch.nn.attention.activate_flash_attention_impl("FA3")
 
 
+@torch.compiler.disable
+def begin_attention(chunk: ChunkTensors, layer: int) -> None:
+    """Call before a layer makes a chunk's queries, keys and values: what other ranks have of its prefix comes
+    meanwhile. `chunk_attention` follows."""
+    if chunk.parts:
+        chunk.state.begin(layer, chunk.index)
+
+
 @torch.compiler.disable  # reads and writes the state, which a compiled graph must not
 def chunk_attention(
     q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, chunk: ChunkTensors, layer: int

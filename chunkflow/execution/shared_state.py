@@ -34,7 +34,8 @@ class SharedKeyValueState:
         self.buffers: dict[int, torch.Tensor] = {}  # layer -> (tokens, 2, G, D): keys and values
         self.gradients: dict[int, torch.Tensor] = {}  # layer -> (tokens before the last chunk, 2, G, D)
         self.next_backward: dict[int, int] = {}  # layer -> index of the chunk whose backward comes next
-        self.arriving: dict[int, tuple[Gathered, list[dist.Work]]] = {}  # layer -> what was asked for
+        # layer -> rows up to the chunk's end, of which the prefix is on its way
+        self.arriving: dict[int, tuple[torch.Tensor, dist.Work | None]] = {}
         self.orders: dict[int, torch.Tensor] = {}  # chunk -> rows of what is gathered, by position
 
     def write(self, layer: int, index: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> None:
@@ -47,31 +48,32 @@ class SharedKeyValueState:
         buffer[:, 0].copy_(k_TGD)
         buffer[:, 1].copy_(v_TGD)
 
-    def ask(self, layer: int, index: int) -> None:
-        """Begins to gather what a chunk's attention reads. All ranks that share the sequence do so."""
+    def begin(self, layer: int, index: int) -> None:
+        """Begins to gather the keys and values of a chunk's prefix, if that was not done. All ranks that
+        share the sequence call this and `gathered` in the same order."""
+        if layer in self.arriving:
+            return
+        before, end, buffer = self.spread.start(index), self.spread.ends[index], self.buffers.get(layer)
+        if buffer is not None:
+            rows = buffer.new_empty(end, *buffer.shape[1:])
+            prefix = buffer[: self.starts[index]]
+            self.arriving[layer] = rows, self._gather(rows[:before], prefix) if before else None
+
+    def gathered(self, layer: int, index: int) -> Gathered:
+        """Keys and values of all tokens up to the chunk's end, when its own are written."""
+        self.begin(layer, index)
+        rows, prefix = self.arriving.pop(layer)
         start, width, buffer = self.starts[index], self.widths[index], self.buffers[layer]
-        before = self.spread.start(index)
-        rows = buffer.new_empty(self.spread.ends[index], *buffer.shape[1:])
         current = buffer.new_empty(self.count * width, *buffer.shape[1:])
-        works = [self._gather(current, buffer[start : start + width])]
-        if before:
-            works.insert(0, self._gather(rows[:before], buffer[:start]))
-        self.arriving[layer] = Gathered(rows, current), works
+        self._gather(current, buffer[start : start + width]).wait()
+        tokens = rows[self.spread.start(index) :]
+        torch.index_select(current, 0, self._order(index, tokens.device), out=tokens)
+        if prefix:
+            prefix.wait()
+        return Gathered(rows)
 
     def _gather(self, whole: torch.Tensor, part: torch.Tensor) -> dist.Work:
         return dist.all_gather_into_tensor(whole, part, group=self.ranks, async_op=True)
-
-    def gathered(self, layer: int, index: int) -> Gathered:
-        """Keys and values of all tokens up to the chunk's end; asks for them if that was not done."""
-        if layer not in self.arriving:
-            self.ask(layer, index)
-        gathered, works = self.arriving.pop(layer)
-        for work in works:
-            work.wait()
-        tokens = gathered.rows[self.spread.start(index) :]
-        torch.index_select(gathered.current, 0, self._order(index, tokens.device), out=tokens)
-        del gathered.current
-        return gathered
 
     def exchange_gradients(
         self, layer: int, index: int, sums: torch.Tensor
@@ -128,8 +130,8 @@ class Gathered:
     """A layer's keys and values up to a chunk's end, in rows: earlier chunks in some order, then the chunk's
     own tokens by position."""
 
-    def __init__(self, rows: torch.Tensor, current: torch.Tensor):
-        self.rows, self.current = rows, current
+    def __init__(self, rows: torch.Tensor):
+        self.rows = rows
 
     def read(self, layer: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of rows `start .. end - 1`: two views, each (end - start, G, D)."""
