@@ -7,6 +7,8 @@
 #   LOG_RANK     ranks whose output is shown, with commas
 #   NNODES, NODE_RANK, RDZV_ENDPOINT   several machines: how many, which one this is, HOST:PORT of the first
 #   MAX_RESTARTS how often a crashed run starts again by itself, from its last checkpoint (default 0)
+#   CHUNKFLOW_PYTHON  an interpreter to use as it is, such as a GPU machine's own with another torch: nothing is
+#                installed, and what it lacks is told. Without it: the active Python if it has all, else .venv, made once
 #   COMM_MODE=fake_backend             one process, one step, as rank 0 of NGPU: checks a large layout anywhere
 set -e
 
@@ -23,7 +25,7 @@ if [ ! -f "$TRAIN_FILE" ]; then
 fi
 
 GPUS=0
-if command -v nvidia-smi rocm-smi >/dev/null; then
+if command -v nvidia-smi rocm-smi >/dev/null; then # one of them is enough
     GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 fi
 export NGPU=${NGPU:-$((GPUS > 0 ? GPUS : 2))} NNODES=${NNODES:-1} LOG_RANK=${LOG_RANK:-0}

@@ -290,3 +290,47 @@ def test_two_starts_at_once_install_once(copy):
         runs = [pool.submit(copy) for _ in range(2)]
     assert [run.result()[0] for run in runs] == [0, 0]
     assert sum("installing them" in run.result()[1] for run in runs) == 1
+
+
+# --- CHUNKFLOW_PYTHON: an interpreter as it is.
+
+
+def test_a_named_interpreter_is_used_as_it_is_and_told_what_it_lacks(folder):
+    """Here it finds the description of another torch before the installed one's, as importlib.metadata reads."""
+    described = folder / "site" / "torch-2.11.0+cu130.dist-info"
+    described.mkdir(parents=True)
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0+cu130\n")
+    old = folder / "old python"
+    old.write_text(f"""#!/bin/sh\nPYTHONPATH='{described.parent}' exec '{sys.executable}' "$@"\n""")
+    old.chmod(0o755)
+    run = train(folder, "--check", CHUNKFLOW_PYTHON=str(old))
+    assert (run.returncode, run.stdout) == (0, "config and paths are good\n"), run.stderr
+    first, torch = run.stderr.splitlines()
+    assert first == f"{sys.executable} is used as it is (CHUNKFLOW_PYTHON), without these of pyproject.toml:"
+    assert torch.startswith("  torch==2.13.0 is 2.11.0+cu130: ") and "no validation and no pipeline" in torch
+    run = train(folder, "--check", CHUNKFLOW_PYTHON="python")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "config and paths are good\n", "")
+
+
+@pytest.mark.parametrize(
+    "python, sentence",
+    [("no python", "no python is no Python 3.10 or newer"), ("bare", "lacks pip: install it")],
+)
+def test_a_named_interpreter_that_will_not_do_is_one_sentence(folder, python, sentence):
+    bare = folder / "bare"
+    bare.write_text(f"""#!/bin/sh\nexec '{sys.executable}' -S "$@"\n""")
+    bare.chmod(0o755)
+    run = train(folder, CHUNKFLOW_PYTHON=str(bare) if python == "bare" else python)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("error: ") and sentence in run.stderr and run.stderr.count("\n") == 1, (
+        run.stderr
+    )
+
+
+def test_a_named_interpreter_runs_the_tests_it_can_and_nothing_is_installed(copy):
+    pyproject = copy.repo / "pyproject.toml"
+    pyproject.write_text(pyproject.read_text().replace("tqdm", "tqdm-of-old"))
+    path = str(Path(sys.executable).parent)
+    status, out, err, installed = copy("--version", path=path, CHUNKFLOW_PYTHON="python")
+    assert status == 0 and "pytest" in out + err and installed == [] and not (copy.repo / ".venv").exists()
+    assert "\n  tqdm-of-old is missing\n" in err
