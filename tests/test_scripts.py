@@ -176,6 +176,49 @@ def test_two_machines_meet(folder):
     ]
 
 
+def test_gpus_that_torch_cannot_see_end_the_script_unless_the_cpu_is_asked_for(folder):
+    """A driver too old for this torch, or a torch for the CPU."""
+    programs = folder / "programs"
+    programs.mkdir()
+    nvidia = programs / "nvidia-smi"
+    nvidia.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-1)'; echo 'GPU 1: H100 (UUID: GPU-2)'\n")
+    nvidia.chmod(0o755)
+    path, hidden = f"{programs}:{environment()['PATH']}", {"CUDA_VISIBLE_DEVICES": ""}
+    for more in ({}, {"NGPU": "", **hidden}):
+        run = train(folder, PATH=path, **more)
+        assert run.returncode == 2 and not list(folder.glob("seen*")), (more, run.stdout)
+        assert run.stderr.startswith("error: nvidia-smi lists 2 GPUs and torch 2.13.0"), run.stderr
+        assert run.stderr.count("\n") == 1 and ("hides them" in run.stderr) == ("NGPU" in more)
+    assert train(folder, PATH=path, **hidden).returncode == 0
+    assert seen(folder, "0")["WORLD_SIZE"] == "1"
+    assert train(folder, PATH=path, COMM_MODE="fake_backend").returncode == 0, "checks a layout anywhere"
+    nvidia.write_text("#!/bin/sh\necho 'No devices found'; exit 6\n")
+    assert train(folder, PATH=path).returncode == 0
+
+
+RESTARTED = """
+import os, sys
+import torch.distributed as dist
+from chunkflow.training.start import main_config
+
+main_config()
+store, rank, ranks = next(dist.rendezvous("env://"))
+attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+with open("attempts", "a") as file:
+    file.write(f"{attempt} {store.check(['exception_dump'])}\\n")
+store.set("exception_dump", "of NCCL's watchdog")
+sys.exit(attempt == "0")
+"""
+
+
+def test_a_restart_gets_a_store_without_the_failure_of_the_last_attempt(folder):
+    """NCCL's watchdog leaves the key in the store itself, below any prefix, and ends a process that finds it."""
+    (folder / "my recipe.py").write_text(RESTARTED)
+    run = train(folder, MAX_RESTARTS="1")
+    assert run.returncode == 0, run.stderr
+    assert (folder / "attempts").read_text() == "0 False\n1 False\n"
+
+
 # --- Which Python. In a copy of the scripts, with stand-ins for interpreters that write down what they are
 # asked to do.
 
