@@ -99,11 +99,15 @@ def plan_settings(config: Config, spec: ModelSpec, replicas: int) -> PlanSetting
     )
 
 
-def open_data(settings: options.Training, spec: ModelSpec, seed: int) -> TokenDataset | SyntheticDataset:
-    """The training sequences. ValueError for rows that cannot be used."""
+def open_data(
+    settings: options.Training | options.Validation, spec: ModelSpec, seed: int, section: str = "training"
+) -> TokenDataset | SyntheticDataset:
+    """The sequences of the config's `section`, whose `settings` these are. ValueError for rows that cannot be
+    used."""
     name, path = settings.dataset, settings.dataset_path
-    logger.info(f"Preparing {name} dataset from {path or 'its default place'}")
-    dataset = open_dataset(name, path, spec.tokenizer, vocab_size=spec.args.vocab_size, seed=seed)
+    logger.info(f"Preparing {name} dataset from {path or 'its default place'} for {section}")
+    arguments = {"vocab_size": spec.args.vocab_size, "seed": seed, "section": section}
+    dataset = open_dataset(name, path, spec.tokenizer, **arguments)
     total, longest = sum(dataset.lengths), max(dataset.lengths)
     logger.info(f"{len(dataset):,} sequences, {total:,} tokens, the longest has {longest:,}")
     return dataset

@@ -23,6 +23,7 @@ from chunkflow.training.start import world_size
 
 logger = logging.getLogger(__name__)
 
+MEETING_TIMEOUT = timedelta(hours=2)  # in which every machine has tokenised the data, or the start has failed
 DRAWN_AT_ONCE = 1 << 16  # elements of initial weights: 256 KiB, which a core's cache holds
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -87,9 +88,8 @@ def init_processes(comm: options.Comm, degrees: options.Parallelism) -> Processe
         timeout = timedelta(seconds=comm.init_timeout_seconds)
         store, rank, count = dist.HashStore(), 0, 1
         if "RANK" in os.environ:
-            # torchrun's restarts share one store: the prefix hides the ranks of the attempt that crashed.
-            store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
-            store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store, rank, count = meet()
+            store.set_timeout(timeout)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=count)
     rank, count = dist.get_rank(), dist.get_world_size()
@@ -103,6 +103,16 @@ def init_processes(comm: options.Comm, degrees: options.Parallelism) -> Processe
         set_timeouts(mesh, comm.init_timeout_seconds)
     pipeline_rank, replica = divmod(rank, replicas)
     return Processes(device, mesh, rank, count, pipeline_rank, pipeline_ranks, replica, replicas)
+
+
+def meet() -> tuple[dist.Store, int, int]:
+    """torchrun's store, this rank and how many there are, when all have come. comm.init_timeout_seconds
+    counts from here: before, a machine may tokenise for much longer than others, which find it done."""
+    logger.info(f"Waiting for all processes, at most {MEETING_TIMEOUT}: some may still prepare their data")
+    store, rank, count = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
+    store.set(f"has come/{rank}", "")
+    store.wait([f"has come/{other}" for other in range(count)], MEETING_TIMEOUT)
+    return store, rank, count
 
 
 def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:
