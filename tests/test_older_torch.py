@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from chunkflow.settings.config import ConfigError, load_config
+from chunkflow.training import build
 from tests.helpers.processes import REPO, environment, rows_of, small_assets, write_rows
 
 # What is there in 2.13 and was not in 2.11, by the name of its owner: torch's own code may use it.
@@ -112,3 +115,15 @@ def test_only_validation_and_stages_name_what_is_newer():
                 node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
             }
             assert not used & names or str(path.relative_to(REPO)) in allowed, f"{path}: {used & names}"
+
+
+@pytest.mark.parametrize("option", ["--validation.enable", "--parallelism.pipeline_parallel_degree=2"])
+def test_what_needs_a_newer_torch_is_refused_before_anything_starts(monkeypatch, option):
+    settings = ["--validation.dataset=synthetic", option]
+    build.check(load_config(settings))
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    with pytest.raises(
+        ConfigError, match=rf"{option[2:].split('=')[0]} needs torch 2.13, but this is 2.11.0\+cu130"
+    ):
+        build.check(load_config(settings))
+    build.check(load_config(settings[:1]))

@@ -70,7 +70,19 @@ def check(config: Config) -> ModelSpec:
     check_converters(config.model, float8, spec.family, spec.args, training.dtype, fake)
     check_optimizer(config.optimizer, config.compile, training, fake)
     check_cuda_dtype(training)
+    check_torch(config)
     return spec
+
+
+def check_torch(config: Config) -> None:
+    """For machines that come with an older torch, and are told to use it (CHUNKFLOW_PYTHON)."""
+    uses = {
+        "validation.enable": config.validation.enable,
+        "parallelism.pipeline_parallel_degree": config.parallelism.pipeline_parallel_degree > 1,
+    }
+    for name in uses:
+        if uses[name] and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+            raise ConfigError(f"{name} needs torch 2.13, but this is {torch.__version__}: leave it out")
 
 
 def check_cuda_dtype(settings: options.Training) -> None:
