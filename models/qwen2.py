@@ -99,16 +99,16 @@ class Transformer(nn.Module):
             return x_TC  # a stage before the last
         return None if ends_early else chunk.end(self.norm(x_TC), self.output.weight, chunk)
 
-    def init_parameter(self, name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
-        """Fills one unsharded parameter in-place, from its name, its shape and the generator alone."""
+    def init_parameter(self, name: str, rows: torch.Tensor, generator: torch.Generator) -> None:
+        """Fills rows of one unsharded parameter in-place, from its name and the generator alone."""
         module = name.split(".")[-2]
         if name.endswith("bias"):
-            nn.init.zeros_(whole)
+            nn.init.zeros_(rows)
         elif module.endswith("norm"):
-            nn.init.ones_(whole)
+            nn.init.ones_(rows)
         else:  # each layer adds to the residual stream twice: its variance should not grow with depth
             std = 0.02 / math.sqrt(2 * self.args.n_layers) if module in ("wo", "w2") else 0.02
-            nn.init.trunc_normal_(whole, std=std, a=-3 * std, b=3 * std, generator=generator)
+            nn.init.trunc_normal_(rows, std=std, a=-3 * std, b=3 * std, generator=generator)
 
     def tie_embeddings(self) -> None:
         """Shares the embeddings' weight with the head where the model ties them and this stage has both."""

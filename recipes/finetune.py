@@ -64,13 +64,16 @@ def main() -> None:
     seed = parallel.set_seed(config.debug)
     logger.info(f"Starting job: {config.job.description}")
 
-    # ---- Data. Text becomes tokens on disk, once; whichever process comes first does it while the others
-    # wait.
+    # ---- Data. Text becomes tokens on disk, once; whichever process of a machine comes first does it while
+    # the others wait.
     training, fake = config.training, config.comm.mode == "fake_backend"
     folder = Path(config.job.dump_folder)
     with user_errors():
         spec = build.model_spec(config)
-        dataset = build.open_data(training, spec, seed)
+        dataset, validation_data = build.open_data(training, spec, seed), None
+        if config.validation.enable and not fake:
+            # Another seed than training's gives other synthetic sequences, of the same distribution.
+            validation_data = build.open_data(config.validation, spec, seed + 1, "validation")
 
     # ---- Processes. With the fake backend this one stands for rank 0 of NGPU, and tensors have shapes but no
     # content.
@@ -90,8 +93,9 @@ def main() -> None:
         )
         build.check_waits(config.comm, loader, settings, device)
         validation = None
-        if config.validation.enable and not fake:
-            validation = Validation(config.validation, training, spec, settings, processes, seed)
+        if validation_data is not None:
+            where = settings, processes, seed
+            validation = Validation(config.validation, training, validation_data, *where)
 
     # ---- Model. Built without memory, cut into stages and shards, then filled: from a checkpoint, from a
     # Hugging Face folder, or at random, which depends on each parameter's name and the seed alone, whatever

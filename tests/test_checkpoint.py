@@ -311,7 +311,7 @@ def test_what_is_kept_and_what_is_loaded(place):
 def test_other_states_resume_bitwise(place, how):
     """Two ranks, stopped after step 5 of 6."""
     options = {
-        "8-bit AdamW": ["--optimizer.name=AdamW8bit"],
+        "8-bit AdamW": ["--optimizer.name=AdamW8bit", "--checkpoint.async_mode=async"],
         "int8": ["--model.converters=int8", "--parallelism.fsdp_reshard_after_forward=never"],
         "HSDP, offloaded": [
             "--parallelism.data_parallel_replicate_degree=2",

@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from chunkflow.execution.loss import loss_sum
 from chunkflow.execution.state import dummy_chunk
 from chunkflow.planning.memory import Layout, StageSizes
 from chunkflow.settings.config import load_config
+from chunkflow.storage.checkpoint import snapshot
 from chunkflow.training.converters import check_converters, convert_model, layers_to_convert
 from chunkflow.training.optimizer import build_optimizer, check_optimizer, optimizer_tensors
 from chunkflow.training.parallel import init_weights
@@ -275,9 +277,11 @@ def save_and_load(path: str, argv: list[str]):
     train_sharded(model, optimizer, range(3))
     state = optimizer_tensors(optimizer, dict(model.named_parameters())) | model.state_dict()
     saved = whole_state(model, optimizer)
-    pending = dcp.async_save(state, checkpoint_id=path, process_group=dist.new_group(backend="gloo"))
-    train_sharded(model, optimizer, range(3, 5))
-    pending.result()
+    copies, group = snapshot(state, pinned=False), dist.new_group(backend="gloo")
+    with ThreadPoolExecutor() as background:
+        pending = background.submit(dcp.save, copies, checkpoint_id=path, process_group=group)
+        train_sharded(model, optimizer, range(3, 5))
+        pending.result()
     return saved, whole_state(model, optimizer), *load_and_train(path, argv)
 
 

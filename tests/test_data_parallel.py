@@ -124,6 +124,31 @@ def test_one_start_for_all_layouts():
         assert run_ranks(start_weights, world_size, replicas) == [expected] * world_size
 
 
+def drawn_and_kept():
+    parallel.DRAWN_AT_ONCE = 2048  # small against a shard
+    mesh, family = join(layout_config()).mesh, families["qwen3"]
+    with torch.device("meta"):
+        model = family.Transformer(family.flavors["debugmodel"])
+    parallel.apply_fsdp(model, mesh, layout_config().training, True)
+    model.to_empty(device="cpu")
+    fill, drawn = model.init_parameter, []
+
+    def counted(name, rows, generator):
+        drawn.append(rows.numel())
+        fill(name, rows, generator)
+
+    model.init_parameter = counted
+    parallel.init_weights(model, seed=5)
+    kept = [parameter.to_local().numel() for parameter in model.parameters()]
+    return sum(drawn), sum(kept), len(kept)
+
+
+def test_a_rank_draws_the_initial_weights_that_it_keeps():
+    """But for the other rows of the blocks at both ends of its shards."""
+    for drawn, kept, parameters in run_ranks(drawn_and_kept, 4):
+        assert 1_000_000 < kept <= drawn <= kept + 2 * 2048 * parameters
+
+
 def recorded_collectives(reshard):
     """The name and size of every collective of this rank over a few random steps, in order."""
 

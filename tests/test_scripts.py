@@ -176,6 +176,49 @@ def test_two_machines_meet(folder):
     ]
 
 
+def test_gpus_that_torch_cannot_see_end_the_script_unless_the_cpu_is_asked_for(folder):
+    """A driver too old for this torch, or a torch for the CPU."""
+    programs = folder / "programs"
+    programs.mkdir()
+    nvidia = programs / "nvidia-smi"
+    nvidia.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-1)'; echo 'GPU 1: H100 (UUID: GPU-2)'\n")
+    nvidia.chmod(0o755)
+    path, hidden = f"{programs}:{environment()['PATH']}", {"CUDA_VISIBLE_DEVICES": ""}
+    for more in ({}, {"NGPU": "", **hidden}):
+        run = train(folder, PATH=path, **more)
+        assert run.returncode == 2 and not list(folder.glob("seen*")), (more, run.stdout)
+        assert run.stderr.startswith("error: nvidia-smi lists 2 GPUs and torch 2.13.0"), run.stderr
+        assert run.stderr.count("\n") == 1 and ("hides them" in run.stderr) == ("NGPU" in more)
+    assert train(folder, PATH=path, **hidden).returncode == 0
+    assert seen(folder, "0")["WORLD_SIZE"] == "1"
+    assert train(folder, PATH=path, COMM_MODE="fake_backend").returncode == 0, "checks a layout anywhere"
+    nvidia.write_text("#!/bin/sh\necho 'No devices found'; exit 6\n")
+    assert train(folder, PATH=path).returncode == 0
+
+
+RESTARTED = """
+import os, sys
+import torch.distributed as dist
+from chunkflow.training.start import main_config
+
+main_config()
+store, rank, ranks = next(dist.rendezvous("env://"))
+attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+with open("attempts", "a") as file:
+    file.write(f"{attempt} {store.check(['exception_dump'])}\\n")
+store.set("exception_dump", "of NCCL's watchdog")
+sys.exit(attempt == "0")
+"""
+
+
+def test_a_restart_gets_a_store_without_the_failure_of_the_last_attempt(folder):
+    """NCCL's watchdog leaves the key in the store itself, below any prefix, and ends a process that finds it."""
+    (folder / "my recipe.py").write_text(RESTARTED)
+    run = train(folder, MAX_RESTARTS="1")
+    assert run.returncode == 0, run.stderr
+    assert (folder / "attempts").read_text() == "0 False\n1 False\n"
+
+
 # --- Which Python. In a copy of the scripts, with stand-ins for interpreters that write down what they are
 # asked to do.
 
@@ -290,3 +333,47 @@ def test_two_starts_at_once_install_once(copy):
         runs = [pool.submit(copy) for _ in range(2)]
     assert [run.result()[0] for run in runs] == [0, 0]
     assert sum("installing them" in run.result()[1] for run in runs) == 1
+
+
+# --- CHUNKFLOW_PYTHON: an interpreter as it is.
+
+
+def test_a_named_interpreter_is_used_as_it_is_and_told_what_it_lacks(folder):
+    """Here it finds the description of another torch before the installed one's, as importlib.metadata reads."""
+    described = folder / "site" / "torch-2.11.0+cu130.dist-info"
+    described.mkdir(parents=True)
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0+cu130\n")
+    old = folder / "old python"
+    old.write_text(f"""#!/bin/sh\nPYTHONPATH='{described.parent}' exec '{sys.executable}' "$@"\n""")
+    old.chmod(0o755)
+    run = train(folder, "--check", CHUNKFLOW_PYTHON=str(old))
+    assert (run.returncode, run.stdout) == (0, "config and paths are good\n"), run.stderr
+    first, torch = run.stderr.splitlines()
+    assert first == f"{sys.executable} is used as it is (CHUNKFLOW_PYTHON), without these of pyproject.toml:"
+    assert torch.startswith("  torch==2.13.0 is 2.11.0+cu130: ") and "no validation and no pipeline" in torch
+    run = train(folder, "--check", CHUNKFLOW_PYTHON="python")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "config and paths are good\n", "")
+
+
+@pytest.mark.parametrize(
+    "python, sentence",
+    [("no python", "no python is no Python 3.10 or newer"), ("bare", "lacks pip: install it")],
+)
+def test_a_named_interpreter_that_will_not_do_is_one_sentence(folder, python, sentence):
+    bare = folder / "bare"
+    bare.write_text(f"""#!/bin/sh\nexec '{sys.executable}' -S "$@"\n""")
+    bare.chmod(0o755)
+    run = train(folder, CHUNKFLOW_PYTHON=str(bare) if python == "bare" else python)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("error: ") and sentence in run.stderr and run.stderr.count("\n") == 1, (
+        run.stderr
+    )
+
+
+def test_a_named_interpreter_runs_the_tests_it_can_and_nothing_is_installed(copy):
+    pyproject = copy.repo / "pyproject.toml"
+    pyproject.write_text(pyproject.read_text().replace("tqdm", "tqdm-of-old"))
+    path = str(Path(sys.executable).parent)
+    status, out, err, installed = copy("--version", path=path, CHUNKFLOW_PYTHON="python")
+    assert status == 0 and "pytest" in out + err and installed == [] and not (copy.repo / ".venv").exists()
+    assert "\n  tqdm-of-old is missing\n" in err

@@ -268,3 +268,11 @@ def test_without_the_package_it_is_one_sentence(folder, monkeypatch):
         folder()
     loaded_without = runpy.run_path(tokenizer_module.__file__)  # nor does sentencepiece need it
     assert loaded_without["Tokenizer"]().encode("so") == Tokenizer().encode("so")
+
+
+def test_without_sentencepiece_its_models_are_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(
+        ValueError, match="python_2048.model: .* sentencepiece, which is not installed: pip install"
+    ):
+        Tokenizer()

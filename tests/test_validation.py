@@ -24,6 +24,7 @@ from chunkflow.planning.schedule import DUMMY, Kind
 from chunkflow.reporting.metrics import MetricsLogger
 from chunkflow.settings.config import ConfigError, load_config
 from chunkflow.training import parallel
+from chunkflow.training.build import open_data
 from chunkflow.training.start import check_paths
 from chunkflow.training.validation import LossByPosition, Validation
 from models import families
@@ -198,7 +199,8 @@ def test_all_of_the_data_or_so_many_batches(tmp_path, steps, tokens):
             PlanSettings(Cost.of_model(model.args), chunk_size=16),
             SimpleNamespace(tokenizer=None, args=model.args),
         )
-        validation = Validation(config.validation, config.training, spec, plan, processes, 0)
+        data = open_data(config.validation, spec, 1, "validation")
+        validation = Validation(config.validation, config.training, data, plan, processes, 0)
     assert [step for step in range(1, 8) if validation.due(step)] == [3, 6, 7]
     try:
         parallel.apply_fsdp(model, processes.mesh, config.training, False)

@@ -130,7 +130,10 @@ class ChunkDataLoader:
 
     def __iter__(self) -> Iterator[StepData]:
         """Steps from the cursor on. A thread prepares the next one meanwhile; its errors are raised here."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="chunk-dataloader") as worker:
+        begin = {}
+        if self.pin_memory:  # a new thread's device is the machine's first GPU, and pinning would use it
+            begin = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)}
+        with ThreadPoolExecutor(1, "chunk-dataloader", **begin) as worker:
             upcoming = worker.submit(self.step_at, self.cursor) if self.cursor < self.end else None
             while upcoming:
                 start = time.perf_counter()

@@ -21,8 +21,6 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor
-
 from chunkflow.data.chat import ChatTemplate, Messages, RenderedChat, any_of, built_in_template, plain_spans
 
 SHIPPED_MODEL = Path(__file__).with_name("python_2048.model")
@@ -195,6 +193,13 @@ class SentencePieceCodec:
 
     def __init__(self, file: Path, content: bytes, added: dict[str, int]):
         try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError:
+            raise ValueError(
+                f"{file}: a sentencepiece model is read by the package sentencepiece, which is not installed:"
+                " pip install sentencepiece, or set model.tokenizer_path to a tokenizer.json"
+            ) from None
+        try:
             self._model = SentencePieceProcessor(model_proto=content)
         except RuntimeError:
             content = b""
@@ -261,9 +266,10 @@ class SentencePieceCodec:
         return "".join([*parts, model.decode(run)])
 
 
-def _without_added_space(content: bytes) -> SentencePieceProcessor:
-    """The model for text that follows other text: it puts no space in front."""
-    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which tensorboard brings
+def _without_added_space(content: bytes):
+    """The SentencePieceProcessor for text that follows other text: it puts no space in front."""
+    # the second needs protobuf, which tensorboard brings
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(content)
     model.normalizer_spec.add_dummy_prefix = False

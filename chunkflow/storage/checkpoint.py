@@ -22,7 +22,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from chunkflow.settings import options
 from chunkflow.storage import files, hf_weights, manifest, tensors
@@ -67,9 +66,11 @@ class Checkpoints:
         self.rank = dist.get_rank()
         # a group for checkpoints alone: saves go on beside the training's collectives
         self.group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
-        pinned = settings.async_mode == "async_with_pinned_mem"
-        self.stager = BlockingAsyncStager(cache_staged_state_dict=pinned)
-        self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        # A new thread's device is GPU 0, where the files' writer would make every rank a context of 0.5 GiB.
+        device = {}
+        if torch.cuda.is_available():
+            device = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)}
+        self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", **device)
         self.saving: Future[None] | None = None  # the save in the background
         self.failures = 0  # saves that failed since the last good one
 
@@ -214,7 +215,8 @@ class Checkpoints:
             self._write(step, state, content)
             self.failures = 0
         else:
-            self.saving = self.background.submit(self._write, step, self.stager.stage(state), content)
+            copies = snapshot(state, pinned=self.settings.async_mode == "async_with_pinned_mem")
+            self.saving = self.background.submit(self._write, step, copies, content)
             if wait:
                 self._finish_previous()
         seconds = f"{time.perf_counter() - begin:.2f} seconds"
@@ -260,3 +262,16 @@ class Checkpoints:
 
     def _on_rank_0(self, function: Callable[[], Any]) -> Any:
         return self._gathered(function, rank_0_only=True)[0]
+
+
+@torch.no_grad()
+def snapshot(state: dict[str, torch.Tensor], pinned: bool) -> dict[str, torch.Tensor]:
+    """Copies of the tensors, or of this rank's shards, in host memory; each leaves the device once.
+
+    `pinned`: into page-locked memory, at the full speed of the bus; torch keeps it for the next snapshot.
+    """
+    # A copy that need not block is made into page-locked memory: torch allocates it.
+    copies = {name: tensor.to("cpu", non_blocking=pinned, copy=True) for name, tensor in state.items()}
+    if pinned:
+        torch.cuda.synchronize()
+    return copies

@@ -129,7 +129,8 @@ def _difference(recorded: dict[str, Any], now: dict[str, Any]) -> str:
 def check(config: Config, args: Any) -> None:
     """ValueError if the config and the manifests show that a run cannot start from its checkpoint."""
     settings, steps = config.checkpoint, config.training.steps
-    if settings.async_mode == "async_with_pinned_mem" and not torch.cuda.is_available():
+    with_gpu = torch.cuda.is_available() or config.comm.mode == "fake_backend"
+    if settings.async_mode == "async_with_pinned_mem" and not with_gpu:
         needs = 'needs a GPU, whose memory it copies faster: set "async"'
         raise ConfigError(f'checkpoint.async_mode = "async_with_pinned_mem" {needs}')
     checkpoints = checkpoint_folder(settings, config.job.dump_folder)

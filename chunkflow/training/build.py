@@ -75,7 +75,19 @@ def check(config: Config) -> ModelSpec:
     check_optimizer(config.optimizer, config.compile, training, fake)
     check_cuda_dtype(training)
     check_attention(config)
+    check_torch(config)
     return spec
+
+
+def check_torch(config: Config) -> None:
+    """For machines that come with an older torch, and are told to use it (CHUNKFLOW_PYTHON)."""
+    uses = {
+        "validation.enable": config.validation.enable,
+        "parallelism.pipeline_parallel_degree": config.parallelism.pipeline_parallel_degree > 1,
+    }
+    for name in uses:
+        if uses[name] and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+            raise ConfigError(f"{name} needs torch 2.13, but this is {torch.__version__}: leave it out")
 
 
 def check_cuda_dtype(settings: options.Training) -> None:
@@ -133,11 +145,15 @@ def plan_settings(config: Config, spec: ModelSpec, replicas: int) -> PlanSetting
     )
 
 
-def open_data(settings: options.Training, spec: ModelSpec, seed: int) -> TokenDataset | SyntheticDataset:
-    """The training sequences. ValueError for rows that cannot be used."""
+def open_data(
+    settings: options.Training | options.Validation, spec: ModelSpec, seed: int, section: str = "training"
+) -> TokenDataset | SyntheticDataset:
+    """The sequences of the config's `section`, whose `settings` these are. ValueError for rows that cannot be
+    used."""
     name, path = settings.dataset, settings.dataset_path
-    logger.info(f"Preparing {name} dataset from {path or 'its default place'}")
-    dataset = open_dataset(name, path, spec.tokenizer, vocab_size=spec.args.vocab_size, seed=seed)
+    logger.info(f"Preparing {name} dataset from {path or 'its default place'} for {section}")
+    arguments = {"vocab_size": spec.args.vocab_size, "seed": seed, "section": section}
+    dataset = open_dataset(name, path, spec.tokenizer, **arguments)
     total, longest = sum(dataset.lengths), max(dataset.lengths)
     logger.info(f"{len(dataset):,} sequences, {total:,} tokens, the longest has {longest:,}")
     return dataset

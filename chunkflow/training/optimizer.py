@@ -78,14 +78,12 @@ def _adamw_8bit(model: nn.Module, arguments: dict) -> Optimizer:
     from torchao.optim import AdamW8bit
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    @OptimState8bit.implements(torch.ops.aten.new_empty.default)
-    def new_empty(function, types, given, named):
-        """For dcp.async_save, which makes an empty state to copy another into; torchao 0.18 lacks it."""
-        state, size = given
-        scale, qmap = (part.new_empty(part.shape, **named) for part in (state.scale, state.qmap))
-        return OptimState8bit(
-            state.codes.new_empty(size, **named), scale, qmap, state.signed, dtype=state.dtype
-        )
+    @OptimState8bit.implements(torch.ops.aten._to_copy.default)
+    def to_copy(function, types, given, named):
+        """torchao 0.18's returns the state's own parts where they are on the device already."""
+        (state,), dtype = given, named.pop("dtype", given[0].dtype)
+        parts = [function(part, **named) for part in (state.codes, state.scale, state.qmap)]
+        return OptimState8bit(*parts, state.signed, dtype=dtype)
 
     optimizer = AdamW8bit(model.parameters(), **arguments)
     tensors = optimizer_tensors(optimizer, dict(model.named_parameters()))

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from chunkflow.training.start import world_size
 
 logger = logging.getLogger(__name__)
 
+MEETING_TIMEOUT = timedelta(hours=2)  # in which every machine has tokenised the data, or the start has failed
+DRAWN_AT_ONCE = 1 << 16  # elements of initial weights: 256 KiB, which a core's cache holds
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -92,9 +95,8 @@ def init_processes(comm: options.Comm, degrees: options.Parallelism, offload: bo
         timeout = timedelta(seconds=comm.init_timeout_seconds)
         store, rank, count = dist.HashStore(), 0, 1
         if "RANK" in os.environ:
-            # torchrun's restarts share one store: the prefix hides the ranks of the attempt that crashed.
-            store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
-            store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store, rank, count = meet()
+            store.set_timeout(timeout)
         backend = ("cpu:gloo,cuda:nccl" if offload else "nccl") if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=count)
     rank, count = dist.get_rank(), dist.get_world_size()
@@ -125,6 +127,16 @@ def make_blocks(pipeline_rank: int, replica: int, replicas: int, most: int) -> d
             ranks = [pipeline_rank * replicas + member for member in block]
             blocks[block] = dist.new_group(ranks, use_local_synchronization=True)
     return blocks
+
+
+def meet() -> tuple[dist.Store, int, int]:
+    """torchrun's store, this rank and how many there are, when all have come. comm.init_timeout_seconds
+    counts from here: before, a machine may tokenise for much longer than others, which find it done."""
+    logger.info(f"Waiting for all processes, at most {MEETING_TIMEOUT}: some may still prepare their data")
+    store, rank, count = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
+    store.set(f"has come/{rank}", "")
+    store.wait([f"has come/{other}" for other in range(count)], MEETING_TIMEOUT)
+    return store, rank, count
 
 
 def set_timeouts(processes: Processes, seconds: int) -> None:
@@ -302,14 +314,23 @@ def local_rows(parameter: torch.Tensor) -> slice:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int) -> None:
-    """Fills all parameters. Each is drawn whole from a generator seeded by (seed, its name), then cut: all
-    layouts start with the same weights."""
+    """Fills all parameters. Rows are drawn in blocks, each from a generator seeded by (seed, the parameter's
+    name, the block's number): all layouts start with the same weights, and a rank draws only what it keeps.
+
+    Drawn whole, a model of 7 billion parameters takes each rank minutes, since the product of ranks and
+    parameters is drawn, by one thread each, through memory instead of a cache.
+    """
     for name, parameter in named_parameters([model]).items():
-        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        whole = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-        model.init_parameter(name, whole, generator)
-        to_local(parameter).copy_(whole[local_rows(parameter)])
+        local, kept = to_local(parameter), local_rows(parameter)
+        rows = max(1, DRAWN_AT_ONCE // math.prod(parameter.shape[1:]))
+        for number in range(kept.start // rows, -(-kept.stop // rows)):
+            begin, end = number * rows, min((number + 1) * rows, parameter.size(0))
+            digest = hashlib.blake2b(f"{seed}/{name}/{number}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            block = torch.empty(end - begin, *parameter.shape[1:], dtype=torch.float32, device="cpu")
+            model.init_parameter(name, block, generator)
+            first, last = max(begin, kept.start), min(end, kept.stop)
+            local[first - kept.start : last - kept.start].copy_(block[first - begin : last - begin])
 
 
 def clip_grad_norm(models: Iterable[nn.Module], max_norm: float, mesh: DeviceMesh) -> torch.Tensor:

@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from chunkflow.data.dataset import open_dataset
+from chunkflow.data.dataset import TokenDataset
+from chunkflow.data.synthetic import SyntheticDataset
 from chunkflow.execution.loss import IGNORE
 from chunkflow.execution.runner import Runner
 from chunkflow.execution.state import ChunkTensors
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.reporting.metrics import MetricsLogger
 from chunkflow.settings import options
-from chunkflow.training.build import ModelSpec, open_loader
+from chunkflow.training.build import open_loader
 from chunkflow.training.parallel import Processes
 
 logger = logging.getLogger(__name__)
@@ -59,25 +60,22 @@ class LossByPosition:
 class Validation:
     """Measures the loss of [validation]. Every rank has one, and calls `run` after each step where `due`.
 
-    `plan` is that of training's loader. Plans are made at the first validation and kept. Training's data,
-    gradients and random generators are not touched. ValueError, one sentence, for data that cannot be used.
+    `dataset` has its sequences; `plan` is that of training's loader. Plans are made at the first validation
+    and kept. Training's data, gradients and random generators are not touched. ValueError, one sentence, for
+    data that cannot be used.
     """
 
     def __init__(
         self,
         settings: options.Validation,
         training: options.Training,
-        spec: ModelSpec,
+        dataset: TokenDataset | SyntheticDataset,
         plan: PlanSettings,
         processes: Processes,
         seed: int,
     ):
         self.settings, self.last_step, self.device = settings, training.steps, processes.device
         self.replica, self.pipeline_rank = processes.replica, processes.pipeline_rank
-        source = settings.dataset, settings.dataset_path, spec.tokenizer
-        # Another seed than training's gives other synthetic sequences, of the same distribution.
-        arguments = {"vocab_size": spec.args.vocab_size, "seed": seed + 1, "section": "validation"}
-        dataset = open_dataset(*source, **arguments)
         plan = plan._replace(forward_only=True)
         make_plan = functools.cache(lambda *lengths: plan_step(list(lengths), plan, [self.replica]))
         arguments = {"shuffle": False, "once": True, "make_plan": lambda lengths: make_plan(*lengths)}
