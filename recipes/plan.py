@@ -13,14 +13,10 @@ import sys
 from itertools import groupby
 from typing import NamedTuple
 
-import torch
-
-from chunkflow.execution.loss import slice_tokens
-from chunkflow.execution.runner import SENDS_IN_FLIGHT
-from chunkflow.planning.memory import PARTS, Layout, StageSizes, host_bytes, peak_parts
+from chunkflow.planning.memory import PARTS, StageSizes, host_bytes, peak_parts
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.storage import hf_weights as hf
-from chunkflow.training import build, parallel, stages
+from chunkflow.training import build, parallel, prediction
 from chunkflow.training.start import main_config, user_errors, world_size
 
 # The figures of a step: name in JSON, text in the table, format.
@@ -80,7 +76,7 @@ def predict(config, count: int) -> dict:
     ranks = world_size(planned=True)
     spec, seed = build.model_spec(config), parallel.set_seed(config.debug)
     dataset = build.open_data(training, spec, seed)
-    settings = build.plan_settings(config, spec, ranks // pipeline_ranks)
+    settings = build.plan_settings(config, spec, ranks // pipeline_ranks, planned=True)
     loader = build.open_loader(training, dataset, settings, 0, seed)
 
     # ---- The first steps, then the first one again with the longest sequence of all instead of its longest.
@@ -90,7 +86,9 @@ def predict(config, count: int) -> dict:
         batches.append(lengths)
     stress = list(batches[0])
     stress[stress.index(max(stress))] = loader.longest
-    sizes, layout = stage_sizes(config, spec, settings)
+    layout = spec.family, spec.args, spec.layers, settings.replicas
+    sizes = prediction.stage_sizes(config, *layout)
+    cuda = [prediction.cuda_of_rank(config, rank, settings.replicas) for rank in sizes]
     steps = []
     for number, lengths in enumerate([*batches, stress], start=1):
         steps.append(plan(lengths, settings, sizes))
@@ -105,7 +103,7 @@ def predict(config, count: int) -> dict:
         "ranks": ranks,
         "replicas": settings.replicas,
         "stage_layers": [len(layers) for layers in spec.layers],
-        "shards": layout.shards,
+        "shards": settings.replicas // config.parallelism.data_parallel_replicate_degree,
         "reshard_after_forward": settings.lockstep,
         "chunk_size": settings.chunk_size if settings.enable else None,
         "k": settings.k if settings.enable else None,
@@ -114,40 +112,10 @@ def predict(config, count: int) -> dict:
         "mean": {name: sum(step[name] for step in figures) / len(figures) for name in figures[0]},
         "worst": {name: max(step[name] for step in figures) for name in figures[0]},
         "longest_sequence": steps[-1].figures,
-        "memory": memory([step.peaks for step in steps[:-1]]),
-        "memory_longest_sequence": memory([steps[-1].peaks]),
+        "memory": memory([step.peaks for step in steps[:-1]], cuda),
+        "memory_longest_sequence": memory([steps[-1].peaks], cuda),
         "host_gib_per_rank": max(host_bytes(rank.values()) for rank in sizes) / 2**30,
     }
-
-
-def stage_sizes(
-    config, spec: build.ModelSpec, settings: PlanSettings
-) -> tuple[list[dict[int, StageSizes]], Layout]:
-    """Memory of each pipeline rank's stages, by number, from the shapes of their parameters."""
-    training, recomputing = config.training, config.activation_checkpoint
-    how = {"none": "0", "full": "1", "selective": recomputing.selective_ac_option}[recomputing.mode]
-    layout = Layout(
-        stored=parallel.DTYPES[training.dtype].itemsize,
-        compute=parallel.DTYPES[training.mixed_precision_param].itemsize,
-        reduce=parallel.DTYPES[training.mixed_precision_reduce].itemsize,
-        shards=settings.replicas // config.parallelism.data_parallel_replicate_degree,
-        reshard=settings.lockstep,
-        eight_bit=config.optimizer.name == "AdamW8bit",
-        offload=training.enable_cpu_offload,
-        checkpoint_every=0 if how == "op" else int(how),
-        recompute_cheap=how == "op",
-        slice_tokens=slice_tokens("cuda", spec.args.vocab_size),
-        sends_in_flight=SENDS_IN_FLIGHT if settings.pipeline_ranks > 1 else 0,
-    )
-    sizes = []
-    with torch.device("meta"):
-        for rank in range(settings.pipeline_ranks):
-            models = stages.build_stages(spec.family, spec.args, spec.layers, rank, settings.pipeline_ranks)
-            sizes.append({})
-            for stage, model in models.items():
-                shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-                sizes[rank][stage] = StageSizes(spec.args, shapes, layout)
-    return sizes, layout
 
 
 def plan(lengths: list[int], settings: PlanSettings, sizes: list[dict[int, StageSizes]]) -> Step:
@@ -177,13 +145,15 @@ def plan(lengths: list[int], settings: PlanSettings, sizes: list[dict[int, Stage
     return Step(figures, peaks)
 
 
-def memory(peaks_of_steps: list[list[Parts]]) -> dict:
-    """The parts of the fullest rank, and each pipeline rank's total, over all steps."""
+def memory(peaks_of_steps: list[list[Parts]], cuda: list[int]) -> dict:
+    """The parts of the fullest rank, and each pipeline rank's total, over all steps. `cuda`: bytes that CUDA
+    adds on each pipeline rank, beside the total."""
     fullest = [max(peaks, key=lambda parts: sum(parts.values())) for peaks in zip(*peaks_of_steps)]
     parts = max(fullest, key=lambda parts: sum(parts.values()))
     return {
         "parts_gib": {part: amount / 2**30 for part, amount in parts.items()},
         "total_gib": sum(parts.values()) / 2**30,
+        "cuda_gib": cuda[fullest.index(parts)] / 2**30,
         "pipeline_rank": fullest.index(parts),
         "pipeline_ranks_gib": [sum(parts.values()) / 2**30 for parts in fullest],
     }
@@ -223,12 +193,11 @@ def table(report: dict) -> str:
         form = ".0f" if stress["total_gib"] >= 10 else ".2f"
         totals = ", ".join(format(gib, form) for gib in stress["pipeline_ranks_gib"])
         lines.append(f"  total of each pipeline rank: {totals}")
+    beside = "beside it: CUDA, NCCL, buffers of FSDP2"
+    lines.append(f"  {beside:<56}{ours['cuda_gib']:>12.2f}{stress['cuda_gib']:>16.2f}")
     if report["host_gib_per_rank"]:
         lines.append(f"  in host memory, a rank: {report['host_gib_per_rank']:.2f}")
-    lines.append(
-        "Arithmetic, measured on no GPU. Not in it: CUDA's context, NCCL's buffers, fragmentation; leave 8"
-        " GiB for them."
-    )
+    lines.append("Arithmetic, measured on no GPU. Not in it: fragmentation; leave 6 GiB for it.")
     return "\n".join(lines)
 
 

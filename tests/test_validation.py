@@ -409,7 +409,10 @@ def test_an_interval_goes_on_after_validation_and_resume_takes_back_rows(tmp_pat
         (["--training.dataset=jsonl", "--training.dataset_path=x"], "set validation.dataset_path to a file"),
         (["--validation.dataset=jsonl"], 'validation.dataset = "jsonl" has no data'),
         (["--validation.dataset_path=x.jsonl"], 'is not read by validation.dataset = "python_stdlib"'),
-        (["--validation.dataset=synthetic", "--validation.dataset_path=x"], 'set "lmsys" or "llama3_sft"'),
+        (
+            ["--validation.dataset=synthetic", "--validation.dataset_path=x"],
+            'set "lmsys", "llama3_sft" or "agent"',
+        ),
         (["--validation.dataset=c4_validation"], 'set validation.dataset = "jsonl"'),
         (["--validation.steps=0"], "or -1 for all of the data"),
         (["--validation.freq=0"], "of at least 1"),

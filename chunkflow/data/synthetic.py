@@ -1,9 +1,9 @@
 """Generated sequences: published length statistics, and content that only long-range attention can predict.
 
-The lengths follow two published mixtures (ChunkFlow, section 2; Llama 3, table 7), to study plans and speed
-without the data. The content is a look-up task. The first tokens, the header, are facts: key j has value v_j,
-each key once, one token a fact. Every later token asks for a key, and its target is the value, which only the
-header tells: a position 200,000 tokens into a sequence still has to attend to it.
+The lengths follow published statistics (ChunkFlow, section 2; Llama 3, table 7; trajectories of agents), to
+study plans and speed without the data. The content is a look-up task. The first tokens, the header, are facts:
+key j has value v_j, each key once, one token a fact. Every later token asks for a key, and its target is the
+value, which only the header tells: a position 200,000 tokens into a sequence still has to attend to it.
 """
 
 import hashlib
@@ -20,23 +20,27 @@ VOCABULARY = ANSWER + VALUES
 
 # Points (share of sequences that are shorter, length in tokens) of each mixture; between them the logarithm
 # of the length is linear in the share. LMSys-Chat-1M: over 99 % < 4K, 0.013 % > 32K, longest about 300K.
-# Llama 3's SFT data: 99.89 % short (< 1K on average), 0.11 % long (37K on average).
+# Llama 3's SFT data: 99.89 % short (< 1K on average), 0.11 % long (37K on average). Agents: trajectories of
+# coding agents as in CoderForge, 30 % < 32K, 92.5 % < 64K, 99.9 % < 128K, longest 184K.
 MIXTURES = {
     "lmsys": [(0.0, 16), (0.5, 320), (0.9, 1024), (0.995, 4096), (0.99987, 32768), (1.0, 300_000)],
     "llama3_sft": [(0.0, 16), (0.5, 480), (0.9, 1536), (0.9989, 8192), (0.99945, 21_000), (1.0, 131_072)],
+    "agent": [
+        *((0.0, 8000), (0.0007, 16_384), (0.3, 32_768), (0.5, 38_000), (0.76, 49_152), (0.925, 65_536)),
+        *((0.993, 98_304), (0.999, 131_072), (1.0, 184_000)),
+    ],
 }
+NAMES = ", ".join(f'"{name}"' for name in list(MIXTURES)[:-1]) + ' or "agent"'
 
 
 def synthetic_lengths(mix: str, count: int, seed: int) -> list[int]:
-    """`count` lengths (tokens) of mixture "lmsys" or "llama3_sft"; ValueError for another.
+    """`count` lengths (tokens) of a mixture of MIXTURES; ValueError for another.
 
     One length is drawn in each of `count` equal shares of the mixture, then all are shuffled: a hundred
     thousand have the published statistics with any seed.
     """
     if mix not in MIXTURES:
-        raise ValueError(
-            f'training.dataset_path is "{mix}": the synthetic dataset is "lmsys" or "llama3_sft", choose one'
-        )
+        raise ValueError(f'training.dataset_path is "{mix}": the synthetic dataset is {NAMES}, choose one')
     shares, logarithms = zip(*((share, log(length)) for share, length in MIXTURES[mix]))
     generator = random.Random(f"{mix}/{seed}")
     lengths = []

@@ -1,8 +1,8 @@
 """Peak memory of one rank, by part, calculated from the model's sizes, the layout and a plan. No torch.
 
 Counted is what PyTorch allocates in a step on CUDA: FSDP2's shards, gathered parameters and gradients, what
-autograd keeps, K/V state, and the largest temporaries of backward. Not counted: the CUDA context, NCCL's
-buffers, what the allocator cannot reuse, and what torch.compile would save. Tests compare the parts with what
+autograd keeps, K/V state, and the largest temporaries of backward; and by itself, in `cuda_bytes`, what CUDA
+adds to that. Not counted: fragmentation, and what torch.compile would save. Tests compare the parts with what
 PyTorch holds on a CPU; no GPU has confirmed the whole.
 """
 
@@ -12,7 +12,7 @@ from math import prod
 from typing import NamedTuple
 
 from chunkflow.planning.balance import block_sizes
-from chunkflow.planning.chunks import Chunk, Group
+from chunkflow.planning.chunks import Chunk, Group, Segment, Spread
 from chunkflow.planning.pipeline_transfers import Transfer
 from chunkflow.planning.schedule import DUMMY, Action, Kind
 
@@ -147,8 +147,11 @@ class StageSizes:
             most = summed + max(dlogits + slices, gradient if self.compute < self.wide else 0)
         return tokens * self.hidden_bytes + most
 
-    def layer_temporaries(self, chunk: Chunk, standalone: bool) -> int:
+    def layer_temporaries(self, chunk: Chunk, standalone: bool, gathered: int = 0) -> int:
         """The most bytes that one layer's backward holds beyond what its forward kept.
+
+        `gathered`: tokens up to the chunk's end if ranks share it. Their K/V are gathered, and gradients of
+        them summed and sent on.
 
         Either in the feed-forward (two gradients of its width, two of the model's), or in attention, when
         half of what the forward kept is freed: flash attention sums the gradient of queries in fp32, and with
@@ -160,7 +163,9 @@ class StageSizes:
         feed_forward = tokens * ((4 if cheap else 2) * self.hidden + 2 * self.dim) * compute
         attention = (tokens + 128 * len(chunk.segments)) * (queries + self.heads) * 4
         attention += tokens * 2 * queries * compute
-        attention += (chunk.prefix + tokens) * 2 * (keys + (queries if queries > keys else 0)) * compute
+        seen = gathered or chunk.prefix + tokens
+        attention += seen * 2 * (keys + (queries if queries > keys else 0)) * compute
+        attention += gathered * 2 * keys * (compute + self.wide)
         attention -= tokens * ((2 if cheap else 4) * self.hidden + self.dim) * compute
         recomputed = self.layer_activations(tokens, standalone) if self.layout.checkpoint_every else 0
         return recomputed + max(feed_forward, attention)
@@ -174,6 +179,38 @@ def communicators(pipeline_ranks: int, replicated: int, shards: int, spread_over
     ranks = prod(sizes)
     groups = (ranks > 1) + sum(1 < size < ranks for size in sizes)
     return groups + min(pipeline_ranks - 1, 2) + len(block_sizes(replicated * shards, spread_over)) - 1
+
+
+CUDA_CONTEXT = 600 << 20  # bytes of a process: context, cuBLAS's workspaces
+COMMUNICATOR = 512 << 20  # bytes of NCCL's buffers
+
+
+def cuda_bytes(stages: Iterable[StageSizes], communicators: int) -> int:
+    """What CUDA adds to what PyTorch counts: the process's context, NCCL's communicators, and FSDP2's buffer
+    of the largest group, which its own stream allocates and nothing else can use."""
+    largest = max(
+        max(s.root_gathered, s.gathered - s.root_gathered if s.layout.reshard else 0) for s in stages
+    )
+    return CUDA_CONTEXT + communicators * COMMUNICATOR + largest
+
+
+def kv_tokens(
+    stages: dict[int, StageSizes], count: int, k: int, chunk_size: int, longest: int, budget: int
+) -> int:
+    """Of a sequence, the most tokens whose K/V and gradients a rank can hold beside all else, if it shares a
+    sequence of `longest` tokens with others. `stages`: this rank's of `count`. At least a chunk."""
+    start = max(0, longest - chunk_size)
+    live = {number: k + count - 1 - number for number in stages}
+    chunks = [Chunk((Segment(0, start, chunk_size),))] * max(live.values())
+    group = Group(tuple(chunks), Spread(range(1), 0, (longest,) * len(chunks)))
+    actions = [Action(Kind.FORWARD, 0, chunk, stage) for stage in stages for chunk in range(live[stage])]
+    actions += [
+        Action(Kind.BACKWARD, 0, chunk, stage) for stage in stages for chunk in range(live[stage])[::-1]
+    ]
+    parts = peak_parts(stages, [group], actions)
+    beside = sum(amount for part, amount in parts.items() if part not in ("kv", "kv_gradients"))
+    each = sum(stage.layers * (stage.kv_of_layer + stage.kv_gradient_of_layer) for stage in stages.values())
+    return max(chunk_size, (budget - beside) // each)
 
 
 def host_bytes(stages: Iterable[StageSizes]) -> int:
@@ -209,7 +246,7 @@ def peak_parts(
     gradient_tokens: dict[tuple[int, int], int] = {}  # (stage, group) -> tokens with K/V gradients
     for entry in entries:
         group, chunk = groups[entry.group], groups[entry.group].chunks[entry.chunk]
-        tokens, standalone = chunk.tokens, len(group.chunks) == 1
+        tokens, standalone = chunk.tokens, len(group.chunks) == 1 and group.spread is None
         if isinstance(entry, Transfer):
             if not entry.send:
                 now["stage_inputs"] += tokens * next(iter(stages.values())).hidden_bytes
@@ -237,11 +274,15 @@ def peak_parts(
         reduces = stage.layout.reshard or not remaining[number]
         # K/V gradients of the last chunk's prefix, from the group's first backward to its last.
         before = gradient_tokens.get((number, entry.group), 0)
-        new = ((before or chunk.prefix) if entry.chunk else 0) - before
+        if not before:
+            new = sum(earlier.tokens for earlier in group.chunks[: entry.chunk])
+        else:
+            new = 0 if entry.chunk else -before
         layer = stage.layer_gradient + (stage.layer_reduced if reduces else 0)
         head = stage.vocab * stage.dim * stage.layout.compute if stage.last else 0
+        gathered = group.spread.ends[entry.chunk] if group.spread else 0
         in_layer = {
-            "temporaries": stage.layer_temporaries(chunk, standalone),
+            "temporaries": stage.layer_temporaries(chunk, standalone, gathered),
             "unsharded_gradients": layer + head,
         }
         moment(logits=stage.head_temporaries(tokens))

@@ -72,7 +72,7 @@ class Model:
 @dataclass
 class Training:
     dataset: str = option("python_stdlib", "where sequences come from", DATASETS)
-    dataset_path: str = option("", 'jsonl: file, folder or glob; synthetic: "lmsys" or "llama3_sft"')
+    dataset_path: str = option("", 'jsonl: file, folder or glob; synthetic: "lmsys", "llama3_sft", "agent"')
     global_batch_size: int = option(16, "sequences per optimizer step over all ranks", AT_LEAST_1)
     seq_len: int = option(8192, "longest admissible sequence, tokens", AT_LEAST_1)
     overlong: str = option("error", "what becomes of longer sequences", ("error", "truncate", "drop"))
@@ -106,6 +106,9 @@ class ChunkFlow:
     k: int = option(1, "chunks of a group that keep their activations", AT_LEAST_1)
     fill_tails: bool = option(True, "top up the last chunk of a long sequence with short ones")
     balance: str = option("cost", "what is evened out over data-parallel ranks", ("cost", "tokens"))
+    memory_budget_gib: float | None = option(
+        None, "what a rank may hold, for how many ranks share a sequence; unset: its GPU's memory", POSITIVE
+    )
 
 
 @dataclass

@@ -27,6 +27,7 @@ from chunkflow.settings.options import Config
 from chunkflow.training.converters import check_converters
 from chunkflow.training.optimizer import check_optimizer
 from chunkflow.training.parallel import reshards
+from chunkflow.training.prediction import budget_gib, most_kv_tokens
 from chunkflow.training.stages import layers_of_stages
 from models import families
 from models.hf_config import model_of
@@ -126,8 +127,9 @@ def activate_attention(config: Config) -> None:
         activate_flash_attention_3()
 
 
-def plan_settings(config: Config, spec: ModelSpec, replicas: int) -> PlanSettings:
-    """What plans depend on, for this number of data-parallel replicas."""
+def plan_settings(config: Config, spec: ModelSpec, replicas: int, planned: bool = False) -> PlanSettings:
+    """What plans depend on, for this number of data-parallel replicas. `planned`: for GPUs that need not be
+    this machine's."""
     chunkflow, last, most = config.chunkflow, spec.layers[-1], config.parallelism.context_parallel_degree
     costs = [Cost.of_layers(spec.args, len(layers), head=layers is last) for layers in spec.layers]
     return PlanSettings(
@@ -142,6 +144,9 @@ def plan_settings(config: Config, spec: ModelSpec, replicas: int) -> PlanSetting
         stages=tuple(costs),
         pipeline_ranks=config.parallelism.pipeline_parallel_degree,
         spread_over=replicas if most == -1 else most,
+        kv_tokens=most_kv_tokens(
+            config, spec.family, spec.args, spec.layers, replicas, budget_gib(config, planned)
+        ),
     )
 
 
