@@ -3,7 +3,8 @@
 The lengths follow published statistics (ChunkFlow, section 2; Llama 3, table 7; trajectories of agents), to
 study plans and speed without the data. The content is a look-up task. The first tokens, the header, are
 facts: key j has value v_j, each key once, one token a fact. Every later token asks for a key, and its target
-is the value, which only the header tells: a position 200,000 tokens into a sequence still has to attend to it.
+is the value, which only the header tells: a position 200,000 tokens into a sequence still has to attend to
+it.
 """
 
 import hashlib
