@@ -39,7 +39,12 @@ def test_there_are_presets():
         "qwen2_5_7b_256k",
         "qwen2_5_72b_256k",
         "llama3_1_8b_128k",
+        "llama3_1_8b_128k_pipeline",
+        "llama3_1_8b_256k",
         "qwen3_8b_64k",
+        "qwen3_8b_128k",
+        "qwen3_8b_256k",
+        "qwen3_32b_128k",
     }
 
 
@@ -57,7 +62,10 @@ def test_the_comment_is_what_plan_prints(name, monkeypatch, capsys):
     )  # the longest that the preset admits
     for memory in (report["memory"], report["memory_longest_sequence"]):
         assert sum(memory["parts_gib"].values()) == pytest.approx(memory["total_gib"])
-        assert memory["total_gib"] == max(memory["pipeline_ranks_gib"]) < GIB_OF_AN_80_GB_GPU - 8
+        assert memory["total_gib"] == max(memory["pipeline_ranks_gib"])
+        spare = GIB_OF_AN_80_GB_GPU - memory["total_gib"] - memory["cuda_gib"]
+        assert spare >= 6, "for what the allocator cannot use again"
+    assert report["mean"]["imbalance_percent"] <= 5
     assert (
         sum(report["stage_layers"])
         == {"7B": 28, "72B": 80, "8B": 32 if "llama" in name else 36}[config.model.flavor]
