@@ -68,7 +68,7 @@ def test_the_comment_is_what_plan_prints(name, monkeypatch, capsys):
     assert report["mean"]["imbalance_percent"] <= 5
     assert (
         sum(report["stage_layers"])
-        == {"7B": 28, "72B": 80, "8B": 32 if "llama" in name else 36}[config.model.flavor]
+        == {"7B": 28, "32B": 64, "72B": 80, "8B": 32 if "llama" in name else 36}[config.model.flavor]
     )
 
 

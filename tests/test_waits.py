@@ -65,15 +65,16 @@ def test_no_preset_comes_near_the_time_limit(name):
 
 
 def test_a_time_limit_that_waits_will_exceed_is_refused():
-    _, settings, loader = loader_of("qwen2_5_72b_256k")
-    short = Comm(train_timeout_seconds=100)
+    _, settings, loader = loader_of("llama3_1_8b_128k_pipeline")
+    settings = settings._replace(spread_over=1)  # nobody helps the replica with the longest sequence
+    short = Comm(train_timeout_seconds=20)
     build.check_waits(short, loader, settings, torch.device("cpu"))  # nothing is known of a CPU's speed
     with pytest.raises(ValueError) as refused:
         build.check_waits(short, loader, settings, torch.device("cuda"))
     said = str(refused.value)
     assert (
-        said.startswith("comm.train_timeout_seconds = 100 is less than three times")
-        and "262,144 tokens" in said
+        said.startswith("comm.train_timeout_seconds = 20 is less than three times")
+        and "131,072 tokens" in said
     )
     needed = int(said.rpartition(" ")[2])
     build.check_waits(Comm(train_timeout_seconds=needed), loader, settings, torch.device("cuda"))
