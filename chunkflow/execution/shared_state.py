@@ -17,6 +17,10 @@ import torch.distributed as dist
 
 from chunkflow.planning.chunks import Group
 
+# Their names since torch 2.13, and before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class SharedKeyValueState:
     """For each layer, keys and values of this rank's tokens of a group, and gradients of them.
@@ -73,7 +77,7 @@ class SharedKeyValueState:
         return Gathered(rows)
 
     def _gather(self, whole: torch.Tensor, part: torch.Tensor) -> dist.Work:
-        return dist.all_gather_into_tensor(whole, part, group=self.ranks, async_op=True)
+        return _all_gather(whole, part, group=self.ranks, async_op=True)
 
     def exchange_gradients(
         self, layer: int, index: int, sums: torch.Tensor
@@ -93,11 +97,11 @@ class SharedKeyValueState:
         by_rank = sums.new_zeros(self.count * width, *sums.shape[1:])
         by_rank.index_copy_(0, self._order(index, sums.device), sums[before:])
         own = sums.new_empty(width, *sums.shape[1:])
-        dist.reduce_scatter_tensor(own, by_rank, group=self.ranks)
+        _reduce_scatter(own, by_rank, group=self.ranks)
         own = own[: self.starts[index + 1] - start]
         if before:
             prefix = sums.new_empty(start, *sums.shape[1:])
-            dist.reduce_scatter_tensor(prefix, sums[:before], group=self.ranks)
+            _reduce_scatter(prefix, sums[:before], group=self.ranks)
         if index < last:
             own.add_(self.gradients[layer][start : start + width])
             if before:
