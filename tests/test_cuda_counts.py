@@ -6,6 +6,7 @@ Kernels of attention are not counted here: they replace nothing below and have t
 
 import dataclasses
 from contextlib import nullcontext
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -105,7 +106,7 @@ def count_layer(tokens):
         frequencies = rotary_frequencies(args.head_dim, args.rope_theta, None, args.max_positions, x.device)
         rotary = Rotary(frequencies, torch.arange(tokens), torch.float32)
         with Launches() as forward:
-            y = layer(x, rotary, None, 0, False)
+            y = layer(x, rotary, SimpleNamespace(parts=[]), 0, False)
         dy = torch.empty_like(y)
         with Launches() as backward:
             gradients = torch.autograd.grad(y, (x, *layer.parameters()), dy)

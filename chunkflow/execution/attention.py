@@ -10,12 +10,14 @@ Shape suffixes: T tokens, P prefix tokens, H query heads, G key/value heads, D h
 """
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import varlen  # noqa: F401  registers torch.ops.torch_attn
 
+from chunkflow.execution.linear import pad, padded_rows
 from chunkflow.execution.state import ChunkTensors
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_flash_forward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def activate_flash_attention_3() -> None:
@@ -148,13 +150,34 @@ def _pieces(chunk: ChunkTensors) -> list[slice]:
     return [slice(start, end) for start, end in zip(chunk.ends, chunk.ends[1:])]
 
 
+def _flash(q_1HTD, k_1GPD, v_1GPD, causal: bool):
+    """Output and log-sum-exp. Rows are padded where the CPU multiplies bf16: behind all others they are seen
+    by none, and a prefix has full chunks."""
+    tokens = q_1HTD.size(2)
+    if causal:
+        k_1GPD, v_1GPD = pad(k_1GPD, 2), pad(v_1GPD, 2)
+    out, lse = _flash_forward_op(pad(q_1HTD, 2), k_1GPD, v_1GPD, 0.0, causal)
+    return out[:, :, :tokens], lse[:, :, :tokens]
+
+
+def _flash_backward(dout_1HTD, q_1HTD, k_1GPD, v_1GPD, out_1HTD, lse_1HT, causal: bool):
+    tokens, keys = q_1HTD.size(2), k_1GPD.size(2)
+    if extra := padded_rows(tokens, q_1HTD) - tokens:
+        dout_1HTD, q_1HTD, out_1HTD = pad(dout_1HTD, 2), pad(q_1HTD, 2), pad(out_1HTD, 2)
+        lse_1HT = F.pad(lse_1HT, (0, extra))
+        if causal:
+            k_1GPD, v_1GPD = pad(k_1GPD, 2), pad(v_1GPD, 2)
+    dq, dk, dv = _flash_backward_op(dout_1HTD, q_1HTD, k_1GPD, v_1GPD, out_1HTD, lse_1HT, 0.0, causal)
+    return dq[:, :, :tokens], dk[:, :, :keys], dv[:, :, :keys]
+
+
 def _forward_cpu(q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
     q, k, v = _heads_first(q_THD), _heads_first(k_TGD), _heads_first(v_TGD)
-    results = [_flash(q[:, :, piece], k[:, :, piece], v[:, :, piece], 0.0, True) for piece in _pieces(chunk)]
+    results = [_flash(q[:, :, piece], k[:, :, piece], v[:, :, piece], True) for piece in _pieces(chunk)]
     if chunk.prefix:
         k_PGD, v_PGD = chunk.state.read(layer, 0, chunk.prefix)
         q0, (out, lse) = q[:, :, : chunk.lengths[0]], results[0]
-        past, past_lse = _flash(q0, _heads_first(k_PGD), _heads_first(v_PGD), 0.0, False)
+        past, past_lse = _flash(q0, _heads_first(k_PGD), _heads_first(v_PGD), False)
         share = torch.sigmoid(past_lse - lse).unsqueeze(-1)  # of the prefix, in the merged softmax
         merged = out.to(share.dtype).lerp_(past.to(share.dtype), share).to(out.dtype)
         results[0] = merged, torch.logaddexp(lse, past_lse)
@@ -170,14 +193,14 @@ def _backward_cpu(dout_THD, q_THD, k_TGD, v_TGD, out_THD, extra, chunk: ChunkTen
     dout, q, k, v, out = map(_heads_first, (dout_THD, q_THD, k_TGD, v_TGD, out_THD))
     (lse,) = extra
     results = [
-        _flash_backward(*(x[:, :, piece] for x in (dout, q, k, v, out, lse)), 0.0, True)
+        _flash_backward(*(x[:, :, piece] for x in (dout, q, k, v, out, lse)), True)
         for piece in _pieces(chunk)
     ]
     dk_prefix = dv_prefix = None
     if chunk.prefix:
         k_PGD, v_PGD = chunk.state.read(layer, 0, chunk.prefix)
         dout0, q0, out0, lse0 = (x[:, :, : chunk.lengths[0]] for x in (dout, q, out, lse))
-        past = _flash_backward(dout0, q0, _heads_first(k_PGD), _heads_first(v_PGD), out0, lse0, 0.0, False)
+        past = _flash_backward(dout0, q0, _heads_first(k_PGD), _heads_first(v_PGD), out0, lse0, False)
         results[0][0].add_(past[0])
         dk_prefix, dv_prefix = _tokens_first(past[1]), _tokens_first(past[2])
     if len(results) == 1:

@@ -1,4 +1,4 @@
-"""Linear layers for bf16 on the CPU, where each new number of rows costs memory.
+"""Products in bf16 on the CPU, where each new number of rows costs memory.
 
 oneDNN compiles a kernel for every shape of a bf16 product and keeps it: chunks of ever new lengths fill its
 cache.
@@ -11,6 +11,23 @@ import torch.nn.functional as F
 from torch import nn
 
 ROWS = 64  # multiples of 32 and of 128 take as long; the former keep twice the memory, the latter pad more
+
+
+def padded_rows(rows: int, tensor: torch.Tensor) -> int:
+    """How many rows to multiply, for so many of a tensor of this kind: on the CPU in bf16 a multiple of ROWS,
+    the last of them zeros."""
+    return rows + (-rows % ROWS if tensor.dtype == torch.bfloat16 and _device_type(tensor) == "cpu" else 0)
+
+
+def _device_type(tensor: torch.Tensor) -> str:
+    """Decides between the ways of the CPU and of CUDA. Tests take the other."""
+    return tensor.device.type
+
+
+def pad(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """The tensor with `padded_rows` in this dimension."""
+    extra = padded_rows(x.size(dim), x) - x.size(dim)
+    return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, extra)) if extra else x
 
 
 def pad_rows(model: nn.Module) -> None:
@@ -27,28 +44,23 @@ def _forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return _PaddedLinear.apply(x, linear.weight, linear.bias)
 
 
-def _pad(x: torch.Tensor) -> torch.Tensor:
-    extra = -x.size(0) % ROWS
-    return F.pad(x, (0, 0, 0, extra)) if extra else x
-
-
 class _PaddedLinear(torch.autograd.Function):
     """Saves its input as it came: padded it would be kept for each layer that uses it."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return F.linear(_pad(x), weight, bias)[: x.size(0)]
+        return F.linear(pad(x), weight, bias)[: x.size(0)]
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        padded = _pad(dy)
+        padded = pad(dy)
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
             dx = (padded @ weight)[: x.size(0)]
         if ctx.needs_input_grad[1]:
-            dweight = padded.t() @ _pad(x)
+            dweight = padded.t() @ pad(x)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         return dx, dweight, dbias

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
+from chunkflow.execution.linear import pad, padded_rows
 from chunkflow.execution.state import IGNORE, ChunkTensors
 from chunkflow.planning.memory import HEAD_BLOCK_TOKENS
 
@@ -124,7 +125,8 @@ class _Gradients:
 
     def begin(self, block: slice) -> None:
         if self.dlogits_BV is None:  # no block is longer than the first
-            self.dlogits_BV = self.hidden_TC.new_empty(block.stop, self.weight_VC.size(0))
+            rows = padded_rows(block.stop, self.hidden_TC)
+            self.dlogits_BV = self.hidden_TC.new_empty(rows, self.weight_VC.size(0))
         self.block = block
 
     def add(self, piece: slice, probabilities_SV: torch.Tensor) -> None:
@@ -138,11 +140,15 @@ class _Gradients:
 
     def finish(self) -> None:
         """One product for each gradient. Several blocks are summed in at least fp32, as one product would."""
-        hidden_BC = self.hidden_TC[self.block]
+        tokens, hidden_BC = self.block.stop - self.block.start, pad(self.hidden_TC[self.block])
         dlogits_BV = self.dlogits_BV[: hidden_BC.size(0)]
-        torch.mm(dlogits_BV, self.weight_VC, out=self.dhidden_TC[self.block])
+        if hidden_BC.size(0) == tokens:
+            torch.mm(dlogits_BV, self.weight_VC, out=self.dhidden_TC[self.block])
+        else:
+            dlogits_BV[tokens:].zero_()
+            self.dhidden_TC[self.block] = torch.mm(dlogits_BV, self.weight_VC)[:tokens]
         first, wide = self.dweight_VC is None, hidden_BC.dtype == self.compute
-        if first and (wide or hidden_BC.size(0) == self.hidden_TC.size(0)):
+        if first and (wide or tokens == self.hidden_TC.size(0)):
             self.dweight_VC = dlogits_BV.t() @ hidden_BC
             return
         if first:
@@ -175,7 +181,7 @@ class _Head:
         self.weight_CV = weight_VC.t() if self.narrow_product else weight_VC.to(self.compute).t()
 
     def logits(self, piece: slice = slice(None)) -> torch.Tensor:
-        hidden_SC = self.hidden_TC[piece]
+        tokens, hidden_SC = self.hidden_TC[piece].size(0), pad(self.hidden_TC[piece])
         if self.buffers is None:
             shape = hidden_SC.size(0), self.weight_VC.size(0)  # no slice is longer than the first
             self.buffers = tuple(hidden_SC.new_empty(shape, dtype=self.compute) for _ in range(2))
@@ -184,7 +190,7 @@ class _Head:
             return torch.mm(hidden_SC, self.weight_CV, out_dtype=self.compute, out=out_SV)
         if self.bf16_values:
             with _bf16_products():
-                return torch.mm(hidden_SC.to(self.compute), self.weight_CV, out=out_SV)
+                return torch.mm(hidden_SC.to(self.compute), self.weight_CV, out=out_SV)[:tokens]
         return torch.mm(hidden_SC.to(self.compute), self.weight_CV, out=out_SV)
 
     def log_softmax(self, logits_SV: torch.Tensor) -> torch.Tensor:

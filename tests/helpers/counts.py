@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from chunkflow.execution import loss, norm
+from chunkflow.execution import linear, loss, norm
 
 # No kernels: views that the schema does not mark, and memory without contents.
 NOTHING = {"_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided", "device", "promote_types"}
@@ -76,9 +76,9 @@ class Launches(TorchDispatchMode):
 
 @contextmanager
 def cuda_branches() -> Iterator[None]:
-    """Inside, loss and norm take CUDA's branch on CPU tensors. Attention has tests of its own."""
+    """Inside, products, loss and norm take CUDA's branch on CPU tensors. Attention has tests of its own."""
     with ExitStack() as stack:
-        for module in (loss, norm):
+        for module in (linear, loss, norm):
             stack.enter_context(mock.patch.object(module, "_device_type", lambda tensor: "cuda"))
         yield
 
