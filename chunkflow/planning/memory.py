@@ -198,7 +198,8 @@ def kv_tokens(
     stages: dict[int, StageSizes], count: int, k: int, chunk_size: int, longest: int, budget: int
 ) -> int:
     """Of a sequence, the most tokens whose K/V and gradients a rank can hold beside all else, if it shares a
-    sequence of `longest` tokens with others. `stages`: this rank's of `count`. At least a chunk."""
+    sequence of `longest` tokens with others. `stages`: this rank's of `count`. At least a chunk; `longest`
+    if it has the head only, and no layers."""
     start = max(0, longest - chunk_size)
     live = {number: k + count - 1 - number for number in stages}
     chunks = [Chunk((Segment(0, start, chunk_size),))] * max(live.values())
@@ -210,7 +211,7 @@ def kv_tokens(
     parts = peak_parts(stages, [group], actions)
     beside = sum(amount for part, amount in parts.items() if part not in ("kv", "kv_gradients"))
     each = sum(stage.layers * (stage.kv_of_layer + stage.kv_gradient_of_layer) for stage in stages.values())
-    return max(chunk_size, (budget - beside) // each)
+    return max(chunk_size, (budget - beside) // each) if each else longest
 
 
 def host_bytes(stages: Iterable[StageSizes]) -> int:
