@@ -202,12 +202,13 @@ def kv_tokens(
     if it has the head only, and no layers."""
     start = max(0, longest - chunk_size)
     live = {number: k + count - 1 - number for number in stages}
-    chunks = [Chunk((Segment(0, start, chunk_size),))] * max(live.values())
+    chunks = [Chunk((Segment(0, start, chunk_size),))] * (1 + max(live.values()))
     group = Group(tuple(chunks), Spread(range(1), 0, (longest,) * len(chunks)))
-    actions = [Action(Kind.FORWARD, 0, chunk, stage) for stage in stages for chunk in range(live[stage])]
-    actions += [
-        Action(Kind.BACKWARD, 0, chunk, stage) for stage in stages for chunk in range(live[stage])[::-1]
-    ]
+    actions = []
+    for stage, count in live.items():  # one more is recomputed, when gradients have begun to add up
+        actions += [Action(Kind.FORWARD, 0, chunk, stage) for chunk in range(1, 1 + count)]
+        actions += [Action(Kind.BACKWARD, 0, count, stage), Action(Kind.RECOMPUTE, 0, 0, stage)]
+        actions += [Action(Kind.BACKWARD, 0, chunk, stage) for chunk in reversed(range(count))]
     parts = peak_parts(stages, [group], actions)
     beside = sum(amount for part, amount in parts.items() if part not in ("kv", "kv_gradients"))
     each = sum(stage.layers * (stage.kv_of_layer + stage.kv_gradient_of_layer) for stage in stages.values())
