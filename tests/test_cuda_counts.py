@@ -97,6 +97,7 @@ def count_layer(tokens):
     with fake_cuda(), pytest.MonkeyPatch.context() as patch:
         # Reads queries, keys and values, and sends each a gradient.
         patch.setattr(qwen2, "chunk_attention", lambda q, k, v, chunk, layer: _NoAttention.apply(q, k, v))
+        patch.setattr(qwen2, "begin_attention", lambda chunk, layer: None)
         patch.setattr(torch.nn.Linear, "reset_parameters", lambda linear: None)
         layer = qwen2.TransformerBlock(args)
         for module in layer.modules():

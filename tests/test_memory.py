@@ -13,16 +13,20 @@ from torch.utils._pytree import tree_leaves
 
 from chunkflow.execution.loss import loss_sum, slice_tokens
 from chunkflow.execution.runner import SENDS_IN_FLIGHT
+from chunkflow.execution.shared_state import SharedKeyValueState
 from chunkflow.execution.state import KeyValueState
-from chunkflow.planning.chunks import build_groups
-from chunkflow.planning.memory import Layout, StageSizes, peak_parts
+from chunkflow.planning.balance import block_sizes
+from chunkflow.planning.chunks import build_groups, spread_groups
+from chunkflow.planning.cost import Cost
+from chunkflow.planning.memory import Layout, StageSizes, communicators, kv_tokens, peak_parts
+from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.schedule import linear_schedule
-from chunkflow.settings.config import Config
-from chunkflow.training import parallel
+from chunkflow.settings.config import Config, load_config
+from chunkflow.training import parallel, prediction
 from chunkflow.training.optimizer import build_optimizer
 from models import families
 from tests.helpers.layouts import Pipeline, join
-from tests.helpers.processes import run_ranks
+from tests.helpers.processes import REPO, run_ranks
 from tests.helpers.reference import chunk_tensors, random_sequences, runner_of
 
 SMALL = {
@@ -279,3 +283,154 @@ def test_peak_of_pipeline_stages():
         for measured, parts in answers:
             # Messages that may wait for the other end are predicted as if they did.
             assert 0.8 * sum(parts.values()) < measured < 1.02 * sum(parts.values()), (measured, parts)
+
+
+# ---- sequences that ranks share
+
+
+def shared_steps(cases):
+    """On this rank, of each case (length, k, heads of keys, recomputation, dtype): the most bytes in a step of
+    one shared sequence, the parts predicted, the most bytes of its K/V state, and those predicted."""
+    processes, answers = join(), []
+    for length, k, kv_heads, mode, dtype in cases:
+        args, model = small_model("llama3", dtype, n_kv_heads=kv_heads)
+        checkpoint_activations(model, mode)
+        stage = sizes(args, model, dtype, reduce=dtype.itemsize, **LAYOUTS[mode])
+        group = spread_groups(0, length, 64, range(processes.replicas))[processes.replica]
+        chunks = chunk_tensors([group], random_sequences([length], args.vocab_size, 0))
+        actions = linear_schedule([len(group.chunks)], k)
+        parts = peak_parts({0: stage}, [group], actions)
+        for part in ("parameters", "optimizer", "gradients", "gathered_parameters"):  # no shards here
+            parts.pop(part)
+        inputs = [tensor for chunk in chunks[0] for tensor in (chunk.tokens, chunk.labels, chunk.positions)]
+        with LiveBytes(*model.parameters(), *inputs) as live:
+            result = runner_of(model, blocks=processes.blocks).step(actions, [group], chunks, 1)
+        last = sum(chunk.tokens for chunk in group.chunks[:-1])  # before the last chunk
+        state = stage.layers * (stage.kv_of_layer * group.tokens + stage.kv_gradient_of_layer * last)
+        answers.append((live.peak, parts, result.state_bytes, state))
+    return answers
+
+
+def test_peak_of_a_step_that_ranks_share():
+    cases = [
+        (1024, 1, 4, "none", torch.float32),
+        (1000, 2, 4, "none", torch.float64),
+        (1024, 1, 4, "none", torch.bfloat16),
+        (1024, 1, 4, "full", torch.float32),
+        (1024, 1, 2, "op", torch.float32),
+        (1024, 1, 2, "none", torch.float32),
+    ]
+    for answers in run_ranks(shared_steps, 2, cases):
+        for (_, _, kv_heads, *_), (measured, parts, held, state) in zip(cases, answers):
+            assert held == state == parts["kv"] + parts["kv_gradients"]
+            # The CPU's kernel does not make K/V gradients for every query head, as the prediction says of
+            # grouped ones.
+            least = 0.85 if kv_heads == SMALL["n_heads"] else 0.7
+            assert least * sum(parts.values()) < measured < 1.02 * sum(parts.values()), (measured, parts)
+
+
+def shared_backward(kv_heads):
+    """Of the backward of the last chunk but one in a model of one layer: the most bytes beyond what was there
+    before, and those predicted: temporaries, and gradients of weights."""
+    processes, length = join(), 4096
+    args, model = small_model("llama3", torch.float32, n_layers=1, n_kv_heads=kv_heads, hidden_dim=32)
+    stage = sizes(args, model, torch.float32)
+    block = range(processes.replicas)
+    group = spread_groups(0, length, 128, block)[processes.replica]
+    (chunks,) = chunk_tensors([group], random_sequences([length], args.vocab_size, 0))
+    state = SharedKeyValueState(group, processes.blocks[block])
+    for chunk in chunks:
+        chunk.state, chunk.end = state, lambda hidden_TC, weight_VC, chunk: hidden_TC.sum()
+    with torch.no_grad():
+        for chunk in chunks:
+            model(chunk.tokens, chunk)
+    model(chunks[-1].tokens, chunks[-1]).backward()
+    model.zero_grad()
+    chunk = chunks[-2]
+    tensors = *model.parameters(), *state.buffers.values(), *state.gradients.values()
+    with LiveBytes(*tensors, chunk.tokens, chunk.positions) as live:
+        loss = model(chunk.tokens, chunk)
+        before = live.peak = live.now
+        loss.backward()
+    gathered = group.spread.ends[chunk.index]
+    return (
+        live.peak - before,
+        stage.layer_temporaries(group.chunks[-2], False, gathered),
+        stage.layer_gradient,
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_temporaries_of_a_shared_chunk(kv_heads):
+    for measured, temporaries, gradient in run_ranks(shared_backward, 2, kv_heads):
+        assert 0.5 * temporaries < measured <= temporaries + gradient, kv_heads
+
+
+# (sequence, budget in GiB, chunk size, activation checkpointing, ranks) -> ranks that must share it on Qwen2.5-7B
+BUDGETS = [
+    ((262144, 60, 4096, "none", 8), 8),
+    ((262144, 63, 4096, "none", 8), 8),
+    ((262144, 48, 2048, "none", 16), 4),
+    ((262144, 62, 8192, "full", 8), 2),
+    ((262144, 79.2, 8192, "full", 8), 1),
+]
+
+
+@pytest.mark.parametrize(("case", "expected"), BUDGETS)
+def test_sequences_are_spread_until_they_fit(case, expected):
+    """A step of as many equal sequences as ranks is even: only what a rank can hold makes them share."""
+    length, gib, chunk_size, mode, ranks = case
+    config = load_config(
+        [
+            "--model.name=qwen2", "--model.flavor=7B", f"--training.seq_len={length}",
+            f"--activation_checkpoint.mode={mode}", f"--chunkflow.chunk_size={chunk_size}",
+        ]
+    )  # fmt: skip
+    family, args = families["qwen2"], families["qwen2"].flavors["7B"]
+    layout = config, family, args, [range(args.n_layers)], ranks
+    (stages,) = prediction.stage_sizes(*layout)
+    limit, budget = prediction.most_kv_tokens(*layout, gib), gib * 2**30
+    cuda = prediction.cuda_of_rank(config, stages, ranks)
+    settings = PlanSettings(
+        Cost.of_model(args), ranks, chunk_size=chunk_size, lockstep=True, spread_over=ranks, kv_tokens=limit
+    )
+    plan = plan_step([length] * ranks, settings)
+    assert plan.most_ranks_of_a_sequence == expected
+    assert expected == min(size for size in block_sizes(ranks, ranks) if size * limit >= length)
+
+    def peak(groups, program):
+        return sum(peak_parts(stages, groups, program).values()) + cuda
+
+    for replica, (program,) in plan.programs.items():
+        assert peak(plan.groups[replica], program) <= budget
+    if expected > 1:
+        fewer = expected // 2
+        alone = build_groups([length], chunk_size)
+        groups = spread_groups(0, length, chunk_size, range(fewer))[:1] if fewer > 1 else alone
+        assert peak(groups, linear_schedule([len(groups[0].chunks)], settings.k)) > budget
+
+
+def test_what_cuda_adds_for_the_preset_of_8_ranks():
+    config = load_config(["--job.config_file", str(REPO / "train_configs" / "qwen2_5_7b_32k.toml")])
+    family, args = families["qwen2"], families["qwen2"].flavors["7B"]
+    (stages,) = prediction.stage_sizes(config, family, args, [range(28)], 8)
+    # NCCL's communicators: of all ranks, and of blocks of 8, 4 and 2 that may share a sequence. FSDP2's
+    # largest buffer is the root group's: embeddings, head and last norm in bfloat16.
+    root = (2 * 152064 * 3584 + 3584) * 2
+    assert communicators(1, 1, 8, spread_over=8) == 4
+    assert prediction.cuda_of_rank(config, stages, 8) == (600 + 4 * 512) * 2**20 + root
+    config.parallelism.context_parallel_degree = 2
+    assert prediction.cuda_of_rank(config, stages, 8) == (600 + 2 * 512) * 2**20 + root
+    # 2 pipeline ranks x 2 replicas x 4 shards: of all ranks, of three dimensions, of one neighbour, and of
+    # blocks of 8 and 4 and 2 replicas.
+    assert communicators(2, 2, 4, spread_over=8) == 1 + 3 + 1 + 3
+
+
+def test_a_rank_with_the_head_only_can_hold_any_sequence():
+    config = load_config(["--parallelism.pipeline_parallel_degree=2"])
+    family = families["llama3"]
+    args = dataclasses.replace(family.flavors["debugmodel"], **SMALL)
+    layout = config, family, args, [range(3), range(3, 3)], 2
+    assert prediction.most_kv_tokens(*layout, 0.001) == config.chunkflow.chunk_size
+    head = prediction.stage_sizes(*layout)[1]
+    assert kv_tokens(head, 2, 1, config.chunkflow.chunk_size, 9999, budget=0) == 9999

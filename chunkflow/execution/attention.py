@@ -119,22 +119,30 @@ class _SharedAttention(torch.autograd.Function):
         gathered = state.gathered(layer, chunk.index)
         wide = torch.promote_types(q_THD.dtype, torch.float32)
         sums = torch.zeros_like(gathered.rows, dtype=wide)  # gradients of all keys and values
-        _, backward = _kernels(q_THD)
         dqs, each = [], len(extras) // len(chunk.parts)
         for number, (part, piece) in enumerate(zip(chunk.parts, _pieces(chunk))):
-            part.state, start = gathered, part.prefix
-            end = start + part.lengths[0]
             extra = extras[each * number : each * (number + 1)]
-            tensors = dout_THD[piece], q_THD[piece], *gathered.read(layer, start, end), out_THD[piece]
-            dq, *own, dk_prefix, dv_prefix = backward(*tensors, extra, part, layer)
-            part.state = None
-            dqs.append(dq)
-            for which, (dx, dx_prefix) in enumerate(zip(own, (dk_prefix, dv_prefix))):
-                sums[start:end, which].add_(dx)
-                if start:
-                    sums[:start, which].add_(dx_prefix)
+            tensors = dout_THD[piece], q_THD[piece], out_THD[piece], extra
+            dqs.append(_backward_of_part(*tensors, part, layer, gathered, sums))
+        del gathered  # what is sent on is as large again
         dk, dv = state.exchange_gradients(layer, chunk.index, sums)
         return torch.cat(dqs), dk.to(q_THD.dtype), dv.to(q_THD.dtype), None, None
+
+
+def _backward_of_part(dout_THD, q_THD, out_THD, extra, part: ChunkTensors, layer: int, gathered, sums):
+    """The gradient of a part's queries. Adds those of the keys and values that it sees to `sums`, and keeps
+    none of them: each is as large as what is gathered."""
+    _, backward = _kernels(q_THD)
+    part.state, start = gathered, part.prefix
+    end = start + part.lengths[0]
+    keys_values = gathered.read(layer, start, end)
+    dq, *own, dk_prefix, dv_prefix = backward(dout_THD, q_THD, *keys_values, out_THD, extra, part, layer)
+    part.state = None
+    for which, (dx, dx_prefix) in enumerate(zip(own, (dk_prefix, dv_prefix))):
+        sums[start:end, which].add_(dx)
+        if start:
+            sums[:start, which].add_(dx_prefix)
+    return dq
 
 
 def _heads_first(x_THD: torch.Tensor) -> torch.Tensor:

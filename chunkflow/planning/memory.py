@@ -198,19 +198,21 @@ def kv_tokens(
     stages: dict[int, StageSizes], count: int, k: int, chunk_size: int, longest: int, budget: int
 ) -> int:
     """Of a sequence, the most tokens whose K/V and gradients a rank can hold beside all else, if it shares a
-    sequence of `longest` tokens with others. `stages`: this rank's of `count`. At least a chunk."""
+    sequence of `longest` tokens with others. `stages`: this rank's of `count`. At least a chunk; `longest`
+    if it has the head only, and no layers."""
     start = max(0, longest - chunk_size)
     live = {number: k + count - 1 - number for number in stages}
-    chunks = [Chunk((Segment(0, start, chunk_size),))] * max(live.values())
+    chunks = [Chunk((Segment(0, start, chunk_size),))] * (1 + max(live.values()))
     group = Group(tuple(chunks), Spread(range(1), 0, (longest,) * len(chunks)))
-    actions = [Action(Kind.FORWARD, 0, chunk, stage) for stage in stages for chunk in range(live[stage])]
-    actions += [
-        Action(Kind.BACKWARD, 0, chunk, stage) for stage in stages for chunk in range(live[stage])[::-1]
-    ]
+    actions = []
+    for stage, count in live.items():  # one more is recomputed, when gradients have begun to add up
+        actions += [Action(Kind.FORWARD, 0, chunk, stage) for chunk in range(1, 1 + count)]
+        actions += [Action(Kind.BACKWARD, 0, count, stage), Action(Kind.RECOMPUTE, 0, 0, stage)]
+        actions += [Action(Kind.BACKWARD, 0, chunk, stage) for chunk in reversed(range(count))]
     parts = peak_parts(stages, [group], actions)
     beside = sum(amount for part, amount in parts.items() if part not in ("kv", "kv_gradients"))
     each = sum(stage.layers * (stage.kv_of_layer + stage.kv_gradient_of_layer) for stage in stages.values())
-    return max(chunk_size, (budget - beside) // each)
+    return max(chunk_size, (budget - beside) // each) if each else longest
 
 
 def host_bytes(stages: Iterable[StageSizes]) -> int:
