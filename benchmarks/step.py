@@ -92,6 +92,7 @@ def tensors(groups, vocabulary: int) -> list[list[ChunkTensors]]:
                 torch.randint(vocabulary, (chunk.tokens,)),
                 torch.randint(vocabulary, (chunk.tokens,)),
                 torch.cat([torch.arange(s.start, s.start + s.length) for s in chunk.segments]),
+                shared=group.spread is not None,
             )
             for index, chunk in enumerate(group.chunks)
         ]

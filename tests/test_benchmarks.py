@@ -14,7 +14,7 @@ SMALL = "--dim 128 --layers 1 --vocab 256 --sequences 3 --runs 1"
 COMMANDS = {
     "attention": "attention.py --tokens 64 --chunk-sizes 16 --runs 1",
     "data_parallel": "data_parallel.py --steps 1",
-    "data_parallel measured": "data_parallel.py --measure --runs 1 --sequences 4 --longest 200",
+    "data_parallel measured": "data_parallel.py --measure --runs 1 --sequences 4 --longest 200 --long 1100",
     "gpu": "gpu.py --cpu --only 1 3 4 7",
     "gpu's attention": "gpu_kernels.py attention --cpu --one",
     "kill_loop": "kill_loop.py --kills 1 --steps 4 --layouts 'one process'",

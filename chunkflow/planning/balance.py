@@ -88,6 +88,11 @@ def assign(
     times = [price(length, 1) for length in lengths]
     order = sorted(range(len(lengths)), key=lambda index: (-times[index], index))
     mean = sum(times) / replicas
+
+    @cache
+    def sizes_of(length: int) -> list[int]:
+        return [size for size in sizes if _fits(length, size, chunk_size)]
+
     best, least = None, float("inf")
     for longest, least_size, over_all in _rules(mean, sizes, len(lengths)):
         spread: list[tuple[int, int]] = []  # (sequence, over how many replicas)
@@ -97,7 +102,7 @@ def assign(
             held = length / kv_tokens if kv_tokens else 0
             least_of_long = least_size if length > chunk_size else 1
             wanted = sizes[0] if number < over_all else max(least_of_long, times[index] / longest, held)
-            fits = [fit for fit in sizes if fit <= size and _fits(length, fit, chunk_size)]
+            fits = [fit for fit in sizes_of(length) if fit <= size]
             size = min((fit for fit in fits if fit >= wanted), default=fits[0])
             if size == 1:
                 break  # the others are shorter

@@ -52,17 +52,19 @@ class Spread(NamedTuple):
         """Where in the sequence a chunk begins."""
         return self.ends[chunk - 1] if chunk else 0
 
-    def parts(self, chunk: int) -> list[range]:
-        """The positions of each part of a chunk."""
+    def part(self, chunk: int, number: int) -> range:
+        """The positions of one part of a chunk."""
         start, count = self.start(chunk), 2 * len(self.replicas)
         tokens = self.ends[chunk] - start
-        bounds = [start + tokens * part // count for part in range(count + 1)]
-        return [range(*pair) for pair in zip(bounds, bounds[1:])]
+        return range(start + tokens * number // count, start + tokens * (number + 1) // count)
+
+    def parts(self, chunk: int) -> list[range]:
+        """The positions of each part of a chunk."""
+        return [self.part(chunk, number) for number in range(2 * len(self.replicas))]
 
     def of_member(self, chunk: int, member: int) -> tuple[range, range]:
         """The positions of a chunk's two parts that a replica has."""
-        parts = self.parts(chunk)
-        return parts[member], parts[-1 - member]
+        return self.part(chunk, member), self.part(chunk, 2 * len(self.replicas) - 1 - member)
 
 
 class Group(NamedTuple):
