@@ -48,8 +48,9 @@ def test_ranks_agree_with_one_collective_and_one_wait():
 
 
 def test_chunks_are_pinned_in_the_loaders_thread(monkeypatch):
-    """All five tensors of each chunk, and what the runner copies are the pinned ones."""
-    pinned, threads = {}, set()
+    """All five tensors of each chunk, and what the runner copies are the pinned ones. The thread uses this
+    process's GPU, not the machine's first."""
+    pinned, threads, devices = {}, set(), []
 
     def pin_memory(tensor):
         threads.add(threading.current_thread().name)
@@ -57,7 +58,12 @@ def test_chunks_are_pinned_in_the_loaders_thread(monkeypatch):
         pinned[copy.data_ptr()] = tensor
         return copy
 
+    def set_device(device):
+        devices.append((threading.current_thread().name.rpartition("_")[0], device))
+
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
 
     def chunks(pin):
         dataset = SyntheticDataset("lmsys", vocab_size=600, seed=0, count=20)
@@ -69,8 +75,9 @@ def test_chunks_are_pinned_in_the_loaders_thread(monkeypatch):
         return [chunk for group in next(iter(loader)).chunks for chunk in group]
 
     plain = chunks(False)
-    assert not pinned
+    assert not pinned and not devices
     got = chunks(True)
+    assert devices == [("chunk-dataloader", 3)]
     assert len(got) == len(plain) > 1 and {name.rpartition("_")[0] for name in threads} == {
         "chunk-dataloader"
     }

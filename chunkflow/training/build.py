@@ -27,7 +27,7 @@ from chunkflow.settings.options import Config
 from chunkflow.training.converters import check_converters
 from chunkflow.training.optimizer import check_optimizer
 from chunkflow.training.parallel import reshards
-from chunkflow.training.prediction import budget_gib, most_kv_tokens
+from chunkflow.training.prediction import most_kv_tokens
 from chunkflow.training.stages import layers_of_stages
 from models import families
 from models.hf_config import model_of
@@ -144,9 +144,7 @@ def plan_settings(config: Config, spec: ModelSpec, replicas: int, planned: bool 
         stages=tuple(costs),
         pipeline_ranks=config.parallelism.pipeline_parallel_degree,
         spread_over=replicas if most == -1 else most,
-        kv_tokens=most_kv_tokens(
-            config, spec.family, spec.args, spec.layers, replicas, budget_gib(config, planned)
-        ),
+        kv_tokens=most_kv_tokens(config, spec.family, spec.args, spec.layers, replicas, planned),
     )
 
 

@@ -55,7 +55,7 @@ def cuda_of_rank(config: Config, sizes: dict[int, StageSizes], replicas: int) ->
     return cuda_bytes(sizes.values(), communicators(*layout, most))
 
 
-def budget_gib(config: Config, planned: bool = False) -> float | None:
+def budget_gib(config: Config, planned: bool) -> float | None:
     """What a rank may hold: chunkflow.memory_budget_gib, else this GPU's memory in whole GiB, else None; if
     `planned`, for a machine that need not be this one, that of a GPU of 80 GB."""
     if config.chunkflow.memory_budget_gib is not None:
@@ -66,16 +66,16 @@ def budget_gib(config: Config, planned: bool = False) -> float | None:
 
 
 def most_kv_tokens(
-    config: Config, family: ModuleType, args: Any, layers: list[range], replicas: int, gib: float | None
+    config: Config, family: ModuleType, args: Any, layers: list[range], replicas: int, planned: bool
 ) -> int:
-    """Of a sequence, the most tokens whose K/V and gradients each rank can hold within this budget; 0, no
-    limit, without a budget, or where no sequence is shared."""
-    settings = config.chunkflow
+    """Of a sequence, the most tokens whose K/V and gradients each rank can hold; 0, no limit, without a
+    budget, or where no sequence is shared. `planned` as of `budget_gib`."""
+    settings, gib = config.chunkflow, budget_gib(config, planned)
     if gib is None or not settings.enable or replicas == 1 or config.parallelism.context_parallel_degree == 1:
         return 0
-    longest = config.training.seq_len
-    plan = len(layers), settings.k, settings.chunk_size, longest
+    plan = len(layers), settings.k, settings.chunk_size, config.training.seq_len
+    on_cuda = planned or config.comm.mode == "fake_backend" or torch.cuda.is_available()
     return min(
-        kv_tokens(sizes, *plan, int(gib * 2**30) - cuda_of_rank(config, sizes, replicas))
+        kv_tokens(sizes, *plan, int(gib * 2**30) - on_cuda * cuda_of_rank(config, sizes, replicas))
         for sizes in stage_sizes(config, family, args, layers, replicas)
     )
