@@ -384,12 +384,13 @@ def test_sequences_are_spread_until_they_fit(case, expected):
         [
             "--model.name=qwen2", "--model.flavor=7B", f"--training.seq_len={length}",
             f"--activation_checkpoint.mode={mode}", f"--chunkflow.chunk_size={chunk_size}",
+            f"--chunkflow.memory_budget_gib={gib}",
         ]
     )  # fmt: skip
     family, args = families["qwen2"], families["qwen2"].flavors["7B"]
     layout = config, family, args, [range(args.n_layers)], ranks
     (stages,) = prediction.stage_sizes(*layout)
-    limit, budget = prediction.most_kv_tokens(*layout, gib), gib * 2**30
+    limit, budget = prediction.most_kv_tokens(*layout, planned=True), gib * 2**30
     cuda = prediction.cuda_of_rank(config, stages, ranks)
     settings = PlanSettings(
         Cost.of_model(args), ranks, chunk_size=chunk_size, lockstep=True, spread_over=ranks, kv_tokens=limit
@@ -427,10 +428,10 @@ def test_what_cuda_adds_for_the_preset_of_8_ranks():
 
 
 def test_a_rank_with_the_head_only_can_hold_any_sequence():
-    config = load_config(["--parallelism.pipeline_parallel_degree=2"])
+    config = load_config(["--parallelism.pipeline_parallel_degree=2", "--chunkflow.memory_budget_gib=0.001"])
     family = families["llama3"]
     args = dataclasses.replace(family.flavors["debugmodel"], **SMALL)
     layout = config, family, args, [range(3), range(3, 3)], 2
-    assert prediction.most_kv_tokens(*layout, 0.001) == config.chunkflow.chunk_size
+    assert prediction.most_kv_tokens(*layout, planned=False) == config.chunkflow.chunk_size
     head = prediction.stage_sizes(*layout)[1]
     assert kv_tokens(head, 2, 1, config.chunkflow.chunk_size, 9999, budget=0) == 9999
