@@ -42,6 +42,7 @@ class Step(NamedTuple):
 
     figures: dict[str, float]
     peaks: list[Parts]  # pipeline rank -> the parts at its peak, on the replica where they are largest
+    kv: list[int]  # replica -> bytes of K/V and their gradients at the peak of the rank that has most of them
 
 
 def check(config) -> None:
@@ -114,6 +115,7 @@ def predict(config, count: int) -> dict:
         "longest_sequence": steps[-1].figures,
         "memory": memory([step.peaks for step in steps[:-1]], cuda),
         "memory_longest_sequence": memory([steps[-1].peaks], cuda),
+        "kv_gib_of_replicas": [amount / 2**30 for amount in steps[-1].kv],
         "host_gib_per_rank": max(host_bytes(rank.values()) for rank in sizes) / 2**30,
     }
 
@@ -121,10 +123,12 @@ def predict(config, count: int) -> dict:
 def plan(lengths: list[int], settings: PlanSettings, sizes: list[dict[int, StageSizes]]) -> Step:
     made = plan_step(lengths, settings)
     peaks: list[Parts] = [{}] * settings.pipeline_ranks
+    kv = [0] * settings.replicas
     for replica, programs in made.programs.items():
         for rank, program in enumerate(programs):
             parts = peak_parts(sizes[rank], made.groups[replica], program)
             peaks[rank] = max(peaks[rank], parts, key=lambda parts: sum(parts.values()))
+            kv[replica] = max(kv[replica], parts["kv"] + parts["kv_gradients"])
     figures = {
         "sequences": len(lengths),
         "tokens": made.tokens,
@@ -142,7 +146,7 @@ def plan(lengths: list[int], settings: PlanSettings, sizes: list[dict[int, Stage
         simulations = made.simulations.values()
         figures["bubble_percent"] = 100 * sum(pipeline.bubble for pipeline in simulations) / settings.replicas
         figures["idle_percent"] = 100 * sum(pipeline.idle for pipeline in simulations) / settings.replicas
-    return Step(figures, peaks)
+    return Step(figures, peaks, kv)
 
 
 def memory(peaks_of_steps: list[list[Parts]], cuda: list[int]) -> dict:
@@ -195,6 +199,11 @@ def table(report: dict) -> str:
         lines.append(f"  total of each pipeline rank: {totals}")
     beside = "beside it: CUDA, NCCL, buffers of FSDP2"
     lines.append(f"  {beside:<56}{ours['cuda_gib']:>12.2f}{stress['cuda_gib']:>16.2f}")
+    kv = sorted(report["kv_gib_of_replicas"])
+    if kv[-1] and len(kv) > 1:
+        lines.append(
+            f"  K/V and their gradients {last}, over data-parallel ranks: {kv[0]:.2f} to {kv[-1]:.2f}"
+        )
     if report["host_gib_per_rank"]:
         lines.append(f"  in host memory, a rank: {report['host_gib_per_rank']:.2f}")
     lines.append("Arithmetic, measured on no GPU. Not in it: fragmentation; leave 6 GiB for it.")

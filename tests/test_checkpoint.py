@@ -1,8 +1,10 @@
 """Checkpoints through the recipes: exact resume on every layout, what is refused, what survives a failing
 disk."""
 
+import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -11,7 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
+from chunkflow.storage import tensors
 from tests.helpers.kill_loop import LAYOUTS, KillLoop, outcome
 from tests.helpers.processes import (
     RECIPE,
@@ -455,6 +460,24 @@ DAMAGES = {
         "has format 99, but this version reads 1",
     ),
 }
+
+
+def test_members_of_enumerations_are_read_as_any_python_3_11_pickles_them():
+    """From 3.11.0 to 3.11.3 as getattr(enumeration, name); of anything else that would run code."""
+
+    class Pickled:
+        def __init__(self, *arguments):
+            self.arguments = arguments
+
+        def __reduce__(self):
+            return getattr, self.arguments
+
+    def read(*arguments):
+        return tensors._Unpickler(io.BytesIO(pickle.dumps(Pickled(*arguments)))).load()
+
+    assert read(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT") is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+    with pytest.raises(pickle.UnpicklingError, match="has no place in it"):
+        read(torch.Size, "numel")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from chunkflow.execution import shared_state
 from chunkflow.execution.attention import chunk_attention
 from chunkflow.execution.shared_state import SharedKeyValueState
 from chunkflow.planning.chunks import spread_groups
@@ -236,8 +237,18 @@ def on_cuda_kernels(seeds):
     group = spread_groups(0, 32 * ranks * 3, 32, block)[processes.replica]
     chunks = chunk_tensors([group], random_sequences([32 * ranks * 3], 96, 0))[0]
     state, counts = SharedKeyValueState(group, blocks[block]), []
-    graphs = []
-    with cuda_attention_on_cpu():
+    graphs, carried = [], []
+
+    def carrying(collective):
+        def call(output, source, **more):
+            carried.append(max(output.nbytes, source.nbytes))
+            return collective(output, source, **more)
+
+        return call
+
+    with cuda_attention_on_cpu(), pytest.MonkeyPatch.context() as patch:
+        for name in ("_all_gather", "_reduce_scatter"):
+            patch.setattr(shared_state, name, carrying(getattr(shared_state, name)))
         for chunk in chunks:
             chunk.state = state
             inputs = [torch.randn(32, heads, 16).bfloat16().requires_grad_() for heads in (4, 2, 2)]
@@ -248,6 +259,10 @@ def on_cuda_kernels(seeds):
             with Launches() as launches:
                 torch.autograd.grad(output, inputs, torch.ones_like(output))
             counts.append(launches.names)
+    # K and V of 2 heads of 16 in bf16, of the chunk and of the chunks before it: gathered forward, and again
+    # backward, which sends gradients of as many on, in fp32.
+    each = 32 * ranks * 2 * 2 * 16 * 2
+    assert sum(carried) == each * (1 + 2 + 3) * (1 + 1 + 2)
     return counts
 
 

@@ -16,12 +16,12 @@ ROWS = 64  # multiples of 32 and of 128 take as long; the former keep twice the 
 def padded_rows(rows: int, tensor: torch.Tensor) -> int:
     """How many rows to multiply, for so many of a tensor of this kind: on the CPU in bf16 a multiple of ROWS,
     the last of them zeros."""
-    return rows + (-rows % ROWS if tensor.dtype == torch.bfloat16 and _device_type(tensor) == "cpu" else 0)
+    return rows + (-rows % ROWS if _pads(tensor) else 0)
 
 
-def _device_type(tensor: torch.Tensor) -> str:
-    """Decides between the ways of the CPU and of CUDA. Tests take the other."""
-    return tensor.device.type
+def _pads(tensor: torch.Tensor) -> bool:
+    """Whether products with the tensor are padded. Tests choose."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
 
 
 def pad(x: torch.Tensor, dim: int = 0) -> torch.Tensor:

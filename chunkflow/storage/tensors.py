@@ -6,6 +6,7 @@ the state of a rank's random generator.
 
 import pickle
 import warnings
+from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,17 @@ class Writer(dcp.FileSystemWriter):
             raise
 
 
+def _member(kind: type, name: str) -> Enum:
+    """How Python 3.11.0 to 3.11.3 pickle a member of an enumeration: as getattr(kind, name)."""
+    if isinstance(kind, EnumMeta):
+        return kind[name]
+    raise pickle.UnpicklingError(f"getattr({kind!r}, {name!r}) has no place in it")
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module in _MODULES or (module in _OTHER_MODULES and name in _NAMES.split()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
