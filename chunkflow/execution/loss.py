@@ -191,7 +191,7 @@ class _Head:
         if self.bf16_values:
             with _bf16_products():
                 return torch.mm(hidden_SC.to(self.compute), self.weight_CV, out=out_SV)[:tokens]
-        return torch.mm(hidden_SC.to(self.compute), self.weight_CV, out=out_SV)
+        return torch.mm(hidden_SC.to(self.compute), self.weight_CV, out=out_SV)[:tokens]
 
     def log_softmax(self, logits_SV: torch.Tensor) -> torch.Tensor:
         return torch.log_softmax(logits_SV, 1, out=self.buffers[1][: logits_SV.size(0)])
