@@ -525,7 +525,7 @@ def test_padded_rows_change_nothing(family):
         padded_loss == pytest.approx(loss, rel=1e-13) and padded.pop("layers.1.attention.wk.weight") is None
     )
     for name, gradient in padded.items():
-        torch.testing.assert_close(gradient, gradients[name], rtol=1e-12, atol=1e-12)
+        assert (gradient - gradients[name]).norm() <= 1e-12 * gradients[name].norm(), name
 
 
 # Stages, tied embeddings
