@@ -59,7 +59,7 @@ NOT_RUN = {
             "python benchmarks/pipeline.py --steps 0 --train-steps 3 --seq-len 8192",
             "python benchmarks/pipeline.py --train-steps 0 --steps 6",
             "python benchmarks/kill_loop.py --kills 200",
-            "python benchmarks/versus.py",
+            "python benchmarks/versus.py --runs 1",
             "python benchmarks/gpu.py",
         ],
         MINUTES,
