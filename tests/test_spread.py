@@ -88,7 +88,7 @@ def on_stages(shape, virtual):
     for family in families:
         whole = small_model(family, n_layers=5, tied_embeddings=family != "llama3")
         pipeline = Pipeline(family, mesh, virtual, whole, blocks=processes.blocks)
-        for seed in range(4):
+        for seed in range(3):
             rng = random.Random(f"{family}/{seed}")
             lengths = random_batch(rng) if seed else [150]
             k, sequences = rng.choice([1, 2, 99]), random_sequences(lengths, 96, seed)
@@ -107,7 +107,7 @@ def on_stages(shape, virtual):
 
 @pytest.mark.parametrize("shape, virtual", [((2, 2), 1), ((2, 2), 2), ((2, 3), 1)])
 def test_stages_share_sequences_with_their_like(shape, virtual):
-    assert run_ranks(on_stages, shape[0] * shape[1], shape, virtual) == [12] * (shape[0] * shape[1])
+    assert run_ranks(on_stages, shape[0] * shape[1], shape, virtual) == [9] * (shape[0] * shape[1])
 
 
 def held(lengths, k):
