@@ -114,7 +114,8 @@ def main() -> None:
             parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
             if not fake:
                 parallel.apply_compile(model, config.compile)
-                if device.type == "cpu" and compute_dtype == torch.bfloat16:
+                narrow = device.type == "cpu" and compute_dtype == torch.bfloat16
+                if narrow and not config.compile.enable:  # compiled graphs are for all lengths
                     pad_rows(model)
             parallel.apply_fsdp(model, processes.data_mesh, training, reshard)
             if not fake:

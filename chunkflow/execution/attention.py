@@ -194,7 +194,7 @@ def _forward_cpu(q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
     else:
         out = _heads_first(torch.cat([_tokens_first(out) for out, _ in results]))
         lse = torch.cat([lse for _, lse in results], dim=2)
-    return _tokens_first(out), (lse,)
+    return _tokens_first(out).contiguous(), (lse,)  # one layout: torch.compile makes graphs for each
 
 
 def _backward_cpu(dout_THD, q_THD, k_TGD, v_TGD, out_THD, extra, chunk: ChunkTensors, layer: int):

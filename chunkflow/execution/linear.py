@@ -32,15 +32,13 @@ def pad(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
 
 def pad_rows(model: nn.Module) -> None:
     """Makes the model's linear layers multiply a multiple of ROWS rows, the last of them zeros. Results and
-    gradients stay."""
+    gradients stay. Not for layers that torch.compile has: it would make a graph for each."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.forward = functools.partial(_forward, module)
 
 
 def _forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    if torch.compiler.is_compiling():  # whose graphs are for all lengths
-        return F.linear(x, linear.weight, linear.bias)
     return _PaddedLinear.apply(x, linear.weight, linear.bias)
 
 
