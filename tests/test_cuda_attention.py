@@ -11,8 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import current_flash_attention_impl
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from chunkflow.execution.attention import chunk_attention
 from chunkflow.execution.state import KeyValueState
@@ -22,6 +20,7 @@ from chunkflow.settings.config import flat, load_config
 from chunkflow.storage import manifest
 from chunkflow.training import build
 from models import families
+from tests.helpers.counts import Launches
 from tests.helpers.cuda_kernels import cuda_attention_on_cpu, flash_attention_3_on_cpu
 from tests.helpers.layouts import SMALL, small_model
 from tests.helpers.processes import REPO
@@ -154,23 +153,11 @@ def test_generation_gives_the_logits_of_the_whole_sequence(calls, family):
 # -------------------------------------------------------------------------------------------------- launches
 
 
-class Launches(TorchDispatchMode):
-    """Names of the operators that compute something; on CUDA each is a kernel, or a few within the
-    variable-length ones."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
+class AttentionLaunches(Launches):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        name = function._schema.name.split("::")[1]
-        makes_tensors = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result))
-        if makes_tensors and not function.is_view and "empty" not in name:
-            self.names.append(name)
         # torch 2.11 has none of the forward's arguments behind the window.
-        assert name != "_varlen_attn" or (len(args) == 10 and not kwargs)
-        return result
+        assert function._schema.name != "torch_attn::_varlen_attn" or (len(args) == 10 and not kwargs)
+        return super().__torch_dispatch__(function, types, args, kwargs)
 
 
 def launches_and_bytes(group):
@@ -182,12 +169,12 @@ def launches_and_bytes(group):
     for chunk in chunks:
         chunk.state, tokens = state, len(chunk.tokens)
         inputs = [torch.randn(tokens, heads, 16).bfloat16().requires_grad_() for heads in (4, 2, 2)]
-        with Launches() as launches:
+        with AttentionLaunches() as launches:
             graphs.append((chunk_attention(*inputs, chunk, 0), inputs))
         forward.append(launches.names)
     for output, inputs in reversed(graphs):
         gradient = torch.ones_like(output)
-        with Launches() as launches:
+        with AttentionLaunches() as launches:
             torch.autograd.grad(output, inputs, gradient)
         backward.append(launches.names)
         held.append(state.bytes() if state else 0)

@@ -20,6 +20,7 @@ from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.training import parallel
 from chunkflow.training.validation import LossByPosition
 from models import families
+from tests.helpers.counts import Launches
 from tests.helpers.cuda_kernels import cuda_attention_on_cpu
 from tests.helpers.layouts import SMALL, Pipeline, join, layout_config, sharded_gradients, small_model
 from tests.helpers.processes import run_ranks
@@ -33,7 +34,6 @@ from tests.helpers.reference import (
     whole_sequence,
     whole_sequence_gradients,
 )
-from tests.test_cuda_attention import Launches
 
 
 def random_batch(rng: random.Random) -> list[int]:

@@ -15,6 +15,7 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 
+from chunkflow.execution.state import expect_descending
 from chunkflow.planning.chunks import Group
 
 # Their names since torch 2.13, and before.
@@ -88,11 +89,7 @@ class SharedKeyValueState:
         tensors (T, G, D). Backwards must come in reverse order of chunks.
         """
         last = len(self.widths) - 1
-        expected = self.next_backward.get(layer, last)
-        assert index == expected, (
-            f"layer {layer}: backward of chunk {index}, but chunk {expected} comes first"
-        )
-        self.next_backward[layer] = index - 1
+        expect_descending(self.next_backward, layer, index, last)
         before, start, width = self.spread.start(index), self.starts[index], self.widths[index]
         by_rank = sums.new_zeros(self.count * width, *sums.shape[1:])
         by_rank.index_copy_(0, self._order(index, sums.device), sums[before:])

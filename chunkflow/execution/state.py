@@ -88,6 +88,14 @@ def dummy_chunk() -> ChunkTensors:
     return ChunkTensors(ONE_TOKEN, 0, zero, torch.full_like(zero, IGNORE), zero)
 
 
+def expect_descending(following: dict[int, int], layer: int, index: int, last: int) -> None:
+    """Asserts that in each layer backwards of a group's chunks come from the last to the first: only then is
+    a chunk's K/V gradient complete. `following`: layer -> the chunk whose backward comes next."""
+    expected = following.get(layer, last)
+    assert index == expected, f"layer {layer}: backward of chunk {index}, but chunk {expected} comes first"
+    following[layer] = index - 1
+
+
 class KeyValueState:
     """For each layer, keys and values of a group's tokens so far, and gradients that later chunks added.
 
@@ -125,11 +133,7 @@ class KeyValueState:
         Returns the sum of the gradients that later chunks added for chunk `index`: (2, T, G, D), or None for
         the group's last chunk. Backwards must come in reverse order of chunks.
         """
-        expected = self.next_backward.get(layer, len(self.chunk_starts) - 1)
-        assert index == expected, (
-            f"layer {layer}: backward of chunk {index}, but chunk {expected} comes first"
-        )
-        self.next_backward[layer] = index - 1
+        expect_descending(self.next_backward, layer, index, len(self.chunk_starts) - 1)
         prefix, last = self.chunk_starts[index], index == len(self.chunk_starts) - 1
         if last:  # the first backward: nobody adds to the last chunk's own keys and values
             wide = torch.promote_types(self.buffers[layer].dtype, torch.float32)

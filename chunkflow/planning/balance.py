@@ -80,10 +80,11 @@ def assign(
     """Divides sequences of these lengths by longest processing time first, ties by index.
 
     `sizes`, as from `block_sizes`, are numbers of replicas that a sequence may be spread over, `kv_tokens`
-    the most tokens whose K/V a replica can hold (0: no limit). Of several rules the one with the least time
-    is taken: nothing is spread but what no replica can hold; each sequence goes over so few replicas that it
-    takes none of them longer than the mean, a half or a quarter of it; the longest go over all. If nothing
-    is spread, the slowest replica takes at most 4/3 of the optimum (Graham 1969).
+    the most tokens whose K/V a replica can hold (0: no limit). Rules are tried in turn: nothing is spread
+    but what no replica can hold; each sequence goes over so few replicas that it takes none of them longer
+    than the mean, down to a quarter of it; those of several chunks go over at least 2, 4 or 8; the longest
+    over all. The first plan that is even is taken, else the fastest. If nothing is spread, the slowest
+    replica takes at most 4/3 of the optimum (Graham 1969).
     """
     times = [price(length, 1) for length in lengths]
     order = sorted(range(len(lengths)), key=lambda index: (-times[index], index))

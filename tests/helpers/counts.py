@@ -65,6 +65,10 @@ class Launches(TorchDispatchMode):
         return result
 
     @property
+    def names(self) -> list[str]:
+        return [launch.name for launch in self.all]
+
+    @property
     def products(self) -> list[Launch]:
         return [launch for launch in self.all if launch.name in PRODUCTS]
 
@@ -97,7 +101,7 @@ def fake_cuda() -> Iterator[None]:
 
 @torch.library.custom_op("chunkflow_tests::rms_norm", mutates_args=())
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    raise NotImplementedError
+    raise NotImplementedError  # on fake tensors only the shapes below are asked for
 
 
 @_rms_norm.register_fake
@@ -109,7 +113,7 @@ def _(x, weight):
 def _rms_norm_backward(
     dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    raise NotImplementedError
+    raise NotImplementedError  # on fake tensors only the shapes below are asked for
 
 
 @_rms_norm_backward.register_fake
