@@ -37,7 +37,7 @@ def plan_figure(plan: Plan, chunk_size: int):
         panel.set_ylabel(f"rank {rank}\ntokens")
     panels[-1].set_xlabel("chunk, in running order")
     shown = f" (the first {len(ranks)} of {len(plan.groups)} ranks)" if len(plan.groups) > len(ranks) else ""
-    figure.suptitle(
-        f"{plan.tokens:,} tokens in {plan.chunks:,} chunks{shown}; colours are sequences longer than a chunk"
-    )
+    hatched = "; hatched ones are shared by ranks" if plan.spread_sequences else ""
+    what = f"{plan.tokens:,} tokens in {plan.chunks:,} chunks{shown}"
+    figure.suptitle(f"{what}; colours are sequences longer than a chunk{hatched}")
     return figure
