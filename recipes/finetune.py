@@ -70,10 +70,10 @@ def main() -> None:
     folder = Path(config.job.dump_folder)
     with user_errors():
         spec = build.model_spec(config)
-        dataset, validation_data = build.open_data(training, spec, seed), None
+        dataset, validation_data = build.open_data(config, spec, seed), None
         if config.validation.enable and not fake:
             # Another seed than training's gives other synthetic sequences, of the same distribution.
-            validation_data = build.open_data(config.validation, spec, seed + 1, "validation")
+            validation_data = build.open_data(config, spec, seed + 1, "validation")
 
     # ---- Processes. With the fake backend this one stands for rank 0 of NGPU, and tensors have shapes but no
     # content.

@@ -76,7 +76,7 @@ def predict(config, count: int) -> dict:
     training, pipeline_ranks = config.training, config.parallelism.pipeline_parallel_degree
     ranks = world_size(planned=True)
     spec, seed = build.model_spec(config), parallel.set_seed(config.debug)
-    dataset = build.open_data(training, spec, seed)
+    dataset = build.open_data(config, spec, seed)
     settings = build.plan_settings(config, spec, ranks // pipeline_ranks, planned=True)
     loader = build.open_loader(training, dataset, settings, 0, seed)
 

@@ -27,7 +27,7 @@ def main() -> None:
     colours = colours and not config.metrics.disable_color_printing
     with user_errors():
         spec, seed = build.model_spec(config), parallel.set_seed(config.debug)
-        dataset = build.open_data(config.training, spec, seed)
+        dataset = build.open_data(config, spec, seed)
         replicas = world_size(planned=True) // config.parallelism.pipeline_parallel_degree
         settings = build.plan_settings(config, spec, replicas)
         loader = build.open_loader(config.training, dataset, settings, 0, seed)
@@ -50,7 +50,7 @@ def main() -> None:
     tokens = f"{step.plan.tokens:,} tokens in {step.plan.chunks:,} chunks"
     print(f"step 1: {len(step.rows)} sequences, {tokens}; {legend}")
     for sequence, (row, length) in enumerate(zip(step.rows, step.lengths)):
-        tokens, labels = dataset.row(row, length)
+        tokens, labels, _ = dataset.row(row, length)
         ids = tokens.tolist()
         has_loss = [False, *(label != -100 for label in labels.tolist()[1:])]  # nothing predicts the first
         cut = f", cut from {dataset.lengths[row]:,}" if dataset.lengths[row] > length else ""

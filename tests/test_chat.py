@@ -11,8 +11,9 @@ import pytest
 import sentencepiece
 from transformers import PreTrainedTokenizerFast
 
-from chunkflow.data.chat import labels_of, read_messages
+from chunkflow.data.chat import labels_of
 from chunkflow.data.dataset import open_dataset
+from chunkflow.data.messages import read_messages
 from chunkflow.data.tokenizer import Tokenizer
 from tests.helpers.hugging_face import CHATML, WORDS, raw_tokenizer
 from tests.helpers.processes import REPO
@@ -179,7 +180,7 @@ def read(tmp_path):
             "jsonl", str(path), tokenizer, vocab_size=1 << 20, seed=0, cache_dir=str(tmp_path / "cache")
         )
         made = [dataset.row(index, length) for index, length in enumerate(dataset.lengths)]
-        return [(tokens.tolist(), labels.tolist()) for tokens, labels in made]
+        return [(tokens.tolist(), labels.tolist()) for tokens, labels, _ in made]
 
     return read
 

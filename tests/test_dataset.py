@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from chunkflow.data import dataset as dataset_module
-from chunkflow.data import rows as rows_module
+from chunkflow.data import files as files_module
+from chunkflow.data import token_cache
 from chunkflow.data.dataset import open_dataset
-from chunkflow.data.rows import jsonl_files, python_files
+from chunkflow.data.files import jsonl_files, python_files
 from chunkflow.data.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.quick
@@ -66,8 +66,8 @@ def read(tmp_path, tokenizer):
 def rows_of(dataset):
     """[(tokens, labels)] of whole sequences."""
     rows = [dataset.row(index, dataset.lengths[index]) for index in range(len(dataset))]
-    assert all(tensor.dtype == torch.int64 and tensor.dim() == 1 for row in rows for tensor in row)
-    return [(tokens.tolist(), labels.tolist()) for tokens, labels in rows]
+    assert all(tensor.dtype == torch.int64 and tensor.dim() == 1 for row in rows for tensor in row[:2])
+    return [(tokens.tolist(), labels.tolist()) for tokens, labels, _ in rows]
 
 
 # -------------------------------------------------------------------------------------------------- row forms
@@ -165,7 +165,7 @@ def test_a_text_may_be_empty_where_there_are_bos_and_eos(write, read, tokenizer)
 
 def test_rows_are_prefixes_and_do_not_share_memory(write, read):
     dataset = read(write({"input_ids": [1, 2, 3, 4]}, {"input_ids": [5, 6], "labels": [-100, 6]}))
-    tokens, labels = dataset.row(0, 3)
+    tokens, labels, _ = dataset.row(0, 3)
     assert tokens.tolist() == labels.tolist() == [1, 2, 3]
     tokens.fill_(9)
     assert labels.tolist() == [1, 2, 3] and dataset.row(0, 4)[0].tolist() == [1, 2, 3, 4]
@@ -399,7 +399,7 @@ def test_the_library_holds_each_file_whole_in_order(stdlib):
     assert {"abc.py", "json/decoder.py", "asyncio/tasks.py"} <= {path.as_posix() for path in paths}
     tokenizer = Tokenizer()
     for index in range(0, len(stdlib), 40):
-        tokens, labels = stdlib.row(index, stdlib.lengths[index])
+        tokens, labels, _ = stdlib.row(index, stdlib.lengths[index])
         with tokenize.open(Path(root) / paths[index]) as file:
             assert tokenizer.decode(tokens.tolist()) == file.read()
         assert (tokens[0], tokens[-1]) == (tokenizer.bos_id, tokenizer.eos_id) and torch.equal(tokens, labels)
@@ -413,7 +413,7 @@ def test_python_files_in_their_own_encoding(tmp_path, read, monkeypatch, tokeniz
         (root / folder / "left_out.py").write_text("1")
     (root / "package" / "latin.py").write_bytes("# coding: latin-1\nname = 'é'\n".encode("latin-1"))
     (root / "package.py").write_text("2")
-    monkeypatch.setattr(rows_module.sysconfig, "get_paths", lambda: {"stdlib": str(root)})
+    monkeypatch.setattr(files_module.sysconfig, "get_paths", lambda: {"stdlib": str(root)})
     assert python_files() == [str(root / "package.py"), str(root / "package" / "latin.py")]
     dataset = read("", name="python_stdlib")
     assert tokenizer.decode(rows_of(dataset)[1][0]) == "# coding: latin-1\nname = 'é'\n"
@@ -547,7 +547,7 @@ def test_a_file_that_changes_while_it_is_read(write, tmp_path, tokenizer):
 
 
 def test_text_goes_to_the_tokenizer_in_small_batches(write, read, tokenizer, monkeypatch):
-    monkeypatch.setattr(dataset_module, "BATCH_CHARACTERS", 5000)
+    monkeypatch.setattr(token_cache, "BATCH_CHARACTERS", 5000)
     rows = [{"prompt": f"{index} " * (index % 90), "completion": "b"} for index in range(1000)]
     dataset = read(write(*rows))
     assert len(tokenizer.batches) > 10 and max(tokenizer.batches) < 5000 + 400
@@ -560,12 +560,12 @@ def test_text_goes_to_the_tokenizer_in_small_batches(write, read, tokenizer, mon
 PROGRAM = """
 import logging, os, signal, sys, time
 from pathlib import Path
-from chunkflow.data import dataset
+from chunkflow.data import dataset, token_cache
 from chunkflow.data.tokenizer import Tokenizer
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 folder, index, processes, kill = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-dataset.BATCH_CHARACTERS = 1000
+token_cache.BATCH_CHARACTERS = 1000
 batches = 0
 
 class Slow(Tokenizer):
@@ -623,7 +623,7 @@ def test_killed_half_way_and_started_again(write, read, tmp_path, tokenizer):
 
 
 def test_the_progress_is_told(write, read, capsys, caplog):
-    with caplog.at_level(logging.INFO, logger="chunkflow.data.dataset"):
+    with caplog.at_level(logging.INFO, logger="chunkflow.data.token_cache"):
         read(write({"text": "a"}))
     assert "tokenised 1 sequences" in caplog.text
     assert "100%" in capsys.readouterr().err

@@ -83,7 +83,7 @@ def test_the_header_predicts_every_label_and_nothing_else_can(dataset):
     at t."""
     for index in picks(dataset):
         length = dataset.lengths[index]
-        tokens, labels = (tensor.tolist() for tensor in dataset.row(index, length))
+        tokens, labels = (tensor.tolist() for tensor in dataset.row(index, length)[:2])
         assert len(tokens) == len(labels) == length
         header = min(KEYS, length // 2)
         facts = dict(divmod(token, VALUES) for token in tokens[:header])
@@ -97,7 +97,7 @@ def test_the_header_predicts_every_label_and_nothing_else_can(dataset):
 
 def test_long_sequences_ask_for_all_keys_and_all_answers_occur(dataset):
     longest = max(range(len(dataset)), key=dataset.lengths.__getitem__)
-    tokens, labels = dataset.row(longest, dataset.lengths[longest])
+    tokens, labels, _ = dataset.row(longest, dataset.lengths[longest])
     assert tokens[-1000:].unique().numel() == KEYS
     assert sorted(tokens[:KEYS].div(VALUES, rounding_mode="floor").tolist()) == list(range(KEYS))
     assert labels[KEYS + 1 :].unique().numel() > VALUES // 2
@@ -109,7 +109,7 @@ def test_a_shorter_row_is_the_beginning_of_the_full_one(dataset):
         full = dataset.row(index, dataset.lengths[index])
         for length in {1, 2, dataset.lengths[index] // 2, dataset.lengths[index] - 1}:
             part = dataset.row(index, length)
-            assert all(torch.equal(a, b[:length]) for a, b in zip(part, full))
+            assert all(torch.equal(a, b[:length]) for a, b in zip(part[:2], full[:2]))
             assert dataset.supervised(index, length) == int((part[1][1:] != -100).sum())
 
 

@@ -199,7 +199,7 @@ def test_all_of_the_data_or_so_many_batches(tmp_path, steps, tokens):
             PlanSettings(Cost.of_model(model.args), chunk_size=16),
             SimpleNamespace(tokenizer=None, args=model.args),
         )
-        data = open_data(config.validation, spec, 1, "validation")
+        data = open_data(config, spec, 1, "validation")
         validation = Validation(config.validation, config.training, data, plan, processes, 0)
     assert [step for step in range(1, 8) if validation.due(step)] == [3, 6, 7]
     try:

@@ -18,28 +18,15 @@ from jinja2.exceptions import TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from chunkflow.execution.loss import IGNORE
+from chunkflow.data.messages import Messages, checked_text, show
+from chunkflow.planning.chunks import IGNORE
 
-ROLES = ("system", "user", "assistant", "tool")
-CHAT_FORMS = {  # the keys of a message, and the names of ROLES in it
-    "messages": ("role", "content", ROLES),
-    "conversations": ("from", "value", ("system", "human", "gpt", "tool")),
-}
 # A tokenizer without a chat template gets the first of these that needs only special tokens it has. Llama 3's
 # follows the model card: white space around a content is removed, a tool is called "ipython".
 BUILT_IN = {
     "chatml.jinja": ("<|im_start|>", "<|im_end|>"),
     "llama3.jinja": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 }
-
-
-class Messages(NamedTuple):
-    """The chat of a row, checked."""
-
-    form: str  # the row's key for it, for errors
-    messages: list[dict]  # as a template gets them
-    trained: list[bool]  # whether there is loss on each
-    tools: list[dict] | None
 
 
 class Turn(NamedTuple):
@@ -49,60 +36,13 @@ class Turn(NamedTuple):
     start: int
     end: int  # after the token that ends the turn
     limit: int  # after what else the template writes, such as a line break: no loss on it
+    weight: float  # of the loss, greater than 0
 
 
 class RenderedChat(NamedTuple):
     text: str
     turns: list[Turn]
     form: str
-
-
-def read_messages(row: dict, form: str) -> Messages:
-    """The checked chat of a row: "messages" of {"role", "content"}, or "conversations" of {"from", "value"}
-    (ShareGPT's form). A message may have "weight": 0, no loss on it, or 1. ValueError if anything is wrong.
-    """
-    role_key, content_key, roles = CHAT_FORMS[form]
-    rule = f'it must be an object with "{role_key}" and "{content_key}"'
-    if not isinstance(row[form], list):
-        raise ValueError(
-            f'"{form}" is {show(row[form])}: it must be a list of {{"{role_key}", "{content_key}"}} objects'
-        )
-    if not row[form]:
-        raise ValueError(f'"{form}" is an empty list: a sequence has at least one message, remove the row')
-    messages, trained = [], []
-    for index, message in enumerate(row[form]):
-        name = f"{form}[{index}]"
-        if not isinstance(message, dict):
-            raise ValueError(f"{name} is {show(message)}: {rule}")
-        message = {key: value for key, value in message.items() if value is not None or key == content_key}
-        if message.get(content_key) is None and message.get("tool_calls"):
-            message.pop(content_key, None)  # an assistant that only calls tools
-        elif not {role_key, content_key} <= message.keys():
-            raise ValueError(f"{name} has the keys {show(list(message))}: {rule}")
-        else:
-            checked_text(message[content_key], f"{name}.{content_key}")
-        role = message.get(role_key)
-        if role not in roles:
-            raise ValueError(f"{name} has the role {show(role)}: rename it to one of {', '.join(roles)}")
-        renamed = {role_key: "role", content_key: "content"}
-        message = {renamed.get(key, key): value for key, value in message.items()}
-        message["role"] = ROLES[roles.index(role)]
-        answer = message["role"] == "assistant"
-        weight = message.pop("weight", int(answer))
-        if type(weight) not in (int, float) or weight not in (0, 1):
-            raise ValueError(f"{name}.weight is {show(weight)}: it must be 0 (no loss on this message) or 1")
-        if weight and not answer:
-            raise ValueError(
-                f"{name}.weight is 1, and there is loss on the assistant's messages only: remove it"
-            )
-        messages.append(message)
-        trained.append(weight == 1)
-    tools = row.get("tools") or None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError(
-            f"tools is {show(tools)}: it must be a list of objects, as the model's chat template reads them"
-        )
-    return Messages(form, messages, trained, tools)
 
 
 def check_keys(chat: Messages, template: str, origin: str) -> None:
@@ -118,15 +58,15 @@ def check_keys(chat: Messages, template: str, origin: str) -> None:
         raise ValueError(f'the row has "tools", which {origin} does not read: remove them')
 
 
-def plain_spans(chat: Messages) -> list[tuple[str, bool]]:
-    """ChatML for a tokenizer without special tokens for chats, as (text, whether there is loss on it):
+def plain_spans(chat: Messages) -> list[tuple[str, float]]:
+    """ChatML for a tokenizer without special tokens for chats, as (text, weight of the loss on it):
     `<|im_start|>role`, a line break, the content, `<|im_end|>`, a line break. Each text is to be tokenised
     by itself, so that no token belongs to two of them."""
     check_keys(chat, "", "the plain ChatML of a tokenizer without a chat template")
     spans = []
-    for message, trained in zip(chat.messages, chat.trained):
+    for message, weight in zip(chat.messages, chat.weights):
         header, content = f"<|im_start|>{message['role']}\n", message["content"]
-        spans += [(header, False), (content, trained), ("<|im_end|>", trained), ("\n", False)]
+        spans += [(header, 0.0), (content, weight), ("<|im_end|>", weight), ("\n", 0.0)]
     return spans
 
 
@@ -190,7 +130,7 @@ class ChatTemplate:
         that the model is never to write."""
         check_keys(chat, self.sources[self._name(chat.tools)], self._origin)
         text = checked_text(self.render(chat.messages, chat.tools), "the rendered chat")
-        turns = [self._turn(chat, text, index) for index, trained in enumerate(chat.trained) if trained]
+        turns = [self._turn(chat, text, index) for index, weight in enumerate(chat.weights) if weight]
         return RenderedChat(text, turns, chat.form)
 
     def _turn(self, chat: Messages, text: str, index: int) -> Turn:
@@ -222,7 +162,8 @@ class ChatTemplate:
         start, limit = len(before), len(after)
         # the turn ends with its last special token, unless more than white space follows it
         end = max((found.end() for found in self._special.finditer(text, start, limit)), default=limit)
-        return Turn(index, start, limit if text[end:limit].strip() else end, limit)
+        end = limit if text[end:limit].strip() else end
+        return Turn(index, start, end, limit, chat.weights[index])
 
 
 def built_in_template(tokens: dict[str, str], special: Iterable[str]) -> ChatTemplate | None:
@@ -244,10 +185,13 @@ def _raise_exception(message: str) -> None:
     raise ValueError(message)
 
 
-def labels_of(chat: RenderedChat, ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
-    """The label of each token: its id within a turn, else -100. `offsets`: the characters [start, end) of
-    each token. ValueError if a token is partly in a turn."""
-    labels, token = [IGNORE] * len(ids), 0
+def labels_of(
+    chat: RenderedChat, ids: list[int], offsets: list[tuple[int, int]]
+) -> tuple[list[int], list[float] | None]:
+    """The label of each token, its id within a turn, else -100; and the weight of the loss on each, None if
+    all are 1. `offsets`: the characters [start, end) of each token. ValueError if a token is partly in a
+    turn."""
+    labels, weights, token = [IGNORE] * len(ids), [1.0] * len(ids), 0
     for turn in chat.turns:
         while token < len(ids) and offsets[token][0] < turn.start:
             if offsets[token][1] > turn.start:
@@ -257,9 +201,9 @@ def labels_of(chat: RenderedChat, ids: list[int], offsets: list[tuple[int, int]]
             # up to the limit, since the special tokens of some tokenizers include the white space after them
             if offsets[token][1] > turn.limit:
                 raise ValueError(_inside(chat, turn, "ends", offsets[token]))
-            labels[token] = ids[token]
+            labels[token], weights[token] = ids[token], turn.weight
             token += 1
-    return labels
+    return labels, weights if any(turn.weight != 1 for turn in chat.turns) else None
 
 
 def _inside(chat: RenderedChat, turn: Turn, verb: str, span: tuple[int, int]) -> str:
@@ -273,23 +217,3 @@ def _inside(chat: RenderedChat, turn: Turn, verb: str, span: tuple[int, int]) ->
 def any_of(texts: Iterable[str]) -> str:
     """A regular expression for any of the texts, longer ones first; without texts it matches nothing."""
     return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"\b\B"
-
-
-def show(value) -> str:
-    """A value as JSON, cut to a length that fits into a sentence."""
-    shown = json.dumps(value, ensure_ascii=False)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def checked_text(text, name: str) -> str:
-    """The text, unless it is not a string that can be encoded: ValueError, which calls it `name`."""
-    if not isinstance(text, str):
-        raise ValueError(f"{name} is {show(text)}: it must be a string, write it in quotes")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        lone = f"\\u{ord(text[error.start]):04x}"
-        raise ValueError(
-            f"{name} has {lone} at position {error.start}, which is half a character: repair it"
-        ) from None
-    return text

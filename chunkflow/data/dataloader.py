@@ -16,9 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from chunkflow.execution.loss import IGNORE
 from chunkflow.execution.state import ChunkTensors
-from chunkflow.planning.chunks import Chunk, Group
+from chunkflow.planning.chunks import IGNORE, Chunk, Group
 from chunkflow.planning.planner import Plan, PlanSettings, plan_step
 
 
@@ -208,7 +207,7 @@ class ChunkDataLoader:
         """The tensors of each group's chunks. `rows`: row and tokens of each sequence in them."""
         tokens, labels = {}, {}
         for sequence, (row, length) in rows.items():
-            tokens[sequence], aligned = self.dataset.row(row, length)
+            tokens[sequence], aligned, _ = self.dataset.row(row, length)
             # The one shift: position t is to predict token t + 1. On the whole sequence, before any cut.
             labels[sequence] = torch.cat([aligned[1:], aligned.new_tensor([IGNORE])])
 

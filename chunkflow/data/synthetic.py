@@ -82,7 +82,8 @@ class SyntheticDataset:
         return f"synthetic/{self._mix}:{index + 1}"
 
     def row(self, index: int, length: int):
-        """The first `length` tokens and their labels (int64, aligned): -100 on the header and first query."""
+        """The first `length` tokens and their labels (int64, aligned): -100 on the header and first query; no
+        weights."""
         import torch  # here, so that plans of synthetic lengths can be made without it
 
         full = self.lengths[index]
@@ -95,7 +96,10 @@ class SyntheticDataset:
         tokens = torch.cat([keys * VALUES + values, QUERY + keys[asked]])
         labels = torch.full_like(tokens, -100)
         labels[header + 1 :] = ANSWER + values[asked[:-1]]  # after each query its answer
-        return tokens[:length], labels[:length]
+        return tokens[:length], labels[:length], None
+
+    def weight(self, index: int) -> float:
+        return 1.0
 
     def supervised(self, index: int, length: int) -> int:
         """How many of the first `length` tokens are a target."""

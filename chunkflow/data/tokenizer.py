@@ -4,7 +4,7 @@ The shipped sentencepiece model, `python_2048.model`, has 2048 ids, 256 of them 
 encode any text. Its training, on Python's standard library, takes seconds, is not random, and is repeated by
 
     import sentencepiece, tokenize
-    from chunkflow.data.rows import python_files
+    from chunkflow.data.files import python_files
 
     with open("python_2048.model", "wb") as model:
         sentencepiece.SentencePieceTrainer.train(
@@ -21,7 +21,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from chunkflow.data.chat import ChatTemplate, Messages, RenderedChat, any_of, built_in_template, plain_spans
+from chunkflow.data.chat import ChatTemplate, RenderedChat, any_of, built_in_template, plain_spans
+from chunkflow.data.messages import Messages
 
 SHIPPED_MODEL = Path(__file__).with_name("python_2048.model")
 SPACE_MARK = "\u2581"  # "▁", which sentencepiece writes for a space
@@ -103,7 +104,7 @@ class Tokenizer:
         end the answer, none if the template ends it without a special token."""
         question, answer = {"role": "user", "content": content}, {"role": "assistant", "content": "answer"}
         if self.chat is None:
-            spans = plain_spans(Messages("messages", [question, answer], [False, False], None))
+            spans = plain_spans(Messages("messages", [question, answer], [0.0, 0.0], None))
             *prompt, _, end, _ = self.encode_batch([text for text, _ in spans])
             return sum(prompt, []), end
         asked = self.chat.render([question], add_generation_prompt=True)

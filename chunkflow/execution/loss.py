@@ -15,7 +15,8 @@ from contextlib import contextmanager
 import torch
 
 from chunkflow.execution.linear import pad, padded_rows
-from chunkflow.execution.state import IGNORE, ChunkTensors
+from chunkflow.execution.state import ChunkTensors
+from chunkflow.planning.chunks import IGNORE
 from chunkflow.planning.memory import HEAD_BLOCK_TOKENS
 
 # Logits of one slice in fp32: on the CPU 4 MiB, which a cache holds; on CUDA 256 MiB, which keep it busy.

@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from chunkflow.planning.chunks import ONE_TOKEN, Chunk, Group
+from chunkflow.planning.chunks import IGNORE, ONE_TOKEN, Chunk, Group
 
 if TYPE_CHECKING:
     from chunkflow.execution.shared_state import SharedKeyValueState
-
-IGNORE = -100  # the label of a position that has no target
 
 
 class ChunkTensors:

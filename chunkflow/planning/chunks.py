@@ -9,6 +9,8 @@ from bisect import bisect_left, insort
 from collections import defaultdict
 from typing import NamedTuple
 
+IGNORE = -100  # the label of a position that has no target
+
 
 class Segment(NamedTuple):
     """The tokens `start .. start + length - 1` of one sequence, inside a chunk."""

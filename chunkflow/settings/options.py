@@ -25,7 +25,7 @@ SEED = Rule("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 def option(default: Any, doc: str, admits: Rule | tuple | dict | None = None, **more: Any) -> Any:
     """A key's field: its default, its line for --help, and what it admits of its type: a rule for numbers,
     strings to choose from (the items, if it is a list), or the names in a table with their types."""
-    default = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    default = {"default_factory": default.copy} if isinstance(default, (list, dict)) else {"default": default}
     return field(**default, metadata={"doc": doc, "admits": admits}, **more)
 
 
@@ -33,6 +33,10 @@ DATASETS = ("python_stdlib", "jsonl", "synthetic")
 _FLOATS = "low_freq_factor high_freq_factor attention_factor beta_fast beta_slow mscale mscale_all_dim"
 ROPE_SCALING = {"rope_type": str, "factor": float, "original_max_position_embeddings": int}
 ROPE_SCALING |= dict.fromkeys(_FLOATS.split(), float) | {"truncate": bool}
+
+
+_COLUMNS = "text messages conversations prompt completion input_ids labels loss_mask system tools weight"
+COLUMNS = dict.fromkeys(_COLUMNS.split(), str)
 
 
 @dataclass
@@ -73,6 +77,16 @@ class Model:
 class Training:
     dataset: str = option("python_stdlib", "where sequences come from", DATASETS)
     dataset_path: str = option("", 'jsonl: file, folder or glob; synthetic: "lmsys", "llama3_sft", "agent"')
+    columns: dict = option({}, 'their name for ours: { prompt = "question" }', COLUMNS)
+    chat_template: str = option(
+        "", "how chats become text: a file, or the name of one shipped; empty: the tokenizer's own"
+    )
+    multi_turn: str = option(
+        "whole", "a chat is one sequence, or one for each turn with loss", ("whole", "expand")
+    )
+    loss_weighting: str = option(
+        "token", "what counts the same in the loss: each token, or each sequence", ("token", "sequence")
+    )
     global_batch_size: int = option(16, "sequences per optimizer step over all ranks", AT_LEAST_1)
     seq_len: int = option(8192, "longest admissible sequence, tokens", AT_LEAST_1)
     overlong: str = option("error", "what becomes of longer sequences", ("error", "truncate", "drop"))

@@ -149,13 +149,15 @@ def plan_settings(config: Config, spec: ModelSpec, replicas: int, planned: bool 
 
 
 def open_data(
-    settings: options.Training | options.Validation, spec: ModelSpec, seed: int, section: str = "training"
+    config: Config, spec: ModelSpec, seed: int, section: str = "training"
 ) -> TokenDataset | SyntheticDataset:
-    """The sequences of the config's `section`, whose `settings` these are. ValueError for rows that cannot be
+    """The sequences of the config's `section`, training or validation. ValueError for rows that cannot be
     used."""
+    training, settings = config.training, getattr(config, section)
     name, path = settings.dataset, settings.dataset_path
     logger.info(f"Preparing {name} dataset from {path or 'its default place'} for {section}")
     arguments = {"vocab_size": spec.args.vocab_size, "seed": seed, "section": section}
+    arguments |= {"columns": training.columns, "multi_turn": training.multi_turn}
     dataset = open_dataset(name, path, spec.tokenizer, **arguments)
     total, longest = sum(dataset.lengths), max(dataset.lengths)
     logger.info(f"{len(dataset):,} sequences, {total:,} tokens, the longest has {longest:,}")

@@ -87,7 +87,7 @@ def check_paths(config: Config) -> None:
     for name in ("training", "validation") if config.validation.enable else ("training",):
         section = getattr(config, name)
         if section.dataset == "jsonl":
-            from chunkflow.data.rows import jsonl_files
+            from chunkflow.data.files import jsonl_files
 
             jsonl_files(section.dataset_path, name)
     folder = Path(config.job.dump_folder).absolute()

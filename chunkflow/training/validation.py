@@ -15,9 +15,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from chunkflow.data.dataset import TokenDataset
 from chunkflow.data.synthetic import SyntheticDataset
-from chunkflow.execution.loss import IGNORE
 from chunkflow.execution.runner import Runner
 from chunkflow.execution.state import ChunkTensors
+from chunkflow.planning.chunks import IGNORE
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.reporting.metrics import MetricsLogger
 from chunkflow.settings import options
