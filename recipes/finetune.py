@@ -20,7 +20,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from chunkflow.execution.linear import pad_rows
+from chunkflow.execution.linear import fit_linear_layers
 from chunkflow.execution.loss import loss_sum
 from chunkflow.execution.runner import Runner
 from chunkflow.planning.simulate import picture
@@ -116,7 +116,7 @@ def main() -> None:
                 parallel.apply_compile(model, config.compile)
                 narrow = device.type == "cpu" and compute_dtype == torch.bfloat16
                 if narrow and not config.compile.enable:  # compiled graphs are for all lengths
-                    pad_rows(model)
+                    fit_linear_layers(model)
             parallel.apply_fsdp(model, processes.data_mesh, training, reshard)
             if not fake:
                 model.to_empty(device="cpu" if offload else device)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chunkflow.execution import linear
-from chunkflow.execution.linear import pad_rows
+from chunkflow.execution.linear import fit_linear_layers
 from chunkflow.execution.loss import last_logits, loss_sum
 from chunkflow.execution.norm import RMSNorm
 from chunkflow.execution.rotary import Rotary, rotary_frequencies
@@ -512,8 +512,8 @@ def test_padded_rows_change_nothing(family):
         model = small_model(family)
         model.layers["1"].attention.wk.weight.requires_grad_(False)
         if pads:
-            pad_rows(model)
-        with Products() as products, mock.patch.object(linear, "_pads", lambda tensor, pads=pads: pads):
+            fit_linear_layers(model)
+        with Products() as products, mock.patch.object(linear, "pads", lambda tensor, pads=pads: pads):
             loss = model(chunk.tokens, chunk)
             loss.backward()
         layers = [sizes for sizes in products.sizes if SMALL["vocab_size"] not in sizes]
@@ -526,6 +526,42 @@ def test_padded_rows_change_nothing(family):
     )
     for name, gradient in padded.items():
         assert (gradient - gradients[name]).norm() <= 1e-12 * gradients[name].norm(), name
+
+
+class Factors(TorchDispatchMode):
+    """The dtypes of all factors of matrix products and attention while it is on."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_") or "flash" in name:
+            self.dtypes |= {value.dtype for value in args if isinstance(value, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+
+@every_family
+@pytest.mark.parametrize("loss_gradient", [1.0, None])
+def test_a_cpu_without_bf16_instructions_multiplies_in_fp32(family, loss_gradient):
+    chunk, results = standalone_chunk(length=20), []
+    chunk.loss_gradient = loss_gradient
+    for dtype, instructions in ((torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)):
+        model = small_model(family).bfloat16().to(dtype)
+        fit_linear_layers(model)
+        has_instructions = mock.patch.object(linear, "_has_bf16_products", lambda has=instructions: has)
+        with has_instructions, Factors() as factors:
+            loss = model(chunk.tokens, chunk)
+            loss.backward()
+        narrow = dtype == torch.bfloat16 and instructions
+        assert (torch.bfloat16 in factors.dtypes) == narrow and torch.float32 in factors.dtypes
+        assert {parameter.grad.dtype for parameter in model.parameters()} == {dtype}
+        gradients = torch.cat([parameter.grad.flatten().float() for parameter in model.parameters()])
+        results.append(torch.cat([loss.detach().view(1).float(), gradients]))
+    exact, narrow, widened = results
+    assert not torch.equal(widened, exact)  # activations are rounded to bf16
+    assert (widened - exact).norm() <= 2 * (narrow - exact).norm()
 
 
 # Stages, tied embeddings

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import varlen  # noqa: F401  registers torch.ops.torch_attn
 
-from chunkflow.execution.linear import pad, padded_rows
+from chunkflow.execution.linear import pad, padded_rows, widen
 from chunkflow.execution.state import ChunkTensors
 
 _flash_forward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -160,23 +160,25 @@ def _pieces(chunk: ChunkTensors) -> list[slice]:
 
 def _flash(q_1HTD, k_1GPD, v_1GPD, causal: bool):
     """Output and log-sum-exp. Rows are padded where the CPU multiplies bf16: behind all others they are seen
-    by none, and a prefix has full chunks."""
-    tokens = q_1HTD.size(2)
+    by none, and a prefix has full chunks. Where it does not, all is widened."""
+    tokens, dtype = q_1HTD.size(2), q_1HTD.dtype
     if causal:
         k_1GPD, v_1GPD = pad(k_1GPD, 2), pad(v_1GPD, 2)
-    out, lse = _flash_forward_op(pad(q_1HTD, 2), k_1GPD, v_1GPD, 0.0, causal)
-    return out[:, :, :tokens], lse[:, :, :tokens]
+    q_1HTD, k_1GPD, v_1GPD = widen(pad(q_1HTD, 2)), widen(k_1GPD), widen(v_1GPD)
+    out, lse = _flash_forward_op(q_1HTD, k_1GPD, v_1GPD, 0.0, causal)
+    return out[:, :, :tokens].to(dtype), lse[:, :, :tokens]
 
 
 def _flash_backward(dout_1HTD, q_1HTD, k_1GPD, v_1GPD, out_1HTD, lse_1HT, causal: bool):
-    tokens, keys = q_1HTD.size(2), k_1GPD.size(2)
+    tokens, keys, dtype = q_1HTD.size(2), k_1GPD.size(2), q_1HTD.dtype
     if extra := padded_rows(tokens, q_1HTD) - tokens:
         dout_1HTD, q_1HTD, out_1HTD = pad(dout_1HTD, 2), pad(q_1HTD, 2), pad(out_1HTD, 2)
         lse_1HT = F.pad(lse_1HT, (0, extra))
         if causal:
             k_1GPD, v_1GPD = pad(k_1GPD, 2), pad(v_1GPD, 2)
-    dq, dk, dv = _flash_backward_op(dout_1HTD, q_1HTD, k_1GPD, v_1GPD, out_1HTD, lse_1HT, 0.0, causal)
-    return dq[:, :, :tokens], dk[:, :, :keys], dv[:, :, :keys]
+    tensors = map(widen, (dout_1HTD, q_1HTD, k_1GPD, v_1GPD, out_1HTD))
+    dq, dk, dv = _flash_backward_op(*tensors, lse_1HT, 0.0, causal)
+    return dq[:, :, :tokens].to(dtype), dk[:, :, :keys].to(dtype), dv[:, :, :keys].to(dtype)
 
 
 def _forward_cpu(q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):

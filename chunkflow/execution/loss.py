@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from chunkflow.execution.linear import pad, padded_rows
+from chunkflow.execution.linear import pad, padded_rows, widen, widens
 from chunkflow.execution.state import ChunkTensors
 from chunkflow.planning.chunks import IGNORE
 from chunkflow.planning.memory import HEAD_BLOCK_TOKENS
@@ -122,12 +122,13 @@ class _Gradients:
         self.minus_one_T1 = torch.full_like(self.dloss_T1, -1)
         self.dhidden_TC = torch.empty_like(hidden_TC)
         self.dweight_VC: torch.Tensor | None = None
+        self.factor = self.compute if widens(hidden_TC) else hidden_TC.dtype  # of the products
         self.block, self.dlogits_BV = slice(0, 0), None  # the block under way
 
     def begin(self, block: slice) -> None:
         if self.dlogits_BV is None:  # no block is longer than the first
             rows = padded_rows(block.stop, self.hidden_TC)
-            self.dlogits_BV = self.hidden_TC.new_empty(rows, self.weight_VC.size(0))
+            self.dlogits_BV = self.hidden_TC.new_empty(rows, self.weight_VC.size(0), dtype=self.factor)
         self.block = block
 
     def add(self, piece: slice, probabilities_SV: torch.Tensor) -> None:
@@ -141,13 +142,13 @@ class _Gradients:
 
     def finish(self) -> None:
         """One product for each gradient. Several blocks are summed in at least fp32, as one product would."""
-        tokens, hidden_BC = self.block.stop - self.block.start, pad(self.hidden_TC[self.block])
-        dlogits_BV = self.dlogits_BV[: hidden_BC.size(0)]
-        if hidden_BC.size(0) == tokens:
-            torch.mm(dlogits_BV, self.weight_VC, out=self.dhidden_TC[self.block])
+        tokens, hidden_BC = self.block.stop - self.block.start, widen(pad(self.hidden_TC[self.block]))
+        dlogits_BV, weight_VC = self.dlogits_BV[: hidden_BC.size(0)], widen(self.weight_VC)
+        if hidden_BC.size(0) == tokens and self.factor == self.dhidden_TC.dtype:
+            torch.mm(dlogits_BV, weight_VC, out=self.dhidden_TC[self.block])
         else:
             dlogits_BV[tokens:].zero_()
-            self.dhidden_TC[self.block] = torch.mm(dlogits_BV, self.weight_VC)[:tokens]
+            self.dhidden_TC[self.block] = torch.mm(dlogits_BV, weight_VC)[:tokens]
         first, wide = self.dweight_VC is None, hidden_BC.dtype == self.compute
         if first and (wide or tokens == self.hidden_TC.size(0)):
             self.dweight_VC = dlogits_BV.t() @ hidden_BC
@@ -225,9 +226,9 @@ def slice_tokens(device_type: str, vocab_size: int) -> int:
 
 
 def _block_tokens(head: "_Head") -> int:
-    """Tokens of one block. On the CPU in fp32 or fp64 a slice: there the product itself adds to the sum, as
-    fast, and reads the slice from a cache."""
-    wide = head.hidden_TC.dtype == head.compute
+    """Tokens of one block. On the CPU a slice, where products are in fp32 or fp64: the product itself adds to
+    the sum, as fast, and reads the slice from a cache."""
+    wide = head.hidden_TC.dtype == head.compute or widens(head.hidden_TC)
     return head.slice_tokens if wide and _device_type(head.hidden_TC) == "cpu" else HEAD_BLOCK_TOKENS
 
 

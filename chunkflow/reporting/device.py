@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from chunkflow.execution.linear import widen
+
 GIB = 2**30
 
 
@@ -82,7 +84,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         if part in name:
             return flops
     size = 1024
-    a, b = torch.ones(2, size, size, dtype=dtype, device=device)
+    a, b = widen(torch.ones(2, size, size, dtype=dtype, device=device))
     fastest, start = math.inf, time.perf_counter()
     while time.perf_counter() - start < 0.1 or fastest == math.inf:
         before = time.perf_counter()

@@ -82,7 +82,7 @@ class Launches(TorchDispatchMode):
 def cuda_branches() -> Iterator[None]:
     """Inside, products, loss and norm take CUDA's branch on CPU tensors. Attention has tests of its own."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(linear, "_pads", lambda tensor: False))
+        stack.enter_context(mock.patch.object(linear, "_narrow", lambda tensor: False))
         for module in (loss, norm):
             stack.enter_context(mock.patch.object(module, "_device_type", lambda tensor: "cuda"))
         yield
