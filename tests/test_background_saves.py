@@ -12,7 +12,8 @@ from torch.distributed.tensor import DeviceMesh, DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chunkflow.settings.config import flat, load_config
+from chunkflow.settings.config import load_config
+from chunkflow.settings.keys import flat
 from chunkflow.storage import checkpoint
 from chunkflow.storage.checkpoint import snapshot
 from chunkflow.training.optimizer import build_optimizer, optimizer_tensors
