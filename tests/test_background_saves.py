@@ -1,6 +1,5 @@
 """Saves while training goes on: what is copied from the device, and on which GPU the thread is that writes."""
 
-import argparse
 import dataclasses
 import threading
 from unittest import mock
@@ -80,7 +79,7 @@ def save_as_gpu_3(folder):
     options = [f"--job.dump_folder={folder}", "--checkpoint.enable", "--checkpoint.async_mode=async"]
     config, real_save = load_config(options), checkpoint.dcp.save
     model = llama.Transformer(dataclasses.replace(llama.flavors["debugmodel"], n_layers=1, vocab_size=32))
-    loader = mock.Mock(cursor=0, identity={}, ledger=argparse.Namespace())
+    loader = mock.Mock(identity={}, state={})
     loader.dataset.changed_file.return_value = ""
     where = config.checkpoint, str(folder), 5, flat(config)
     with mock.patch("torch.cuda.set_device", set_device), mock.patch.object(checkpoint.dcp, "save", save):
