@@ -43,6 +43,14 @@ class Ledger:
     def __str__(self) -> str:
         return ", ".join(f"{name} {count:,}" for name, count in vars(self).items())
 
+    @classmethod
+    def total(cls, ledgers: list[Ledger]) -> Ledger:
+        """Of all sources together."""
+        total = cls()
+        for ledger in ledgers:
+            total.add(ledger)
+        return total
+
 
 @dataclass
 class StepData:
@@ -58,6 +66,11 @@ class StepData:
     cursor: int  # sequences passed when this step is done
     epoch: int
     source_of: list[int]  # a sequence's number in the plan -> that of its source; [] without sources
+
+    @property
+    def ledger(self) -> Ledger:
+        """Of all sources."""
+        return Ledger.total(self.ledgers)
 
 
 class ChunkDataLoader:
@@ -167,10 +180,7 @@ class ChunkDataLoader:
     @property
     def ledger(self) -> Ledger:
         """Of all sources."""
-        total = Ledger()
-        for ledger in self.ledgers:
-            total.add(ledger)
-        return total
+        return Ledger.total(self.ledgers)
 
     @property
     def ledger_by_source(self) -> dict[str, Ledger]:
