@@ -29,7 +29,7 @@ from chunkflow.reporting.pictures import plan_figure
 from chunkflow.reporting.profiling import profiler
 from chunkflow.reporting.step_figures import gather_over_ranks, rank_figures, step_scalars
 from chunkflow.reporting.timeline import gather_timeline, write_timelines
-from chunkflow.settings.config import flat, to_toml
+from chunkflow.settings.keys import flat, to_toml
 from chunkflow.storage import hf_weights as hf
 from chunkflow.storage import manifest
 from chunkflow.storage.checkpoint import Checkpoints
@@ -235,6 +235,8 @@ def main() -> None:
             dtype = config.checkpoint.export_dtype
             hf.save_model(checkpoints.hf_folder, models.values(), spec.family, config.model, dtype, device)
     logger.info(f"Tokens: {loader.ledger}")
+    for name, ledger in loader.ledger_by_source.items():
+        logger.info(f"Tokens of {name}: {ledger}")
     if config.metrics.enable_tensorboard:
         logger.info(f"See the curves: tensorboard --logdir {metrics.folder}")
     logger.info("Training completed")

@@ -82,7 +82,7 @@ def predict(config, count: int) -> dict:
 
     # ---- The first steps, then the first one again with the longest sequence of all instead of its longest.
     batches, cursor = [], 0
-    while len(batches) < count and cursor < len(dataset):
+    while len(batches) < count and cursor < max(loader.order.epoch_rows, 1):
         _, lengths, _, cursor = loader.batch_at(cursor)
         batches.append(lengths)
     stress = list(batches[0])

@@ -32,7 +32,8 @@ def main() -> None:
         settings = build.plan_settings(config, spec, replicas)
         loader = build.open_loader(config.training, dataset, settings, 0, seed)
         step = loader.step_at(0)
-    tokenizer = None if config.training.dataset == "synthetic" else spec.tokenizer  # its ids are no text
+    kinds = [source.dataset for source in config.training.sources] or [config.training.dataset]
+    source_of = step.source_of or [0] * len(step.rows)
 
     # ---- The pieces of each sequence in order: start, end, and chunk.
     pieces = defaultdict(list)
@@ -54,7 +55,11 @@ def main() -> None:
         ids = tokens.tolist()
         has_loss = [False, *(label != -100 for label in labels.tolist()[1:])]  # nothing predicts the first
         cut = f", cut from {dataset.lengths[row]:,}" if dataset.lengths[row] > length else ""
-        print(f"\n{dataset.source(row)}: {length:,} tokens{cut}, {sum(has_loss):,} with loss")
+        source = f" ({loader.sources[source_of[sequence]]})" if loader.sources else ""
+        print(f"\n{dataset.source(row)}{source}: {length:,} tokens{cut}, {sum(has_loss):,} with loss")
+        tokenizer = (
+            None if kinds[source_of[sequence]] == "synthetic" else spec.tokenizer
+        )  # its ids are no text
         texts = list(tokenizer.pieces(ids)) if tokenizer else [f"{number} " for number in ids]
         for start, end, name in pieces[sequence]:
             line = f"---- tokens {start:,} to {end - 1:,}: {name} "

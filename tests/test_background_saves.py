@@ -1,6 +1,5 @@
 """Saves while training goes on: what is copied from the device, and on which GPU the thread is that writes."""
 
-import argparse
 import dataclasses
 import threading
 from unittest import mock
@@ -12,7 +11,8 @@ from torch.distributed.tensor import DeviceMesh, DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chunkflow.settings.config import flat, load_config
+from chunkflow.settings.config import load_config
+from chunkflow.settings.keys import flat
 from chunkflow.storage import checkpoint
 from chunkflow.storage.checkpoint import snapshot
 from chunkflow.training.optimizer import build_optimizer, optimizer_tensors
@@ -79,7 +79,7 @@ def save_as_gpu_3(folder):
     options = [f"--job.dump_folder={folder}", "--checkpoint.enable", "--checkpoint.async_mode=async"]
     config, real_save = load_config(options), checkpoint.dcp.save
     model = llama.Transformer(dataclasses.replace(llama.flavors["debugmodel"], n_layers=1, vocab_size=32))
-    loader = mock.Mock(cursor=0, identity={}, ledger=argparse.Namespace())
+    loader = mock.Mock(identity={}, state={})
     loader.dataset.changed_file.return_value = ""
     where = config.checkpoint, str(folder), 5, flat(config)
     with mock.patch("torch.cuda.set_device", set_device), mock.patch.object(checkpoint.dcp, "save", save):

@@ -9,16 +9,8 @@ from pathlib import Path
 import pytest
 
 from chunkflow.settings import answers as answers_module
-from chunkflow.settings.config import (
-    KEYS,
-    ConfigError,
-    answer,
-    check_processes,
-    flat,
-    help_text,
-    load_config,
-    to_toml,
-)
+from chunkflow.settings.config import ConfigError, answer, check_processes, load_config
+from chunkflow.settings.keys import KEYS, TABLES, flat, help_text, to_toml
 from chunkflow.training.start import check_paths, main_config, user_errors, world_size
 
 pytestmark = pytest.mark.quick
@@ -43,6 +35,7 @@ CONTRACT = {
     "training.multi_turn": "whole",
     "training.loss_weighting": "token",
     "training.dataset_path": "",
+    "training.sources": [],
     "training.global_batch_size": 16,
     "training.seq_len": 8192,
     "training.overlong": "error",
@@ -296,7 +289,7 @@ def test_tables():
         (["--model.converters=quantize.linear.float8"], 'was renamed: set model.converters = ["float8"]'),
         (["--model.converters=mx"], "MX formats are not supported"),
         (["--quantize.linear.float8.recipe_name=row"], '(did you mean "rowwise"?)'),
-        (["--training.dataset=allenai/c4"], "hub names, parquet and mixtures are not read yet"),
+        (["--training.dataset=allenai/c4"], "hub names and parquet are not read yet"),
         (["--training.dataset=jsonl"], "set training.dataset_path"),
         (
             ["--training.dataset=synthetic", "--training.dataset_path=short"],
@@ -454,7 +447,8 @@ def test_help_has_every_key_default_and_document_line(capsys):
     text = capsys.readouterr().out
     assert text.strip() == help_text()
     for name, key in KEYS.items():
-        assert f"--{name} (" in text and key.field.metadata["doc"] in text
+        shown = f"[[{name}]]" if name in TABLES else f"--{name} ("
+        assert shown in text and key.field.metadata["doc"] in text
     assert (
         "--training.seq_len (8192)" in text
         and '--training.overlong ("error")' in text

@@ -16,7 +16,8 @@ from chunkflow.execution.attention import chunk_attention
 from chunkflow.execution.state import KeyValueState
 from chunkflow.planning.chunks import build_groups, whole_sequences
 from chunkflow.planning.schedule import DUMMY, Action, Kind, forward_only, linear_schedule
-from chunkflow.settings.config import flat, load_config
+from chunkflow.settings.config import load_config
+from chunkflow.settings.keys import flat
 from chunkflow.storage import manifest
 from chunkflow.training import build
 from models import families

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import math
-import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
+from chunkflow.data.mixture import MixedDataset
+from chunkflow.data.order import Order
 from chunkflow.execution.state import ChunkTensors
 from chunkflow.planning.chunks import IGNORE, Chunk, Group
 from chunkflow.planning.planner import Plan, PlanSettings, plan_step
@@ -41,6 +43,14 @@ class Ledger:
     def __str__(self) -> str:
         return ", ".join(f"{name} {count:,}" for name, count in vars(self).items())
 
+    @classmethod
+    def total(cls, ledgers: list[Ledger]) -> Ledger:
+        """Of all sources together."""
+        total = cls()
+        for ledger in ledgers:
+            total.add(ledger)
+        return total
+
 
 @dataclass
 class StepData:
@@ -52,9 +62,15 @@ class StepData:
     chunks: list[list[ChunkTensors]]  # of this replica: [group][chunk]
     targets: int  # supervised tokens of the global batch
     own_targets: int  # supervised tokens of this replica's chunks
-    ledger: Ledger  # of this step alone
+    ledgers: list[Ledger]  # of this step alone, by source
     cursor: int  # sequences passed when this step is done
     epoch: int
+    source_of: list[int]  # a sequence's number in the plan -> that of its source; [] without sources
+
+    @property
+    def ledger(self) -> Ledger:
+        """Of all sources."""
+        return Ledger.total(self.ledgers)
 
 
 class ChunkDataLoader:
@@ -86,15 +102,19 @@ class ChunkDataLoader:
         self.make_plan = make_plan or functools.partial(plan_step, settings=settings, replicas=[replica])
         self.global_batch_size, self.seq_len, self.overlong = global_batch_size, seq_len, overlong
         self.shuffle, self.seed, self.pin_memory = shuffle, seed, pin_memory
-        self.ledger = Ledger()
+        self.sources = dataset.names if isinstance(dataset, MixedDataset) else []
+        counts, weights = [len(dataset)], [1.0]
+        if self.sources:
+            counts, weights = dataset.counts, dataset.source_weights
+        self.order = Order(counts, weights, seed, shuffle)
+        self.ledgers = [Ledger() for _ in counts]  # by source
         self.cursor = 0  # sequences passed by the steps that were handed out
         self._waited = 0.0
         self.notice = self._check_lengths()  # what `overlong` did, as a sentence; "" if nothing
-        self._order: tuple[int, list[int]] = (-1, [])
         self.end = math.inf  # of the cursor
         if once:  # a step with nothing but dropped sequences does not come
             self.end = next(
-                end for end in range(len(dataset), 0, -1) if not self._dropped(self._row(end - 1))
+                end for end in range(len(dataset), 0, -1) if not self._dropped(self.order.row(end - 1))
             )
 
     @property
@@ -117,15 +137,23 @@ class ChunkDataLoader:
                 f" has {max(lengths):,} tokens): raise training.seq_len, or set training.overlong to"
                 ' "truncate" or "drop"'
             )
+        counts = Counter(map(self._source_of, overlong))
         if self.overlong == "drop":
-            if len(overlong) == len(lengths):
-                raise ValueError(
-                    f"all {len(lengths):,} sequences are longer than training.seq_len = {self.seq_len:,} and"
-                    f' training.overlong = "drop" leaves none: raise training.seq_len to at least'
-                    f" {min(lengths):,}"
-                )
-            return f"dropped {len(overlong):,} sequences ({tokens:,} tokens)"
-        return f"truncated {len(overlong):,} sequences ({tokens - len(overlong) * self.seq_len:,} tokens)"
+            for source, rows in enumerate(self.order.rows):
+                if counts[source] == len(rows):
+                    whose = f' of "{self.sources[source]}"' if self.sources else ""
+                    raise ValueError(
+                        f"all {len(rows):,} sequences{whose} are longer than training.seq_len ="
+                        f' {self.seq_len:,} and training.overlong = "drop" leaves none: raise'
+                        f" training.seq_len to at least {min(lengths[rows.start : rows.stop]):,}"
+                    )
+        cut = tokens if self.overlong == "drop" else tokens - len(overlong) * self.seq_len
+        done = "dropped" if self.overlong == "drop" else "truncated"
+        named = [
+            f'{counts[source]:,} of "{name}"' for source, name in enumerate(self.sources) if counts[source]
+        ]
+        by_source = f": {', '.join(named)}" if named else ""
+        return f"{done} {len(overlong):,} sequences ({cut:,} tokens){by_source}"
 
     def __iter__(self) -> Iterator[StepData]:
         """Steps from the cursor on. A thread prepares the next one meanwhile; its errors are raised here."""
@@ -140,7 +168,8 @@ class ChunkDataLoader:
                 self._waited += time.perf_counter() - start
                 upcoming = worker.submit(self.step_at, step.cursor) if step.cursor < self.end else None
                 self.cursor = step.cursor
-                self.ledger.add(step.ledger)
+                for ledger, of_step in zip(self.ledgers, step.ledgers):
+                    ledger.add(of_step)
                 yield step
 
     @property
@@ -148,24 +177,43 @@ class ChunkDataLoader:
         """All that the sequences, and their order, depend on."""
         return self.dataset.identity | {"training.shuffle": self.shuffle, "debug.seed": self.seed}
 
-    def restore(self, cursor: int, ledger: dict[str, int]) -> None:
-        """Makes the next iteration begin after `cursor` sequences; `ledger`: their tokens."""
-        self.cursor, self.ledger = cursor, Ledger(**ledger)
+    @property
+    def ledger(self) -> Ledger:
+        """Of all sources."""
+        return Ledger.total(self.ledgers)
+
+    @property
+    def ledger_by_source(self) -> dict[str, Ledger]:
+        """Empty without sources."""
+        return dict(zip(self.sources, self.ledgers))
+
+    @property
+    def state(self) -> dict[str, object]:
+        """What a checkpoint keeps, for `restore`."""
+        by_source = {name: dict(vars(ledger)) for name, ledger in self.ledger_by_source.items()}
+        return {"cursor": self.cursor, "ledger": vars(self.ledger), "ledger_by_source": by_source}
+
+    def restore(self, state: dict) -> None:
+        """Makes the next iteration begin where `state` was taken, from a loader of equal identity."""
+        self.cursor, ledgers = state["cursor"], [state["ledger"]]
+        if self.sources:
+            ledgers = [state["ledger_by_source"][name] for name in self.sources]
+        self.ledgers = [Ledger(**ledger) for ledger in ledgers]
 
     def take_wait(self) -> float:
         """Seconds that the iteration has waited for data since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
 
-    def batch_at(self, cursor: int) -> tuple[list[int], list[int], Ledger, int]:
+    def batch_at(self, cursor: int) -> tuple[list[int], list[int], list[Ledger], int]:
         """The global batch that begins after `cursor` sequences: its rows of the dataset, their tokens, its
-        ledger without trained and masked, and the cursor after it."""
-        dataset, ledger = self.dataset, Ledger()
+        ledger by source without trained and masked, and the cursor after it."""
+        dataset, ledgers = self.dataset, [Ledger() for _ in self.ledgers]
         rows, lengths = [], []
         while len(rows) < self.global_batch_size and cursor < self.end:
-            row = self._row(cursor)
+            row = self.order.row(cursor)
             cursor += 1
-            length = dataset.lengths[row]
+            length, ledger = dataset.lengths[row], ledgers[self._source_of(row)]
             ledger.read += length
             if self._dropped(row):
                 ledger.dropped += length
@@ -173,35 +221,32 @@ class ChunkDataLoader:
             rows.append(row)
             lengths.append(min(length, self.seq_len))
             ledger.truncated += length - lengths[-1]
-        return rows, lengths, ledger, cursor
+        return rows, lengths, ledgers, cursor
 
     def step_at(self, cursor: int) -> StepData:
         """The step that begins after `cursor` sequences; depends on no earlier call."""
-        rows, lengths, ledger, cursor = self.batch_at(cursor)
+        rows, lengths, ledgers, cursor = self.batch_at(cursor)
         supervised = [self.dataset.supervised(row, length) for row, length in zip(rows, lengths)]
-        ledger.trained = sum(supervised)
-        ledger.masked = sum(lengths) - ledger.trained
+        for row, length, trained in zip(rows, lengths, supervised):
+            ledger = ledgers[self._source_of(row)]
+            ledger.trained += trained
+            ledger.masked += length - trained
         plan = self.make_plan(lengths)
         groups = plan.groups[self.replica]
         sequences = sorted({s.sequence for group in groups for chunk in group.chunks for s in chunk.segments})
         chunks = self._tensors(groups, {index: (rows[index], lengths[index]) for index in sequences})
         own_targets = sum(int((chunk.labels != IGNORE).sum()) for group in chunks for chunk in group)
-        epoch = (cursor - 1) // len(self.dataset)
-        return StepData(plan, rows, lengths, chunks, ledger.trained, own_targets, ledger, cursor, epoch)
+        epoch = self.order.epoch(cursor - 1)
+        source_of = [self._source_of(row) for row in rows] if self.sources else []
+        of_step = sum(supervised), own_targets, ledgers, cursor, epoch, source_of
+        return StepData(plan, rows, lengths, chunks, *of_step)
 
     def _dropped(self, row: int) -> bool:
         return self.overlong == "drop" and self.dataset.lengths[row] > self.seq_len
 
-    def _row(self, cursor: int) -> int:
-        """The row of the dataset that comes after `cursor` sequences of the run."""
-        epoch, index = divmod(cursor, len(self.dataset))
-        if not self.shuffle:
-            return index
-        if self._order[0] != epoch:
-            order = list(range(len(self.dataset)))
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._order = epoch, order
-        return self._order[1][index]
+    def _source_of(self, row: int) -> int:
+        """The number of a row's source, 0 without sources."""
+        return self.dataset.source_of(row) if self.sources else 0
 
     def _tensors(self, groups: list[Group], rows: dict[int, tuple[int, int]]) -> list[list[ChunkTensors]]:
         """The tensors of each group's chunks. `rows`: row and tokens of each sequence in them."""

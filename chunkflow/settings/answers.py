@@ -136,8 +136,8 @@ _VALUE_ANSWERS = {
     " compute in bfloat16 with training.mixed_precision_param",
     "validation.dataset=*": 'is not one of "python_stdlib", "jsonl", "synthetic" (hub names are not read):'
     ' write the data as JSONL, set validation.dataset = "jsonl" and validation.dataset_path',
-    "training.dataset=*": 'is not one of "python_stdlib", "jsonl", "synthetic" (hub names, parquet and'
-    " mixtures are not read yet): write the data as JSONL,"
+    "training.dataset=*": 'is not one of "python_stdlib", "jsonl", "synthetic" (hub names and parquet'
+    " are not read yet): write the data as JSONL,"
     ' set training.dataset = "jsonl" and training.dataset_path',
 }
 

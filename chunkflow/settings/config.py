@@ -1,16 +1,12 @@
 """Turns a TOML file and the command line into a checked Config, or into a sentence that says what is wrong.
-Types, rules, --help and suggestions follow from the fields of options.py."""
+Types, rules and suggestions follow from the fields of options.py."""
 
 import difflib
-import json
 import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import Field, fields, is_dataclass
-from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any
 
 try:
     import tomllib
@@ -18,44 +14,12 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 from chunkflow.settings.answers import ANSWERS, VALUE_ANSWERS
-from chunkflow.settings.options import Config, Rule
+from chunkflow.settings.keys import KEYS, KINDS, SECTIONS, TABLES, Key, help_text, show, split
+from chunkflow.settings.options import Config, Rule, Source, Training, Validation
 
 
 class ConfigError(ValueError):
     """A setting is wrong. The message is one sentence: value, rule, remedy."""
-
-
-class Key(NamedTuple):
-    field: Field
-    type: type
-    optional: bool  # None means unset
-
-
-# What messages call a value of each type, and an example of one.
-_KINDS = {
-    bool: ("true or false", "true"),
-    int: ("a whole number", "10"),
-    float: ("a finite number", "1e-3"),
-    str: ("a string", '"text"'),
-    list: ("a list of strings", '["a", "b"]'),
-    dict: ("a table", '{ name = "text" }'),
-}
-
-
-def _keys(section: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
-    hints = get_type_hints(section)
-    for item in fields(section):
-        name, kind = prefix + item.name, hints[item.name]
-        if is_dataclass(kind):
-            yield from _keys(kind, name + ".")
-        else:
-            optional = type(None) in get_args(kind)
-            kind = get_args(kind)[0] if optional else kind
-            yield name, Key(item, get_origin(kind) or kind, optional)
-
-
-KEYS: dict[str, Key] = dict(_keys(Config))
-SECTIONS = {name[:end] for name in KEYS for end, letter in enumerate(name) if letter == "."}
 
 
 def load_config(argv: list[str]) -> Config:
@@ -66,21 +30,18 @@ def load_config(argv: list[str]) -> Config:
     values = (_read_toml(path) if path else {}) | overrides
     config = Config()
     for key, value in values.items():
-        section, name = _split(key)
+        section, name = split(key)
         setattr(attrgetter(section)(config), name, value)
     _check_combinations(config, values)
     return config
 
 
-def flat(config: Config) -> dict[str, Any]:
-    """The value of every key: {"training.steps": 100, ...}."""
-    return {name: attrgetter(name)(config) for name in KEYS}
-
-
-def _split(key: str) -> tuple[str, str]:
-    """Section and name of a key: training.steps is ("training", "steps")."""
-    section, _, name = key.rpartition(".")
-    return section, name
+def data_sections(config: Config, section: str = "training") -> dict[str, Training | Validation | Source]:
+    """What has the keys dataset and dataset_path, by its name: each of training.sources, else the section."""
+    sources = config.training.sources if section == "training" else []
+    return {f"{section}.sources[{index}]": source for index, source in enumerate(sources)} or {
+        section: getattr(config, section)
+    }
 
 
 # ----------------------------------------------------------------------------------- command line and file
@@ -99,7 +60,7 @@ def _parse_command_line(argv: list[str]) -> dict[str, Any]:
                 f"{argument!r} is not an option: write --section.key value, and lists with commas"
             )
         name, equals, text = argument[2:].partition("=")
-        section, last = _split(name)
+        section, last = split(name)
         positive = f"{section}.{last.removeprefix('no_')}"
         if name not in KEYS and positive in KEYS and KEYS[positive].type is bool:
             if equals:
@@ -108,6 +69,9 @@ def _parse_command_line(argv: list[str]) -> dict[str, Any]:
                 )
             values[positive] = False
             continue
+        if tables := next(filter(name.startswith, TABLES), None):
+            remedy = f"write [[{tables}]] and its keys below in the file of --job.config_file"
+            raise ConfigError(f"--{name} has no place on the command line: {remedy}")
         key = _known(name, "--")
         if not equals:
             following = arguments[0] if arguments else None
@@ -115,7 +79,7 @@ def _parse_command_line(argv: list[str]) -> dict[str, Any]:
                 values[name] = True
                 continue
             if following is None or following.startswith("--"):
-                raise ConfigError(f"--{name} has no value: write --{name}=VALUE, with {_KINDS[key.type][0]}")
+                raise ConfigError(f"--{name} has no value: write --{name}=VALUE, with {KINDS[key.type][0]}")
             text = arguments.pop(0)
         values[name] = _checked(name, _from_text(name, text))
     return values
@@ -156,8 +120,7 @@ def _read_toml(path: str) -> dict[str, Any]:
     def read(table: dict[str, Any], prefix: str) -> None:
         for name, value in table.items():
             name = prefix + name
-            line = _line_of(name, text)
-            where = f"{path}:{line}: " if line else f"{path}: "
+            where = _place(path, _line_of(name, text))
             if name in SECTIONS and isinstance(value, dict):
                 read(value, name + ".")
                 continue
@@ -167,10 +130,40 @@ def _read_toml(path: str) -> dict[str, Any]:
                     f"{where}job.config_file belongs on the command line, where it selects this file: remove"
                     " it here"
                 )
-            values[name] = _checked(name, value, where)
+            values[name] = (
+                _tables(name, value, path, text) if name in TABLES else _checked(name, value, where)
+            )
 
     read(tables, "")
     return values
+
+
+def _tables(name: str, tables: Any, path: str, text: str) -> list:
+    """The objects of a list of tables, [[name]] in the TOML text; ConfigError for what they do not admit."""
+    if type(tables) is not list or not all(type(table) is dict for table in tables):
+        rule = f"is not a list of tables: write [[{name}]] above the keys of each"
+        raise ConfigError(f"{_place(path, _line_of(name, text))}{name} {rule}")
+    lines, keys, made = text.split("\n"), TABLES[name], []
+    header = re.compile(rf"\s*\[\[\s*{re.escape(name)}\s*\]\]")
+    begins = [number for number, line in enumerate(lines) if header.match(line)]
+    for index, table in enumerate(tables):
+        values, first, own_text = {}, 0, ""
+        if len(begins) == len(tables):  # else they are written as { ... } in a list
+            first, end = [*begins, len(lines)][index : index + 2]
+            own_text = "\n".join(lines[first:end])
+        for inner, value in table.items():
+            line = _line_of(f"{name}.{inner}", own_text)
+            where = _place(path, first + line if line else _line_of(name, text))
+            shown = f"{name}[{index}].{inner}"
+            if inner not in keys:
+                raise ConfigError(f"{where}unknown key {shown}: {_suggest(inner, keys)}")
+            values[inner] = _checked(shown, value, where, keys[inner])
+        made.append(KEYS[name].field.metadata["admits"](**values))
+    return made
+
+
+def _place(path: str, line: int | None) -> str:
+    return f"{path}:{line}: " if line else f"{path}: "
 
 
 def _line_of(name: str, text: str) -> int | None:
@@ -192,7 +185,7 @@ def _line_of(name: str, text: str) -> int | None:
 def answer(name: str) -> str | None:
     """The answer to a key of torchtitan's or of a later version, else that to its section, else None."""
     while name and name not in ANSWERS:
-        name = _split(name)[0]
+        name = split(name)[0]
     return ANSWERS.get(name)
 
 
@@ -209,15 +202,15 @@ def _known(name: str, dashes: str, where: str = "", inside: Any = ()) -> Key:
         raise ConfigError(
             f"{where}{dashes}{name} is a section: set one of its keys, such as {dashes}{example}"
         )
-    same = [key for key in KEYS if _split(key)[1] == _split(name)[1]]
+    same = [key for key in KEYS if split(key)[1] == split(name)[1]]
     close = same[:1] or difflib.get_close_matches(name, SECTIONS if inside else KEYS, n=1)
     remedy = f"did you mean {dashes}{close[0]}?" if close else "see --help for all keys"
     raise ConfigError(f"{where}unknown {'section' if inside else 'key'} {dashes}{name}: {remedy}")
 
 
-def _checked(name: str, value: Any, where: str = "") -> Any:
-    """The value in the key's type; ConfigError if the key does not admit it."""
-    key = KEYS[name]
+def _checked(name: str, value: Any, where: str = "", key: Key | None = None) -> Any:
+    """The value in the key's type; ConfigError if the key does not admit it. `key`: if not the name's."""
+    key = key or KEYS[name]
     if value is None and key.optional:
         return None
     value = _typed(name, value, key.type, where)
@@ -250,7 +243,7 @@ def _typed(name: str, value: Any, kind: type, where: str) -> Any:
 
 
 def _wrong_type(name: str, shown: str, kind: type, where: str = "") -> ConfigError:
-    words, example = _KINDS[kind]
+    words, example = KINDS[kind]
     return ConfigError(f"{where}{name} = {shown} is not {words}: write it like {name} = {example}")
 
 
@@ -258,17 +251,6 @@ def _suggest(word: str, choices: Any) -> str:
     close = difflib.get_close_matches(word, choices, n=1)
     meant = f" (did you mean {show(close[0])}?)" if close else ""
     return f"choose {'one of ' if len(choices) > 1 else ''}{', '.join(map(show, choices))}{meant}"
-
-
-def show(value: Any) -> str:
-    """A value as TOML writes it."""
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{name} = {show(inner)}" for name, inner in value.items()) + " }"
-    if isinstance(value, list):
-        return f"[{', '.join(map(show, value))}]"
-    if isinstance(value, str):  # JSON escapes all that TOML does, save for DEL
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # ----------------------------------------------------------------------------------------------- several keys
@@ -295,9 +277,16 @@ def _check_combinations(config: Config, given: dict[str, Any]) -> None:
             training.dtype != "float64" and getattr(training, name) == "float64",
             f'training.{name} = "float64" needs training.dtype = "float64": set that, or "float32" here',
         )
-    _check_dataset("training", training.dataset, training.dataset_path)
+    _check_sources(training, given)
+    for name, section in data_sections(config).items():
+        _check_dataset(name, section.dataset, section.dataset_path)
     if validation.enable:
         if validation.dataset is None:
+            _refuse_if(
+                training.sources,
+                "validation.dataset is unset, and with training.sources there is no one dataset to take for"
+                " it: set validation.dataset and validation.dataset_path",
+            )
             validation.dataset = training.dataset
             if training.dataset == "synthetic":
                 validation.dataset_path = validation.dataset_path or training.dataset_path
@@ -322,6 +311,29 @@ def _check_combinations(config: Config, given: dict[str, Any]) -> None:
         f'activation_checkpoint.selective_ac_option = {show(selective)} is neither "op" nor a whole number of'
         ' at least 1 in quotes: set "op", or "2" to recompute every second layer',
     )
+
+
+def _check_sources(training: Training, given: dict[str, Any]) -> None:
+    """Checks training.sources, and names those that have no name."""
+    for key in ("dataset", "dataset_path") if training.sources else ():
+        _refuse_if(
+            f"training.{key}" in given,
+            f"training.{key} = {show(getattr(training, key))} is not read beside training.sources: remove it,"
+            " or the tables",
+        )
+    names: dict[str, int] = {}
+    for index, source in enumerate(training.sources):
+        _refuse_if(
+            source.dataset is None,
+            f'training.sources[{index}] has no dataset: set one in it, such as dataset = "jsonl"',
+        )
+        source.name = source.name or Path(source.dataset_path).name or source.dataset
+        _refuse_if(
+            source.name in names,
+            f"training.sources[{index}] and training.sources[{names.get(source.name)}] are both called"
+            f" {show(source.name)}: give one of them another name",
+        )
+        names[source.name] = index
 
 
 def _check_dataset(section: str, dataset: str, path: str) -> None:
@@ -359,42 +371,3 @@ def check_processes(config: Config, processes: int) -> None:
         f"{named} x data_parallel_shard_degree = {shards} is not {processes}, the number of processes: set"
         f" data_parallel_shard_degree = -1, or NGPU = {others * shards}",
     )
-
-
-# -------------------------------------------------------------------------------------------- configs as text
-
-
-def to_toml(config: Config) -> str:
-    """All settings as TOML, which loads as an equal config; keys without a value are omitted."""
-    values = {name: value for name, value in flat(config).items() if value is not None}
-    del values["job.config_file"]
-    return "\n".join(
-        "\n".join([f"[{section}]", *(f"{_split(name)[1]} = {show(values[name])}" for name in names)]) + "\n"
-        for section, names in _by_section(values)
-    )
-
-
-def help_text() -> str:
-    """Every key with its default, what it means and what it admits."""
-    lines = [
-        "Options, over the values of --job.config_file FILE.toml, over the defaults shown. --check: stop"
-        " after the checks."
-    ]
-    defaults = flat(Config())
-    for section, names in _by_section(KEYS):
-        lines += ["", f"[{section}]"]
-        for name in names:
-            key, default = KEYS[name], defaults[name]
-            doc, admits = key.field.metadata["doc"], key.field.metadata["admits"]
-            words = _KINDS[key.type][0]
-            if isinstance(admits, Rule):
-                words = f"a value {admits.words}"
-            elif isinstance(admits, tuple):
-                words = ", ".join(map(show, admits))
-            lines.append(f"  --{name} ({'unset' if default is None else show(default)})")
-            lines.append(f"        {doc} [{words}]")
-    return "\n".join(lines)
-
-
-def _by_section(names: Iterable[str]) -> Iterator[tuple[str, Iterator[str]]]:
-    return groupby(names, key=lambda name: _split(name)[0])

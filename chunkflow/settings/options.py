@@ -22,9 +22,10 @@ BATCHES = Rule("of at least 1, or -1 for all of the data", lambda value: value >
 SEED = Rule("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 
 
-def option(default: Any, doc: str, admits: Rule | tuple | dict | None = None, **more: Any) -> Any:
+def option(default: Any, doc: str, admits: Rule | tuple | dict | type | None = None, **more: Any) -> Any:
     """A key's field: its default, its line for --help, and what it admits of its type: a rule for numbers,
-    strings to choose from (the items, if it is a list), or the names in a table with their types."""
+    strings to choose from (the items, if it is a list), the names in a table with their types, or the
+    dataclass of each table in a list of them."""
     default = {"default_factory": default.copy} if isinstance(default, (list, dict)) else {"default": default}
     return field(**default, metadata={"doc": doc, "admits": admits}, **more)
 
@@ -74,9 +75,21 @@ class Model:
 
 
 @dataclass
+class Source:
+    """A table of [[training.sources]]."""
+
+    dataset: str | None = option(None, "where its sequences come from; each table has one", DATASETS)
+    dataset_path: str = option("", "as training.dataset_path")
+    weight: float = option(1.0, "how often an epoch passes each of its rows, such as 2 or 0.5", POSITIVE)
+    name: str = option("", "what the log and the curves call it; unset: the last part of its path")
+    columns: dict | None = option(None, "as training.columns; unset: these", COLUMNS)
+
+
+@dataclass
 class Training:
     dataset: str = option("python_stdlib", "where sequences come from", DATASETS)
     dataset_path: str = option("", 'jsonl: file, folder or glob; synthetic: "lmsys", "llama3_sft", "agent"')
+    sources: list[Source] = option([], "several of these, mixed; only in a file", Source)
     columns: dict = option({}, 'their name for ours: { prompt = "question" }', COLUMNS)
     chat_template: str = option(
         "", "how chats become text: a file, or the name of one shipped; empty: the tokenizer's own"

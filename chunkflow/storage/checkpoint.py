@@ -87,7 +87,7 @@ class Checkpoints:
             excluded = manifest.excluded(self.settings, content)
             if "dataloader" not in excluded:
                 manifest.check_data(content, self.loader.identity, folder)
-                self.loader.restore(content["cursor"], content["ledger"])
+                self.loader.restore(content)
             self._load_tensors(folder, weights_only=not content["complete"] or "optimizer" in excluded)
             return Progress(**content["progress"])
         if kind == "checkpoint weights":
@@ -207,8 +207,7 @@ class Checkpoints:
             "model": self.identity,
             "data": self.loader.identity,
             "excluded": self.settings.exclude_from_loading,
-            "cursor": self.loader.cursor,
-            "ledger": vars(self.loader.ledger),
+            **self.loader.state,
         }
         content = json.loads(json.dumps(content))  # a copy: training goes on during a background save
         if self.settings.async_mode == "disabled":

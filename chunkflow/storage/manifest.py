@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from chunkflow.settings import options
-from chunkflow.settings.config import Config, ConfigError, flat
+from chunkflow.settings.config import Config, ConfigError
+from chunkflow.settings.keys import flat
 from chunkflow.storage.hf_weights import weights_folder
 from models import families
 
@@ -122,7 +123,8 @@ def check_data(manifest: dict[str, Any], identity: dict[str, Any], folder: Path)
 def _difference(recorded: dict[str, Any], now: dict[str, Any]) -> str:
     for name, value in recorded.items():
         if now.get(name) != value:
-            return f"{name} was {value!r} there and is {now.get(name)!r} here"
+            here = repr(now[name]) if name in now else "unset"
+            return f"{name} was {value!r} there and is {here} here"
     return ""
 
 

@@ -13,6 +13,7 @@ import torch
 
 from chunkflow.data.dataloader import ChunkDataLoader
 from chunkflow.data.dataset import TokenDataset, open_dataset
+from chunkflow.data.mixture import MixedDataset
 from chunkflow.data.synthetic import SyntheticDataset
 from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.execution.attention import activate_flash_attention_3
@@ -22,7 +23,7 @@ from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.waits import PESSIMISTIC_FLOPS, longest_wait
 from chunkflow.settings import options
-from chunkflow.settings.config import ConfigError
+from chunkflow.settings.config import ConfigError, data_sections
 from chunkflow.settings.options import Config
 from chunkflow.training.converters import check_converters
 from chunkflow.training.optimizer import check_optimizer
@@ -150,18 +151,32 @@ def plan_settings(config: Config, spec: ModelSpec, replicas: int, planned: bool 
 
 def open_data(
     config: Config, spec: ModelSpec, seed: int, section: str = "training"
-) -> TokenDataset | SyntheticDataset:
-    """The sequences of the config's `section`, training or validation. ValueError for rows that cannot be
-    used."""
-    training, settings = config.training, getattr(config, section)
-    name, path = settings.dataset, settings.dataset_path
-    logger.info(f"Preparing {name} dataset from {path or 'its default place'} for {section}")
-    arguments = {"vocab_size": spec.args.vocab_size, "seed": seed, "section": section}
-    arguments |= {"columns": training.columns, "multi_turn": training.multi_turn}
-    dataset = open_dataset(name, path, spec.tokenizer, **arguments)
-    total, longest = sum(dataset.lengths), max(dataset.lengths)
-    logger.info(f"{len(dataset):,} sequences, {total:,} tokens, the longest has {longest:,}")
-    return dataset
+) -> TokenDataset | SyntheticDataset | MixedDataset:
+    """The sequences of the config's `section`, training or validation: of its dataset, or of all its sources
+    if it has some. ValueError for rows that cannot be used."""
+    training, opened = config.training, []
+    for where, settings in data_sections(config, section).items():
+        name, path = settings.dataset, settings.dataset_path
+        logger.info(f"Preparing {name} dataset from {path or 'its default place'} for {where}")
+        arguments = {"vocab_size": spec.args.vocab_size, "seed": seed, "section": where}
+        columns = getattr(settings, "columns", None)  # a source's own
+        arguments |= {"columns": training.columns if columns is None else columns}
+        dataset = open_dataset(name, path, spec.tokenizer, multi_turn=training.multi_turn, **arguments)
+        total, longest = sum(dataset.lengths), max(dataset.lengths)
+        logger.info(f"{len(dataset):,} sequences, {total:,} tokens, the longest has {longest:,}")
+        opened.append(dataset)
+    if section != "training" or not training.sources:
+        return opened[0]
+    weights = [source.weight for source in training.sources]
+    mixed = MixedDataset({source.name: data for source, data in zip(training.sources, opened)}, weights)
+    rows = [weight * len(data) for weight, data in zip(weights, opened)]
+    tokens = [weight * sum(data.lengths) for weight, data in zip(weights, opened)]
+    for source, own_rows, own_tokens in zip(training.sources, rows, tokens):
+        logger.info(
+            f"Source {source.name}: weight {source.weight:g}, {100 * own_rows / sum(rows):.1f} % of an"
+            f" epoch's sequences, {100 * own_tokens / sum(tokens):.1f} % of its tokens"
+        )
+    return mixed
 
 
 def open_loader(

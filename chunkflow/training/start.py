@@ -11,7 +11,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-from chunkflow.settings.config import ConfigError, check_processes, load_config, show, to_toml
+from chunkflow.settings.config import ConfigError, check_processes, data_sections, load_config
+from chunkflow.settings.keys import show, to_toml
 from chunkflow.settings.options import Config
 
 logger = logging.getLogger(__name__)
@@ -84,8 +85,10 @@ def check_paths(config: Config) -> None:
             f"model.tokenizer_path = {show(tokenizer)} does not exist: name a tokenizer.json, a sentencepiece"
             " model, or a folder with one"
         )
-    for name in ("training", "validation") if config.validation.enable else ("training",):
-        section = getattr(config, name)
+    sections = data_sections(config)
+    if config.validation.enable:
+        sections |= data_sections(config, "validation")
+    for name, section in sections.items():
         if section.dataset == "jsonl":
             from chunkflow.data.files import jsonl_files
 

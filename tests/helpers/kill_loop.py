@@ -18,21 +18,25 @@ LAYOUTS = {
 }
 
 
-def outcome(folder: Path, steps: int) -> tuple[list, dict, dict]:
-    """What must be equal: rows but for timing, the ledger, and the last checkpoint's tensors by checksum."""
+def outcome(folder: Path, steps: int) -> tuple[list, list, dict]:
+    """What must be equal: rows but for timing, ledgers, and the last checkpoint's tensors by checksum."""
     manifest = json.loads((folder / "checkpoint" / f"step-{steps}" / "manifest.json").read_text())
     return (
         untimed(rows_of(folder)),
-        manifest["ledger"],
+        [manifest["ledger"], manifest["ledger_by_source"]],
         {name: file for name, file in manifest["files"].items() if name != ".metadata"},
     )
 
 
 class KillLoop:
-    def __init__(self, place: Path, steps: int, seed: int = 0):
+    """`data`: options that name the data, in place of a small file."""
+
+    def __init__(self, place: Path, steps: int, seed: int = 0, data: list[str] | None = None):
         self.place, self.steps, self.random = place, steps, random.Random(seed)
         self.environ = environment(place)
-        self.data = write_rows(place / "rows.jsonl", [100, 20, 64, 5, 70, 31, 7, 12, 1, 48])
+        rows = [100, 20, 64, 5, 70, 31, 7, 12, 1, 48]
+        path = "" if data else write_rows(place / "rows.jsonl", rows)
+        self.data = data or ["--training.dataset=jsonl", f"--training.dataset_path={path}"]
         self.model = small_assets(place / "model")
         self.kills = self.in_saves = 0
 
@@ -41,8 +45,7 @@ class KillLoop:
         settings = [
             f"--job.dump_folder={folder}",
             self.model,
-            "--training.dataset=jsonl",
-            f"--training.dataset_path={self.data}",
+            *self.data,
             "--training.global_batch_size=3",
             f"--training.steps={self.steps}",
             "--lr_scheduler.warmup_steps=2",
@@ -94,7 +97,7 @@ class KillLoop:
         expected = self.finish(name, self.place / f"{slug}_undisturbed")
         got = self.disturbed(name, self.place / slug, kills)
         for what, ours, theirs in zip(
-            ("rows of metrics.jsonl", "ledger", "tensors of the last checkpoint"), got, expected
+            ("rows of metrics.jsonl", "ledgers", "tensors of the last checkpoint"), got, expected
         ):
             if ours != theirs:
                 raise AssertionError(f"{name}: other {what} after {kills} kills:\n{ours}\n{theirs}")

@@ -1,0 +1,128 @@
+"""Every key, by its full name, from the fields of options.py; and configs as text: TOML, --help."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import Field, asdict, fields, is_dataclass
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from chunkflow.settings.options import Config, Rule
+
+
+class Key(NamedTuple):
+    field: Field
+    type: type
+    optional: bool  # None means unset
+
+
+# What messages call a value of each type, and an example of one.
+KINDS = {
+    bool: ("true or false", "true"),
+    int: ("a whole number", "10"),
+    float: ("a finite number", "1e-3"),
+    str: ("a string", '"text"'),
+    list: ("a list of strings", '["a", "b"]'),
+    dict: ("a table", '{ name = "text" }'),
+}
+
+
+def _keys(section: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
+    hints = get_type_hints(section)
+    for item in fields(section):
+        name, kind = prefix + item.name, hints[item.name]
+        if is_dataclass(kind):
+            yield from _keys(kind, name + ".")
+        else:
+            optional = type(None) in get_args(kind)
+            kind = get_args(kind)[0] if optional else kind
+            yield name, Key(item, get_origin(kind) or kind, optional)
+
+
+KEYS: dict[str, Key] = dict(_keys(Config))
+TABLES = {  # a key that is a list of tables -> the keys of each table
+    name: dict(_keys(key.field.metadata["admits"]))
+    for name, key in KEYS.items()
+    if is_dataclass(key.field.metadata["admits"])
+}
+SECTIONS = {name[:end] for name in KEYS for end, letter in enumerate(name) if letter == "."}
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The value of every key: {"training.steps": 100, ...}; tables are dicts, without the keys unset."""
+    values = {name: attrgetter(name)(config) for name in KEYS}
+    for name in TABLES:
+        values[name] = [
+            {key: value for key, value in asdict(table).items() if value is not None}
+            for table in values[name]
+        ]
+    return values
+
+
+def split(key: str) -> tuple[str, str]:
+    """Section and name of a key: training.steps is ("training", "steps")."""
+    section, _, name = key.rpartition(".")
+    return section, name
+
+
+def show(value: Any) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {show(inner)}" for name, inner in value.items()) + " }"
+    if isinstance(value, list):
+        return f"[{', '.join(map(show, value))}]"
+    if isinstance(value, str):  # JSON escapes all that TOML does, save for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def to_toml(config: Config) -> str:
+    """All settings as TOML, which loads as an equal config; keys without a value are omitted."""
+    values = {name: value for name, value in flat(config).items() if value is not None}
+    omitted = {"job.config_file", *TABLES}
+    if config.training.sources:
+        omitted |= {"training.dataset", "training.dataset_path"}
+    parts: list[tuple[str, dict[str, Any]]] = []  # header, then the values below it
+    for section, names in _by_section(values):
+        kept = {split(name)[1]: values[name] for name in names if name not in omitted}
+        parts.append((f"[{section}]", kept))
+        for name in TABLES:
+            if split(name)[0] == section:
+                parts += [(f"[[{name}]]", table) for table in values[name]]
+    return "\n".join(
+        "\n".join([header, *(f"{name} = {show(value)}" for name, value in table.items())]) + "\n"
+        for header, table in parts
+    )
+
+
+def help_text() -> str:
+    """Every key with its default, what it means and what it admits."""
+    lines = [
+        "Options, over the values of --job.config_file FILE.toml, over the defaults shown. --check: stop"
+        " after the checks."
+    ]
+    defaults = flat(Config())
+    for section, names in _by_section(KEYS):
+        lines += ["", f"[{section}]"]
+        for name in names:
+            if name in TABLES:
+                lines += [f"  [[{name}]]", f"        {KEYS[name].field.metadata['doc']}"]
+                for inner, key in TABLES[name].items():
+                    lines += _help_of(f"    {inner}", key, key.field.default)
+            else:
+                lines += _help_of(f"  --{name}", KEYS[name], defaults[name])
+    return "\n".join(lines)
+
+
+def _help_of(name: str, key: Key, default: Any) -> list[str]:
+    doc, admits = key.field.metadata["doc"], key.field.metadata["admits"]
+    words = KINDS[key.type][0]
+    if isinstance(admits, Rule):
+        words = f"a value {admits.words}"
+    elif isinstance(admits, tuple):
+        words = ", ".join(map(show, admits))
+    return [f"{name} ({'unset' if default is None else show(default)})", f"        {doc} [{words}]"]
+
+
+def _by_section(names: Iterable[str]) -> Iterator[tuple[str, Iterator[str]]]:
+    return groupby(names, key=lambda name: split(name)[0])
