@@ -2,7 +2,8 @@
 
     NGPU=64 python recipes/plan.py --job.config_file my.toml
 
-Builds the real plans of the first 20 steps (--steps=N; an epoch at most) for NGPU x NNODES ranks from the
+Says first how much of the data training.seq_len admits, and how long its sequences are. Then builds the real
+plans of the first 20 steps (--steps=N; an epoch at most) for NGPU x NNODES ranks from the
 lengths of the data, and one more with the longest sequence among the first step's. --json prints one JSON
 object. Memory is arithmetic for CUDA, not measured.
 """
@@ -13,6 +14,7 @@ import sys
 from itertools import groupby
 from typing import NamedTuple
 
+from chunkflow.planning.lengths import histogram, retention
 from chunkflow.planning.memory import PARTS, StageSizes, host_bytes, peak_parts
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.storage import hf_weights as hf
@@ -66,17 +68,19 @@ def main(argv: list[str] | None = None) -> None:
         )
         raise SystemExit(2)
     with user_errors():
-        report = predict(config, int(options.steps))
+        spec, seed = build.model_spec(config), parallel.set_seed(config.debug)
+        dataset = build.open_data(config, spec, seed)
+        if not options.json:  # at once: the plan may refuse a sequence for its length
+            print(lengths_table(dataset.lengths, config), flush=True)
+        report = predict(config, int(options.steps), spec, dataset, seed)
     print(json.dumps(report) if options.json else table(report))
 
 
-def predict(config, count: int) -> dict:
+def predict(config, count: int, spec: build.ModelSpec, dataset, seed: int) -> dict:
     """The whole report, as one JSON object. Memory is in GiB."""
     # ---- Data and plan settings, as in the training recipe.
     training, pipeline_ranks = config.training, config.parallelism.pipeline_parallel_degree
     ranks = world_size(planned=True)
-    spec, seed = build.model_spec(config), parallel.set_seed(config.debug)
-    dataset = build.open_data(config, spec, seed)
     settings = build.plan_settings(config, spec, ranks // pipeline_ranks, planned=True)
     loader = build.open_loader(training, dataset, settings, 0, seed)
 
@@ -109,6 +113,7 @@ def predict(config, count: int) -> dict:
         "chunk_size": settings.chunk_size if settings.enable else None,
         "k": settings.k if settings.enable else None,
         "notice": loader.notice,
+        "retention": [kept._asdict() for kept in retention(dataset.lengths, training.seq_len)],
         "steps": len(batches),
         "mean": {name: sum(step[name] for step in figures) / len(figures) for name in figures[0]},
         "worst": {name: max(step[name] for step in figures) for name in figures[0]},
@@ -161,6 +166,26 @@ def memory(peaks_of_steps: list[list[Parts]], cuda: list[int]) -> dict:
         "pipeline_rank": fullest.index(parts),
         "pipeline_ranks_gib": [sum(parts.values()) / 2**30 for parts in fullest],
     }
+
+
+def lengths_table(lengths: list[int], config) -> str:
+    """What each training.seq_len would keep of the data, and its lengths against the chunk, as text."""
+    rows, tokens, seq_len = len(lengths), sum(lengths), config.training.seq_len
+    lines = [f"{'training.seq_len':>18}{'rows kept':>22}{'tokens, long ones dropped':>32}{'truncated':>26}"]
+    for kept in retention(lengths, seq_len):
+        columns = (kept.rows, rows, 13), (kept.tokens, tokens, 23), (kept.tokens_truncated, tokens, 17)
+        shares = "".join(f"{part:>{width},} {100 * part / whole:6.1f} %" for part, whole, width in columns)
+        mark = "  <- this config" if kept.seq_len == seq_len else ""
+        lines.append(f"{kept.seq_len:>18,}{shares}{mark}")
+    chunk_size = config.chunkflow.chunk_size
+    lines += ["", f"{'tokens of a sequence':>22}{'sequences':>14}{'tokens':>18}  share of all tokens"]
+    for part in histogram(lengths, chunk_size):
+        share = 100 * part.tokens / tokens
+        mark = " <- chunkflow.chunk_size" if part.end == chunk_size and config.chunkflow.enable else ""
+        bar = "#" * round(share / 2)
+        between = f"{part.above + 1:,} to {part.end:,}"
+        lines.append(f"{between:>22}{part.rows:>14,}{part.tokens:>18,}  {share:4.1f} % {bar}{mark}".rstrip())
+    return "\n".join([*lines, ""])
 
 
 def table(report: dict) -> str:

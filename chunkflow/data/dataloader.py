@@ -131,11 +131,13 @@ class ChunkDataLoader:
             return ""
         first, tokens = overlong[0], sum(lengths[index] for index in overlong)
         if self.overlong == "error":
+            cut, share = tokens - len(overlong) * self.seq_len, 100 / sum(lengths)
             raise ValueError(
                 f"{self.dataset.source(first)}: {lengths[first]:,} tokens, but training.seq_len admits"
                 f" {self.seq_len:,} ({len(overlong):,} sequences of {len(lengths):,} are longer, the longest"
                 f" has {max(lengths):,} tokens): raise training.seq_len, or set training.overlong to"
-                ' "truncate" or "drop"'
+                f' "truncate", which cuts off {cut:,} tokens ({cut * share:.1f} % of all), or to "drop", which'
+                f" leaves out {tokens:,} ({tokens * share:.1f} %)"
             )
         counts = Counter(map(self._source_of, overlong))
         if self.overlong == "drop":
