@@ -136,8 +136,8 @@ class ChunkDataLoader:
                 f"{self.dataset.source(first)}: {lengths[first]:,} tokens, but training.seq_len admits"
                 f" {self.seq_len:,} ({len(overlong):,} sequences of {len(lengths):,} are longer, the longest"
                 f" has {max(lengths):,} tokens): raise training.seq_len, or set training.overlong to"
-                f' "truncate", which cuts off {cut:,} tokens ({cut * share:.1f} % of all), or to "drop", which'
-                f" leaves out {tokens:,} ({tokens * share:.1f} %)"
+                f' "truncate", which cuts off {cut:,} tokens ({cut * share:.1f} % of all), or to "drop",'
+                f" which leaves out {tokens:,} ({tokens * share:.1f} %)"
             )
         counts = Counter(map(self._source_of, overlong))
         if self.overlong == "drop":
