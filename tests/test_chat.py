@@ -742,6 +742,31 @@ def test_the_preview_shows_tokens_masks_and_chunks(folders, tmp_path, capsys, mo
     assert text.startswith("2: ") and text.count("---- tokens ") > 1
 
 
+def test_the_preview_as_a_page(folders, tmp_path, capsys, monkeypatch):
+    page = tmp_path / "page.html"
+    out = preview(
+        capsys,
+        monkeypatch,
+        tmp_path,
+        folders["chatml"],
+        "--html",
+        str(page),
+        "--training.global_batch_size=5",
+    )
+    assert out.rstrip().endswith(f"{page}: 2 sequences, open it in a browser")  # each row once
+    text, tokenizer = page.read_text(), Tokenizer(str(folders["chatml"]))
+    loss = "".join(re.findall(r'<i class=loss title="id \d+">(.*?)</i>', text, re.DOTALL))
+    assert loss.startswith("It is 3.⏎\nSo \U0001f600.&lt;|im_end|&gt;b&lt;|im_end|&gt;")
+    shown = [int(number) for number in re.findall(r'<i(?: class=loss)? title="id (\d+)">', text)]
+    chats = [
+        tokenizer.encode(
+            tokenizer.chat.render(say("What is\x1b[31m", "It is 3.\nSo \U0001f600.", "a", "b")["messages"])
+        )
+    ]
+    starts = [shown[start : start + len(chats[0])] for start in range(len(shown))]
+    assert chats[0] in starts and "\x1b" not in text and text.count("<div class=chunk>") > 2
+
+
 def test_the_preview_in_colours(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     out = preview(capsys, monkeypatch, tmp_path, folders["chatml"], "--training.global_batch_size=1")
