@@ -254,21 +254,20 @@ def _calls(calls, name: str) -> list[dict]:
     return [_call(call, f"{name}[{index}]") for index, call in enumerate(calls)]
 
 
-def _call(call, name: str) -> dict:
-    if not isinstance(call, dict):
-        raise ValueError(f"{name} is {show(call)}: {CALL_RULE}")
+def _call(given, name: str) -> dict:
+    if not isinstance(given, dict):
+        raise ValueError(f"{name} is {show(given)}: {CALL_RULE}")
+    call = given
     if "function" not in call:  # its name and arguments are not under a key of their own
         function = {key: value for key, value in call.items() if key in ("name", "arguments")}
         call = {"type": "function"} | {key: value for key, value in call.items() if key not in function}
         call["function"] = function
     function = call["function"]
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise ValueError(f"{name} is {show(call)}: {CALL_RULE}")
-    if others := [
-        *(call.keys() - {"id", "type", "function", "index"}),
-        *(function.keys() - {"name", "arguments"}),
-    ]:
-        raise ValueError(f'{name} has "{others[0]}", which is not read: {CALL_RULE}, remove it')
+        raise ValueError(f"{name} is {show(given)}: {CALL_RULE}")
+    others = call.keys() - {"id", "type", "function", "index"} | function.keys() - {"name", "arguments"}
+    if others:
+        raise ValueError(f'{name} has "{min(others)}", which is not read: {CALL_RULE}, remove it')
     if call.get("type", "function") != "function":
         raise ValueError(f'{name} has the type {show(call["type"])}: only "function" is read, {CALL_RULE}')
     arguments = function.get("arguments", "")
