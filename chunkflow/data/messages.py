@@ -19,6 +19,7 @@ ROLES = {
     "tool_response": "tool",
     "function": "tool",
 }
+PLAIN, PLAIN_ROLES = {"role", "content"}, ("system", "user", "assistant", "tool")
 CALL_ROLES = ("function_call", "tool_call")  # the content is the call
 ALIASES = {
     "from": "role",
@@ -90,24 +91,20 @@ def chat_of(row: dict, form: str, messages: list[dict], weights: list[float]) ->
 
 def checked_messages(value, form: str, notes: set[str]) -> tuple[list[dict], list[float]]:
     """The messages as a template gets them, and the weight of the loss on each."""
-    listed = f'"{form}" is {show(value)}' if not isinstance(value, list) else ""
+    given = value
     if isinstance(value, str):
         value = parsed(value, f'"{form}"', 'a list of {"role", "content"} objects (or {"from", "value"})')
     if not isinstance(value, list):
-        raise ValueError(f'{listed}: it must be a list of {{"role", "content"}} objects (or "from", "value")')
+        raise ValueError(
+            f'"{form}" is {show(given)}: it must be a list of {{"role", "content"}} objects (or {{"from",'
+            ' "value"})'
+        )
     if not value:
         raise ValueError(f'"{form}" is an empty list: a sequence has at least one message, remove the row')
     messages, weights = [], []
-    for index, given in enumerate(value):
+    for index, message in enumerate(value):
         name = f"{form}[{index}]"
-        if not isinstance(given, dict):
-            raise ValueError(f"{name} is {show(given)}: {MESSAGE_RULE}")
-        role = ROLES.get(given.get("role")) if type(given.get("role")) is str else None
-        plain = role and len(given) == 2 and given["role"] not in CALL_ROLES
-        if plain and type(content := given.get("content")) is str:  # nearly all are: fast
-            message, weight = {"role": role, "content": checked_text(content, f"{name}.content")}, None
-        else:
-            message, weight = _read_message(given, name, notes)
+        message, weight = _read_message(message, name, notes)
         answer = message["role"] == "assistant"
         if weight and not answer:
             raise ValueError(
@@ -118,8 +115,13 @@ def checked_messages(value, form: str, notes: set[str]) -> tuple[list[dict], lis
     return messages, weights
 
 
-def _read_message(given: dict, name: str, notes: set[str]) -> tuple[dict, float | None]:
+def _read_message(given, name: str, notes: set[str]) -> tuple[dict, float | None]:
     """A message as a template gets it, and its weight if it has one."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{name} is {show(given)}: {MESSAGE_RULE}")
+    if given.keys() == PLAIN and given["role"] in PLAIN_ROLES and isinstance(given["content"], str):
+        checked_text(given["content"], f"{name}.content")
+        return given, None  # as most are
     message = {}
     for key, value in given.items():
         if value is None:

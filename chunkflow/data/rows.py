@@ -34,6 +34,7 @@ PAIRS = (
 )
 FORMS = (*((key,) for key in CHATS), *PAIRS, ("text",), ("content",), ("input_ids",))  # the first one is read
 FORM_KEYS = {key for form in FORMS for key in form}
+_FORM_SETS = [(form, frozenset(form)) for form in FORMS]
 PARTNERS = {
     "prompt": "completion",
     "completion": "prompt",
@@ -72,7 +73,8 @@ MEANING = {
     **dict.fromkeys(("labels", "loss_mask", "input_ids", "attention_mask", "position_ids"), ""),
     **dict.fromkeys(("completion", "tools", *SYSTEM), ""),
 }
-BESIDE_PAIRS = {*CONTEXT, *REASONING}  # in a row of question and answer these have a meaning too
+# in a row of a question and its answer these have a meaning too
+MEANING_BESIDE = {1: frozenset(MEANING), 2: frozenset((*MEANING, *CONTEXT, *REASONING))}
 ID_RULES = {"input_ids": "a token id is at least 0", "labels": "a label is a token id, or -100 for no loss"}
 NOT_READ = "not read: "
 Span = tuple[str | list[int], float]  # text or token ids, and the weight of the loss on them; 0: no loss
@@ -163,16 +165,18 @@ def _renamed(record: dict, columns: dict[str, str]) -> dict:
 
 def _form(row: dict, record: dict, columns: dict[str, str]) -> tuple[str, ...]:
     """The form to read: the first of FORMS that the row has, one with a key of training.columns first."""
-    found = [form for form in FORMS if row.keys() >= set(form)]
+    keys = row.keys()
+    found = [form for form, needed in _FORM_SETS if keys >= needed]
     if len(found) > 1 and ("input_ids",) in found:
         both = f'the row has both "{found[0][0]}" and "input_ids"'
         raise ValueError(f"{both}: {FORMS_SENTENCE}, remove or rename one of the two")
     if found:
         return next((form for form in found if columns.keys() & set(form)), found[0])
     _refuse_meaning(row, {"chosen", "rejected"}, "")
-    for key in FORM_KEYS:
-        if key in record and key not in row:
-            raise ValueError(f"{key} is null: it must be a {'list' if key in CHATS else 'string'}, write it")
+    null = [key for form in FORMS for key in form if key in record and key not in row]
+    if null:
+        kind = "list" if null[0] in (*CHATS, "input_ids") else "string"
+        raise ValueError(f"{null[0]} is null: it must be a {kind}, write it")
     for key, partner in PARTNERS.items():
         if key in row:
             raise ValueError(
@@ -191,7 +195,7 @@ def _check_others(row: dict, form: tuple[str, ...], read: set[str], notes: set[s
     others.discard("weight")
     if not others:
         return
-    meaning = others & (MEANING.keys() | BESIDE_PAIRS if len(form) == 2 else MEANING.keys())
+    meaning = others & MEANING_BESIDE[len(form)]
     if "prompt" in others:  # a whole form beside the one that is read
         meaning.discard("completion")
     _refuse_meaning(row, meaning, f' beside "{form[0]}"')
