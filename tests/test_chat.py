@@ -584,8 +584,8 @@ BAD_CHATS = [
         "messages[0].weight is 1, and there is loss on the assistant's",
     ),
     (
-        {"messages": [{"role": "user", "content": "a", "name": "x"}]},
-        'messages[0] has "name", which the chat template',
+        {"messages": [{"role": "user", "content": "a", "nick": "x"}]},
+        'messages[0] has "nick", which the chat template',
     ),
     (
         {"messages": [{"role": "user", "content": "a"}], "tools": ADD},

@@ -203,8 +203,8 @@ BAD_ROWS = [
     ('{"messages": ["hello"]}', 'messages[0] is "hello": it must be an object with "role" and "content"'),
     ('{"messages": [{"role": "user"}]}', 'messages[0] has the keys ["role"]: it must be an object with'),
     (
-        '{"messages": [{"role": "user", "content": "a", "name": "x"}]}',
-        'messages[0] has "name", which the plain ChatML of a tokenizer',
+        '{"messages": [{"role": "user", "content": "a", "nick": "x"}]}',
+        'messages[0] has "nick", which the plain ChatML of a tokenizer',
     ),
     (
         '{"messages": [{"role": "user", "content": ""}, {"role": "bard", "content": "b"}]}',

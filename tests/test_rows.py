@@ -215,6 +215,7 @@ SHAPES = {
         {"conversation_hash": "x", "conversation": [message | WILDCHAT for message in QA]}, QA,
         ["not read in messages: country, hashed_ip, header, language, redacted, state, toxic, turn_identifier", "not read: conversation_hash"],
     ),
+    "names": ({"messages": [user("a") | {"name": "Ann", "id": 1}, assistant("b", name="Bob"), tool("c", name="f")]}, [user("a"), assistant("b"), tool("c", name="f")], ["not read in messages: id, name"]),
     "LongAlign": ({"messages": FOUR, "length": 9}, FOUR, ["not read: length"]),
     # weights
     "SlimOrca": (
@@ -498,6 +499,7 @@ REFUSED = [
     (chat({"from": "gpt", "value": None}), "messages[1].value is null: it must be a string"),
     (chat({"role": "assistant", "content": "b", "value": "c"}), 'messages[1] has two keys for "content", which differ'),
     (chat(assistant("b", thinking="c", reasoning="d")), 'messages[1] has two keys for "reasoning_content", which differ'),
+    (chat(user("b") | {"thinking": "c"}), 'messages[1] has "reasoning_content" and the role "user": only an assistant'),
     (chat(assistant("b", thinking=["c"])), 'messages[1].reasoning_content is ["c"]: it must be a string'),
     (chat(assistant({"text": "b"})), 'messages[1].content is {"text": "b"}: it must be a string, or a list of text parts'),
     (chat(user([{"type": "image_url", "image_url": {"url": "x"}}])), 'messages[1].content[0] is {"type": "image_url"'),
@@ -581,7 +583,7 @@ MEANT = [
     "images",
     "documents",
 ]
-OF_MESSAGES = ["reasoning", "thinking", "reasoning_content", "language", "hashed_ip", "tools", "function", "text", "thought", "train", "unknown"]  # fmt: skip
+OF_MESSAGES = ["reasoning", "thinking", "reasoning_content", "language", "hashed_ip", "tools", "function", "text", "thought", "train", "name", "unknown"]  # fmt: skip
 
 
 def random_row(draw):
@@ -611,7 +613,9 @@ def random_row(draw):
             arguments = draw.choice([dict, json.dumps])({mark(form): mark(form)})
             function = {"name": mark(form), "arguments": arguments}
             made["tool_calls"] = [draw.choice([function, {"function": function, "id": None}])]
-        return made | {key: mark(form, key) for key in some(OF_MESSAGES, 0.03)}
+        # a tool's name may be lost: as its id, it says which call it answers, as the order does
+        keys = [key for key in OF_MESSAGES if key != "name" or said not in ("tool", "observation")]
+        return made | {key: mark(form, key) for key in some(keys, 0.03)}
 
     row = {}
     for form in some(["messages", "conversations", "trajectory"], 0.2):

@@ -30,8 +30,8 @@ ALIASES = {
 
 # What a message may have besides, without a meaning for its text: read by nothing, listed once.
 _METADATA = """
-    id uuid message_id parent_id openai_id turn_identifier turn turn_id index idx timestamp created created_at
-    date model model_name generator provider source dataset language country state header hashed_ip ip toxic
+    name id uuid message_id parent_id openai_id turn_identifier turn turn_id index idx timestamp created
+    created_at date model model_name generator provider source dataset language country state header hashed_ip ip toxic
     redacted openai_moderation detoxify_moderation moderation score scores rating reward label finish_reason
     stop_reason usage token_count token_counter num_tokens tokens temperature top_p system_fingerprint
     logprobs agent message_type tool_call_ids cache_control metadata
@@ -67,8 +67,8 @@ def read_messages(row: dict, form: str, notes: set[str] | None = None) -> Messag
     prompt, with its tools. ValueError, one sentence, if anything is wrong.
 
     A message is {"role", "content"} or {"from", "value"}, with perhaps "reasoning_content", "tool_calls",
-    "tool_call_id", "name", and "weight", a number >= 0 for the loss on an assistant's message (0: none).
-    Keys that are not read are added to `notes`.
+    "tool_call_id", a tool's "name", and "weight", a number >= 0, of the loss on an assistant's message (0:
+    none). Keys that are not read are added to `notes`.
     """
     return chat_of(row, form, *checked_messages(row[form], form, set() if notes is None else notes))
 
@@ -167,9 +167,12 @@ def _read_other(message: dict, key: str, name: str, notes: set[str]) -> None:
     value = message[key]
     if key in WEIGHT_NAMES:
         raise ValueError(f'{name} has "{key}", which is not read: write "weight" in its place, 0 for no loss')
+    role = message["role"]
     if value in ("", [], {}):
         del message[key]
-    elif key in ("reasoning_content", "name", "tool_call_id"):
+    elif key == "reasoning_content" and role != "assistant":
+        raise ValueError(f'{name} has "{key}" and the role "{role}": only an assistant reasons, remove it')
+    elif key in ("reasoning_content", "tool_call_id") or (key == "name" and role == "tool"):
         checked_text(value, f"{name}.{key}")
     elif key in UNREAD:
         raise ValueError(f'{name} has "{key}", which is not read in a message: remove it')

@@ -1,5 +1,6 @@
 """Records, the objects of data files, -> rows: sequences before they are tokenised, parsed and checked."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from chunkflow.data.chat import RenderedChat, plain_spans
@@ -103,8 +104,8 @@ def read_rows(record: dict, settings: RowSettings, notes: set[str]) -> list[Row]
     """The sequences of a record: one, or with multi_turn = "expand" one for each supervised turn of a chat.
     ValueError, one sentence, for a faulty record.
 
-    Adds to `notes` what the user should hear once, a sentence each: such as which keys are not read.
-    `summed_up` makes a list of them.
+    Adds to `notes` what the user should hear once, a sentence each: such as a key that is not read.
+    `summed_up` makes a few of them.
     """
     row = _renamed(record, settings.columns) if settings.columns else record
     row = {key: value for key, value in row.items() if value is not None}
@@ -127,7 +128,7 @@ def read_rows(record: dict, settings: RowSettings, notes: set[str]) -> list[Row]
     return [Row(_text_spans(checked_text(row[name], name), tokenizer), weight=weight)]
 
 
-def summed_up(notes: set[str]) -> list[str]:
+def summed_up(notes: Iterable[str]) -> list[str]:
     """The sentences of `notes`, sorted, with all keys that are not read in one."""
     kinds = NOT_READ, NOT_READ_IN_MESSAGES
     sentences = {note for note in notes if not note.startswith(kinds)}

@@ -20,7 +20,7 @@ from pathlib import Path
 from torch.hub import tqdm  # the real one if it is installed, else torch's small replacement
 
 from chunkflow.data.files import Record, unreadable
-from chunkflow.data.rows import RowSettings, beyond_vocabulary, read_rows, summed_up
+from chunkflow.data.rows import RowSettings, beyond_vocabulary, read_rows
 from chunkflow.data.tokenise import Sequence, tokenised
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ def _write_cache(folder: Path, records: Iterable[Record], settings: RowSettings,
         "tokens": offsets[-1],
         "largest_id": largest_id,
         "largest_id_row": largest_id_row,
-        "notes": summed_up(notes),
+        "notes": sorted(notes),
         "bytes": {path.name: path.stat().st_size for path in folder.iterdir()},
     }
     (folder / "meta.json").write_text(json.dumps(meta))
