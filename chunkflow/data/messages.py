@@ -31,10 +31,10 @@ ALIASES = {
 # What a message may have besides, without a meaning for its text: read by nothing, listed once.
 _METADATA = """
     name id uuid message_id parent_id openai_id turn_identifier turn turn_id index idx timestamp created
-    created_at date model model_name generator provider source dataset language country state header hashed_ip ip toxic
-    redacted openai_moderation detoxify_moderation moderation score scores rating reward label finish_reason
-    stop_reason usage token_count token_counter num_tokens tokens temperature top_p system_fingerprint
-    logprobs agent message_type tool_call_ids cache_control metadata
+    created_at date model model_name generator provider source dataset language country state header hashed_ip
+    ip toxic redacted openai_moderation detoxify_moderation moderation score scores rating reward label
+    finish_reason stop_reason usage token_count token_counter num_tokens tokens temperature top_p logprobs
+    system_fingerprint agent message_type tool_call_ids cache_control metadata
 """
 _WEIGHT_NAMES = "train training trainable loss loss_weight loss_mask mask masked train_on_turn"
 _UNREAD = """
