@@ -9,6 +9,7 @@ import re
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from chunkflow.data.dataset import open_dataset
 from chunkflow.data.rows import MEANING, RowSettings, read_rows, summed_up
 from chunkflow.data.tokenise import tokenised
 from chunkflow.data.tokenizer import Tokenizer
@@ -666,6 +667,35 @@ def test_every_key_with_a_meaning_is_refused_where_it_is_not_read(tokenizer):
             sequences({"text": "a", key: ["b"]}, tokenizer)
         sequences({"text": "a", key: None}, tokenizer)
         sequences({"text": "a", key: []}, tokenizer)
+
+
+def test_a_dataset_says_once_what_is_not_read(tokenizer, tmp_path, caplog):
+    rows = [
+        {"q": "a", "a": "b", "id": 1, "text": "t"},
+        {"q": "a", "a": "b", "source": "x"},
+        {"q": "a", "a": "b"} | WILDCHAT,
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
+    columns = {"instruction": "q", "output": "a"}
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            dataset = open_dataset(
+                "jsonl",
+                str(path),
+                tokenizer,
+                vocab_size=1000,
+                seed=0,
+                cache_dir=str(tmp_path),
+                columns=columns,
+            )
+        assert [record.message for record in caplog.records if "read" in record.message] == [
+            '"instruction" is read, and "text" beside it is not',
+            "not read: country, hashed_ip, header, id, language, redacted, source, state, toxic, turn_identifier",
+        ]
+    [expected] = sequences({"instruction": "a", "output": "b"}, tokenizer)
+    assert len(dataset) == 9 and dataset.row(4, dataset.lengths[4])[0].tolist() == expected.tokens
 
 
 def test_many_keys_are_one_note():

@@ -49,6 +49,7 @@ PARTNERS = {
     "loss_mask": "input_ids",
 }
 SYSTEM = ("system", "system_prompt")
+IDS_KEYS = {"input_ids", "labels", "loss_mask", "attention_mask", "position_ids"}
 CONTEXT = ("input", "context")
 REASONING = ("reasoning", "thinking", "reasoning_content")
 
@@ -282,8 +283,6 @@ def _text_spans(text: str, tokenizer: Tokenizer) -> list[Span]:
 
 
 # ------------------------------------------------------------------------------------------------- token ids
-
-IDS_KEYS = {"input_ids", "labels", "loss_mask", "attention_mask", "position_ids"}
 
 
 def _read_ids(row: dict, vocab_size: int) -> Row:
