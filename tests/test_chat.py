@@ -572,20 +572,20 @@ def test_a_template_without_a_token_for_the_end(folders, read, tmp_path):
 
 BAD_CHATS = [
     (
-        {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
-        "messages[0].weight is 0.5: it must be 0 (no loss",
+        {"messages": [{"role": "assistant", "content": "a", "weight": -0.5}]},
+        "messages[0].weight is -0.5: it must be a finite number of at least 0 (0: no loss",
     ),
     (
         {"messages": [{"role": "assistant", "content": "a", "weight": True}]},
-        "messages[0].weight is true: it must be 0",
+        "messages[0].weight is true: it must be a finite number",
     ),
     (
         {"messages": [{"role": "user", "content": "a", "weight": 1}]},
         "messages[0].weight is 1, and there is loss on the assistant's",
     ),
     (
-        {"messages": [{"role": "user", "content": "a", "name": "x"}]},
-        'messages[0] has "name", which the chat template',
+        {"messages": [{"role": "user", "content": "a", "nick": "x"}]},
+        'messages[0] has "nick", which the chat template',
     ),
     (
         {"messages": [{"role": "user", "content": "a"}], "tools": ADD},
@@ -596,23 +596,29 @@ BAD_CHATS = [
         'tools is "add": it must be a list of objects',
     ),
     ({"messages": [CALL]}, 'messages[0] has "tool_calls", which'),
-    ({"messages": [{"content": None, "tool_calls": [1]}]}, "messages[0] has the role null: rename it"),
+    (
+        {"messages": [{"content": None, "tool_calls": [1]}]},
+        'messages[0] has the keys ["content", "tool_calls"]: it must be an object with',
+    ),
     ({"conversations": [{"from": "gpt", "value": 3}]}, "conversations[0].value is 3: it must be a string"),
     (
         {"conversations": [{"from": "bard", "value": ""}]},
-        'conversations[0] has the role "bard": rename it to one of system, human',
+        'conversations[0] has the role "bard": rename it to one of system, user',
     ),
     (
-        {"conversations": [{"role": "user", "content": ""}]},
-        'has the keys ["role", "content"]: it must be an object with "from" and',
+        {"conversations": [{"speaker": "user", "content": ""}]},
+        'has the keys ["speaker", "content"]: it must be an object with "role" and',
     ),
     (
         {"messages": [{"role": "user", "content": "a", "role ": "x"}]},
         'messages[0] has "role ", which the chat template',
     ),
-    ({"conversations": "a"}, '"conversations" is "a": it must be a list of {"from", "value"} objects'),
+    (
+        {"conversations": "a"},
+        '"conversations" is "a": it must be a list of {"role", "content"} objects (or {"from",',
+    ),
     ({"conversations": []}, '"conversations" is an empty list'),
-    ({"conversations": [], "messages": []}, 'the row has both "messages" and "conversations"'),
+    ({"conversations": [], "messages": []}, '"messages" is an empty list'),
 ]
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from chunkflow.data import files as data_files
-from chunkflow.data.rows import RowSettings, beyond_vocabulary
+from chunkflow.data.rows import RowSettings, beyond_vocabulary, summed_up
 from chunkflow.data.synthetic import SyntheticDataset
 from chunkflow.data.token_cache import (
     CACHE_FORMAT,
@@ -92,7 +92,7 @@ def open_dataset(
         shutil.rmtree(folder, ignore_errors=True)
         fault = "the file changed while it was read: start again when nothing writes to it"
         raise ValueError(f"{changed}: {fault}")
-    for note in meta["notes"]:
+    for note in summed_up(meta["notes"]):
         logger.info(note)
     identity = {
         "training.dataset": name,

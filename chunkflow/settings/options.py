@@ -36,7 +36,10 @@ ROPE_SCALING = {"rope_type": str, "factor": float, "original_max_position_embedd
 ROPE_SCALING |= dict.fromkeys(_FLOATS.split(), float) | {"truncate": bool}
 
 
-_COLUMNS = "text messages conversations prompt completion input_ids labels loss_mask system tools weight"
+_COLUMNS = """
+    text messages conversations prompt completion instruction input output input_ids labels loss_mask system
+    tools weight
+"""
 COLUMNS = dict.fromkeys(_COLUMNS.split(), str)
 
 
