@@ -146,8 +146,8 @@ def main() -> None:
             plan, denominator = data.plan, data.denominator or 1.0
             garbage.run(step)
 
-            # ---- Forward and backward: gradients of the loss, sum(weight x token loss) / sum(weight) over the
-            # global batch, add up in .grad.
+            # ---- Forward and backward: gradients of the loss of the global batch, sum(weight x token loss) /
+            # sum(weight), add up in .grad.
             for model in models.values():
                 parallel.begin_step(model, reshard)
             optimizer.zero_grad()

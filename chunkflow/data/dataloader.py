@@ -25,7 +25,7 @@ from chunkflow.planning.planner import Plan, PlanSettings, plan_step
 class Ledger:
     """Tokens of all ranks since the start of the run: read = trained + masked + truncated + dropped.
 
-    `masked` tokens are inputs only, not targets: the label is -100 or has a weight of 0, or they are the first
+    `masked` tokens are inputs only, not targets: the label is -100 or has the weight 0, or they are the first
     of a sequence.
     """
 

@@ -250,7 +250,7 @@ class _Run:
         if stage.is_last:
             result.loss_sum += output.detach()
             if result.loss_of_sequences is not None and key[0] != DUMMY:
-                assert chunk.losses is not None, "the loss left no chunk.losses, which loss_of_sequences needs"
+                assert chunk.losses is not None, "loss_of_sequences needs a loss that leaves chunk.losses"
                 losses_T = chunk.losses if chunk.weights is None else chunk.losses * chunk.weights
                 chunk.add_to_sequences(result.loss_of_sequences, losses_T)
             chunk.losses = None

@@ -74,9 +74,7 @@ def losses_by_source(
     sums, weights = [math.fsum(of_ranks) for of_ranks in zip(*(rank.loss_of_sources for rank in figures))], {}
     for source, weight in zip(source_of, weight_sums):
         weights[source] = weights.get(source, 0.0) + weight
-    return {
-        name: sums[source] / weights[source] for source, name in enumerate(names) if weights.get(source)
-    }
+    return {name: sums[source] / weights[source] for source, name in enumerate(names) if weights.get(source)}
 
 
 def step_scalars(

@@ -60,9 +60,7 @@ class LossByPosition:
         for each column with targets."""
         sums, weights, counts = self.figures.tolist()
         ranges = zip(self.names, sums, weights, counts)
-        by_position = {
-            name: (total / weight, int(count)) for name, total, weight, count in ranges if count
-        }
+        by_position = {name: (total / weight, int(count)) for name, total, weight, count in ranges if count}
         return sum(sums) / (sum(weights) or 1), int(sum(counts)), by_position
 
 
