@@ -90,7 +90,7 @@ def by_definition(place, weighting) -> tuple[float, float]:
         sequences.append((tokens, torch.cat([tokens[1:], torch.tensor([-100])])))
         total = sum(counts)
         scale = weight / total if weighting == "sequence" and total else weight
-        weights.append(torch.tensor([*counts[1:], 0.0]).double() * scale)
+        weights.append(scale * torch.tensor([*counts[1:], 0.0], dtype=torch.float64))
         denominator += (weight if total else 0.0) if weighting == "sequence" else weight * total
     loss, gradients = whole_sequence_gradients(model, sequences, weights, denominator)
     return loss, float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm())
