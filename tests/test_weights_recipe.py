@@ -191,7 +191,7 @@ def test_the_loss_of_a_source_is_that_of_a_run_on_it_alone(tmp_path, place, weig
     alone = {name: train(tmp_path, name, files[name], *plain, counts[name])[0] for name in files}
     together = [f"--job.config_file={tmp_path / 'mixed.toml'}", f"--job.dump_folder={tmp_path / 'mixed'}"]
     together += [f"--training.global_batch_size={sum(map(len, halves.values()))}", "--training.no_shuffle"]
-    done = run(tmp_path, *together, *plain, *options, processes=processes, forked=True)
+    done = run(tmp_path, *plain, *together, *options, processes=processes, forked=True)
     assert done.returncode == 0, done.stdout[-3000:]
     (mixed,) = rows_of(tmp_path / "mixed")
     events = EventAccumulator(str(tmp_path / "mixed" / "tb"))
