@@ -27,7 +27,7 @@ from chunkflow.planning.simulate import picture
 from chunkflow.reporting.metrics import MetricsLogger
 from chunkflow.reporting.pictures import plan_figure
 from chunkflow.reporting.profiling import profiler
-from chunkflow.reporting.step_figures import gather_over_ranks, rank_figures, step_scalars
+from chunkflow.reporting.step_figures import gather_over_ranks, losses_by_source, rank_figures, step_scalars
 from chunkflow.reporting.timeline import gather_timeline, write_timelines
 from chunkflow.settings.keys import flat, to_toml
 from chunkflow.storage import hf_weights as hf
@@ -143,15 +143,19 @@ def main() -> None:
     )
     with tensors_without_content, profiler(config.profiling, folder) as profile:
         for step, data in zip(range(first_step, training.steps + 1), loader):
-            plan, targets = data.plan, max(data.targets, 1)
+            plan, denominator = data.plan, data.denominator or 1.0
             garbage.run(step)
 
-            # ---- Forward and backward: gradients of the mean token loss of the global batch add up in .grad.
+            # ---- Forward and backward: gradients of the loss of the global batch, sum(weight x token loss) /
+            # sum(weight), add up in .grad.
             for model in models.values():
                 parallel.begin_step(model, reshard)
             optimizer.zero_grad()
             program, groups = plan.programs[replica][pipeline_rank], plan.groups[replica]
-            result = runner.step(program, groups, data.chunks, targets)
+            logged = not fake and metrics.due(step)
+            source_of = data.source_of if logged and len(loader.sources) > 1 else []
+            weighed = denominator, data.sequence_weights
+            result = runner.step(program, groups, data.chunks, *weighed, sequences=len(source_of) or None)
             stages.sum_tied_gradients(models, processes)
             grad_norm = parallel.clip_grad_norm(models.values(), training.max_norm, processes.mesh)
             lr = set_learning_rate(optimizer, step, config.optimizer.lr, config.lr_scheduler, training.steps)
@@ -174,17 +178,20 @@ def main() -> None:
 
             # ---- Figures, of this rank and gathered over all.
             metrics.count(plan.tokens, sum(map(settings.cost.training, data.lengths)), loader.take_wait())
-            if metrics.due(step):
-                has_loss = data.own_targets and processes.last_stage
-                figures = gather_over_ranks(rank_figures(result, plan.simulations[replica]), device)
+            if logged:
+                has_loss = data.own_denominator and processes.last_stage
+                of_sources = data.sequence_weights, source_of, len(loader.sources)
+                figures = rank_figures(result, plan.simulations[replica], *of_sources)
+                figures = gather_over_ranks(figures, device)
                 metrics.log(
                     step,
                     plan,
-                    loss=loss / targets,
-                    max_loss=loss / data.own_targets if has_loss else -math.inf,
+                    loss=loss / denominator,
+                    max_loss=loss / data.own_denominator if has_loss else -math.inf,
                     grad_norm=norm,
                     lr=lr,
                     supervised_tokens=data.targets,
+                    by_source=losses_by_source(figures, loader.sources, source_of, data.weight_sums),
                     scalars=step_scalars(
                         plan,
                         figures,

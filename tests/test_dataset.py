@@ -129,8 +129,9 @@ def test_ready_tokens(write, read):
         ([1], [-100]),
         ([3, 4], [3, 2047]),
     ]
-    assert [dataset.supervised(index, length) for index, length in enumerate(dataset.lengths)] == [2, 1, 0, 1]
-    assert dataset.supervised(1, 1) == 0 and dataset.supervised(0, 2) == 1
+    supervised = [dataset.supervised(index, length) for index, length in enumerate(dataset.lengths)]
+    assert supervised == [(2, 2.0), (1, 1.0), (0, 0.0), (1, 1.0)]
+    assert dataset.supervised(1, 1) == (0, 0.0) and dataset.supervised(0, 2) == (1, 1.0)
 
 
 def test_blank_lines_metadata_and_sources(write, read):
@@ -403,7 +404,7 @@ def test_the_library_holds_each_file_whole_in_order(stdlib):
         with tokenize.open(Path(root) / paths[index]) as file:
             assert tokenizer.decode(tokens.tolist()) == file.read()
         assert (tokens[0], tokens[-1]) == (tokenizer.bos_id, tokenizer.eos_id) and torch.equal(tokens, labels)
-        assert stdlib.supervised(index, len(tokens)) == len(tokens) - 1
+        assert stdlib.supervised(index, len(tokens)) == (len(tokens) - 1, len(tokens) - 1)
 
 
 def test_python_files_in_their_own_encoding(tmp_path, read, monkeypatch, tokenizer):

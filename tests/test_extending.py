@@ -147,10 +147,13 @@ class Counting:
 
     def row(self, index, length):
         tokens = (index + 3 * torch.arange(length)) % 2048
-        return tokens, tokens.clone()
+        return tokens, tokens.clone(), None
+
+    def weight(self, index):
+        return 1.0
 
     def supervised(self, index, length):
-        return length - 1
+        return length - 1, length - 1.0
 
     def source(self, index):
         return f"counting:{index + 1}"

@@ -17,7 +17,7 @@ from chunkflow.training import parallel
 from tests.helpers.layouts import join
 from tests.helpers.processes import run_ranks
 
-TENSORS = ("tokens", "labels", "positions", "query_ends", "key_ends")
+TENSORS = ("tokens", "labels", "positions", "query_ends", "key_ends", "sequences")
 
 
 def agreements():
@@ -48,7 +48,7 @@ def test_ranks_agree_with_one_collective_and_one_wait():
 
 
 def test_chunks_are_pinned_in_the_loaders_thread(monkeypatch):
-    """All five tensors of each chunk, and what the runner copies are the pinned ones. The thread uses this
+    """All six tensors of each chunk, and what the runner copies are the pinned ones. The thread uses this
     process's GPU, not the machine's first."""
     pinned, threads, devices = {}, set(), []
 

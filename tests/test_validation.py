@@ -147,10 +147,13 @@ class Lengths:
         return len(self.lengths)
 
     def row(self, index, length):
-        return torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.int64)
+        return torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.int64), None
+
+    def weight(self, index):
+        return 1.0
 
     def supervised(self, index, length):
-        return length - 1
+        return length - 1, length - 1.0
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from chunkflow.planning.planner import Plan, PlanSettings, plan_step
 class Ledger:
     """Tokens of all ranks since the start of the run: read = trained + masked + truncated + dropped.
 
-    `masked` tokens are inputs only, not targets: the label is -100, or they are the first of a sequence.
+    `masked` tokens are inputs only, not targets: the label is -100 or has the weight 0, or they are the first
+    of a sequence.
     """
 
     read: int = 0
@@ -60,8 +61,13 @@ class StepData:
     rows: list[int]  # of the dataset: the sequences of the global batch, by the plan's sequence numbers
     lengths: list[int]  # their tokens
     chunks: list[list[ChunkTensors]]  # of this replica: [group][chunk]
-    targets: int  # supervised tokens of the global batch
-    own_targets: int  # supervised tokens of this replica's chunks
+    targets: int  # supervised tokens of the global batch: those of a weight above 0
+    # What the loss of each token of a sequence counts, besides the token's own weight: (sequences,) float64.
+    # None: all 1.
+    sequence_weights: torch.Tensor | None
+    weight_sums: list[float]  # of each sequence: what its targets count all together
+    denominator: float  # of the loss: what all targets of the global batch count
+    own_denominator: float  # the same of this replica's chunks
     ledgers: list[Ledger]  # of this step alone, by source
     cursor: int  # sequences passed when this step is done
     epoch: int
@@ -78,8 +84,9 @@ class ChunkDataLoader:
     `once` (validation) it ends after one epoch, and the last step may have fewer sequences.
 
     `overlong`: what becomes of sequences longer than `seq_len` tokens, "error" (ValueError here), "truncate"
-    or "drop". `replica`: the data-parallel replica to read for; all ranks of its pipeline read the same
-    chunks. `make_plan`: lengths -> plan, in the loader's thread; None: `plan_step` with the settings.
+    or "drop". `loss_weighting`: what counts the same in the loss, "token" or "sequence", besides the weights
+    that the rows have. `replica`: the data-parallel replica to read for; all ranks of its pipeline read the
+    same chunks. `make_plan`: lengths -> plan, in the loader's thread; None: `plan_step` with the settings.
     `pin_memory`: chunks lie in pinned memory, for copies to a GPU.
     """
 
@@ -94,6 +101,7 @@ class ChunkDataLoader:
         overlong: str,
         shuffle: bool,
         seed: int,
+        loss_weighting: str = "token",
         make_plan: Callable[[list[int]], Plan] | None = None,
         once: bool = False,
         pin_memory: bool = False,
@@ -102,6 +110,7 @@ class ChunkDataLoader:
         self.make_plan = make_plan or functools.partial(plan_step, settings=settings, replicas=[replica])
         self.global_batch_size, self.seq_len, self.overlong = global_batch_size, seq_len, overlong
         self.shuffle, self.seed, self.pin_memory = shuffle, seed, pin_memory
+        self.loss_weighting = loss_weighting
         self.sources = dataset.names if isinstance(dataset, MixedDataset) else []
         counts, weights = [len(dataset)], [1.0]
         if self.sources:
@@ -228,8 +237,8 @@ class ChunkDataLoader:
     def step_at(self, cursor: int) -> StepData:
         """The step that begins after `cursor` sequences; depends on no earlier call."""
         rows, lengths, ledgers, cursor = self.batch_at(cursor)
-        supervised = [self.dataset.supervised(row, length) for row, length in zip(rows, lengths)]
-        for row, length, trained in zip(rows, lengths, supervised):
+        counted = [self.dataset.supervised(row, length) for row, length in zip(rows, lengths)]
+        for row, length, (trained, _) in zip(rows, lengths, counted):
             ledger = ledgers[self._source_of(row)]
             ledger.trained += trained
             ledger.masked += length - trained
@@ -237,11 +246,35 @@ class ChunkDataLoader:
         groups = plan.groups[self.replica]
         sequences = sorted({s.sequence for group in groups for chunk in group.chunks for s in chunk.segments})
         chunks = self._tensors(groups, {index: (rows[index], lengths[index]) for index in sequences})
-        own_targets = sum(int((chunk.labels != IGNORE).sum()) for group in chunks for chunk in group)
-        epoch = self.order.epoch(cursor - 1)
-        source_of = [self._source_of(row) for row in rows] if self.sources else []
-        of_step = sum(supervised), own_targets, ledgers, cursor, epoch, source_of
-        return StepData(plan, rows, lengths, chunks, *of_step)
+        weights, sums = self._weights(rows, [token_weights for _, token_weights in counted])
+        return StepData(
+            plan,
+            rows,
+            lengths,
+            chunks,
+            targets=sum(targets for targets, _ in counted),
+            sequence_weights=weights.pin_memory() if weights is not None and self.pin_memory else weights,
+            weight_sums=sums,
+            denominator=math.fsum(sums),
+            own_denominator=math.fsum(_counts(chunk, weights) for group in chunks for chunk in group),
+            ledgers=ledgers,
+            cursor=cursor,
+            epoch=self.order.epoch(cursor - 1),
+            source_of=[self._source_of(row) for row in rows] if self.sources else [],
+        )
+
+    def _weights(
+        self, rows: list[int], token_weights: list[float]
+    ) -> tuple[torch.Tensor | None, list[float]]:
+        """What each sequence's tokens count, besides their own weights (None: all 1), and all its targets
+        together. `token_weights`: the sum over each sequence's targets."""
+        weights = [self.dataset.weight(row) if total else 1.0 for row, total in zip(rows, token_weights)]
+        if self.loss_weighting == "sequence":  # the mean of its tokens counts what the row does
+            weights = [weight / total if total else 1.0 for weight, total in zip(weights, token_weights)]
+        sums = [weight * total for weight, total in zip(weights, token_weights)]
+        if all(weight == 1 for weight in weights):
+            return None, sums
+        return torch.tensor(weights, dtype=torch.float64), sums
 
     def _dropped(self, row: int) -> bool:
         return self.overlong == "drop" and self.dataset.lengths[row] > self.seq_len
@@ -252,14 +285,26 @@ class ChunkDataLoader:
 
     def _tensors(self, groups: list[Group], rows: dict[int, tuple[int, int]]) -> list[list[ChunkTensors]]:
         """The tensors of each group's chunks. `rows`: row and tokens of each sequence in them."""
-        tokens, labels = {}, {}
+        tokens, labels, weights = {}, {}, {}
         for sequence, (row, length) in rows.items():
-            tokens[sequence], aligned, _ = self.dataset.row(row, length)
+            tokens[sequence], aligned, aligned_weights = self.dataset.row(row, length)
             # The one shift: position t is to predict token t + 1. On the whole sequence, before any cut.
             labels[sequence] = torch.cat([aligned[1:], aligned.new_tensor([IGNORE])])
+            if self.dataset.weight(row) == 0:
+                labels[sequence].fill_(IGNORE)
+            if aligned_weights is not None:
+                shifted = torch.cat([aligned_weights[1:], aligned_weights.new_zeros(1)])
+                labels[sequence][shifted <= 0] = IGNORE
+                shifted[labels[sequence] == IGNORE] = 1  # so that weights of 0 and 1 need no products
+                if (shifted != 1).any():
+                    weights[sequence] = shifted
 
         def tensors(chunk: Chunk, index: int, shared: bool) -> ChunkTensors:
             spans = [(s.sequence, slice(s.start, s.start + s.length)) for s in chunk.segments]
+            weights_T = None
+            if any(sequence in weights for sequence, _ in spans):
+                ones = torch.ones(max(span.stop for _, span in spans), dtype=torch.float64)
+                weights_T = torch.cat([weights.get(sequence, ones)[span] for sequence, span in spans])
             made = ChunkTensors(
                 chunk,
                 index,
@@ -267,6 +312,7 @@ class ChunkDataLoader:
                 labels=torch.cat([labels[sequence][span] for sequence, span in spans]),
                 positions=torch.cat([torch.arange(span.start, span.stop) for _, span in spans]),
                 shared=shared,
+                weights=weights_T,
             )
             return made.pin_memory() if self.pin_memory else made
 
@@ -274,3 +320,9 @@ class ChunkDataLoader:
             [tensors(chunk, index, group.spread is not None) for index, chunk in enumerate(group.chunks)]
             for group in groups
         ]
+
+
+def _counts(chunk: ChunkTensors, sequence_weights: torch.Tensor | None) -> float:
+    """What the chunk's targets count all together."""
+    targets, weights = chunk.labels != IGNORE, chunk.weighed(sequence_weights)
+    return float(targets.sum() if weights is None else weights[targets].sum())

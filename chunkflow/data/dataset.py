@@ -3,9 +3,9 @@
 Every dataset has `len(dataset)`; `dataset.lengths`, tokens of each sequence; `dataset.row(index, length)`,
 the first `length` tokens, their labels (int64) and the weights of the loss on them (float64; None: all 1);
 `dataset.weight(index)`, which scales the loss on all of a sequence; `dataset.supervised(index, length)`, how
-many targets the first `length` tokens have; `dataset.source(index)`, "FILE:LINE"; `dataset.identity`, all
-that the sequences depend on. A token's label is the token itself, or -100: no loss; its weight belongs to its
-label. The dataloader shifts both by one.
+many targets of a weight above 0 the first `length` tokens have, and the sum of these weights;
+`dataset.source(index)`, "FILE:LINE"; `dataset.identity`, all that the sequences depend on. A token's label is
+the token itself, or -100: no loss; its weight belongs to its label. The dataloader shifts both by one.
 """
 
 from __future__ import annotations
@@ -152,12 +152,22 @@ class TokenDataset:
         """Scales the loss on all of a sequence."""
         return 1.0 if self._row_weights is None else float(self._row_weights[index])
 
-    def supervised(self, index: int, length: int) -> int:
-        """How many of the first `length` tokens are a target. The first never is: none comes before it."""
-        if self._labels is self._tokens:
-            return length - 1
+    def supervised(self, index: int, length: int) -> tuple[int, float]:
+        """How many of the first `length` tokens are a target, and the sum of their weights (without the
+        sequence's). The first never is: none comes before it; nor is one of weight 0, or in a sequence of
+        weight 0."""
+        if self.weight(index) == 0:
+            return 0, 0.0
+        if self._labels is self._tokens and self._weights is None:
+            return length - 1, float(length - 1)
         start = int(self._offsets[index])
-        return int((self._labels[start + 1 : start + length] != IGNORE).sum())
+        part = slice(start + 1, start + length)
+        targets = self._labels[part] != IGNORE
+        if self._weights is None:
+            return int(targets.sum()), float(targets.sum())
+        weights = self._weights[part]
+        targets &= weights > 0
+        return int(targets.sum()), float(weights[targets].sum())
 
 
 def _map(path: Path, dtype: torch.dtype) -> torch.Tensor:

@@ -62,6 +62,6 @@ class MixedDataset:
         dataset, row = self._at(index)
         return dataset.weight(row)
 
-    def supervised(self, index: int, length: int) -> int:
+    def supervised(self, index: int, length: int) -> tuple[int, float]:
         dataset, row = self._at(index)
         return dataset.supervised(row, length)

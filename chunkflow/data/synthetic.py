@@ -101,6 +101,7 @@ class SyntheticDataset:
     def weight(self, index: int) -> float:
         return 1.0
 
-    def supervised(self, index: int, length: int) -> int:
-        """How many of the first `length` tokens are a target."""
-        return max(0, length - min(KEYS, self.lengths[index] // 2) - 1)
+    def supervised(self, index: int, length: int) -> tuple[int, float]:
+        """How many of the first `length` tokens are a target, and the sum of their weights."""
+        targets = max(0, length - min(KEYS, self.lengths[index] // 2) - 1)
+        return targets, float(targets)

@@ -26,14 +26,16 @@ _LEAST_TOKENS = 512
 
 
 def loss_sum(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor:
-    """The SUM of the cross-entropies of all positions that have a target: 0-dim; logits and sum in at least
-    fp32. Gradients are computed here if `chunk.loss_gradient` is set, else in backward."""
-    return _SlicedCrossEntropy.apply(hidden_TC, weight_VC, chunk.labels, chunk.loss_gradient)
+    """The SUM of the cross-entropies of all positions that have a target, each times its weight: 0-dim;
+    logits and sum in at least fp32. Gradients are computed here if `chunk.loss_gradient` is set, else in
+    backward. `chunk.losses` are then the cross-entropies themselves."""
+    return _SlicedCrossEntropy.apply(hidden_TC, weight_VC, chunk)
 
 
 @torch.no_grad()
 def token_losses(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor:
-    """The cross-entropy of each position, (T,), in at least fp32, 0 without a target. No autograd graph."""
+    """The cross-entropy of each position, (T,), in at least fp32, not weighted, 0 without a target. No
+    autograd graph."""
     return _cross_entropy(hidden_TC, weight_VC, chunk.labels)[0]
 
 
@@ -47,33 +49,34 @@ def last_logits(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkTe
 
 class _SlicedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TC, weight_VC, labels_T, loss_gradient):
-        gradients = None
-        if loss_gradient is not None:
-            gradients = _Gradients(hidden_TC, weight_VC, labels_T, loss_gradient)
+    def forward(ctx, hidden_TC, weight_VC, chunk):
+        labels_T, weights_T, gradients = chunk.labels, chunk.loss_weights, None
+        if chunk.loss_gradient is not None:
+            gradients = _Gradients(hidden_TC, weight_VC, labels_T, weights_T, chunk.loss_gradient)
         losses_T, lse_T1 = _cross_entropy(hidden_TC, weight_VC, labels_T, gradients)
-        ctx.loss_gradient = loss_gradient
+        ctx.loss_gradient = chunk.loss_gradient
         if gradients:
             ctx.save_for_backward(*gradients.result())
         else:
-            ctx.save_for_backward(hidden_TC, weight_VC, labels_T, lse_T1)
-        return losses_T.sum()
+            ctx.save_for_backward(hidden_TC, weight_VC, labels_T, weights_T, lse_T1)
+        chunk.losses = losses_T
+        return losses_T.sum() if weights_T is None else (losses_T * weights_T.to(losses_T.dtype)).sum()
 
     @staticmethod
     def backward(ctx, dloss):
         if ctx.loss_gradient is not None:
             same = (dloss / ctx.loss_gradient - 1).abs() < 1e-6
             torch._assert_async(same, "backward sent the loss another gradient than its forward was told")
-            return *ctx.saved_tensors, None, None
-        hidden_TC, weight_VC, labels_T, lse_T1 = ctx.saved_tensors
+            return *ctx.saved_tensors, None
+        hidden_TC, weight_VC, labels_T, weights_T, lse_T1 = ctx.saved_tensors
         head = _Head(hidden_TC, weight_VC)
-        gradients = _Gradients(hidden_TC, weight_VC, labels_T, dloss)
+        gradients = _Gradients(hidden_TC, weight_VC, labels_T, weights_T, dloss)
 
         def one_slice(piece: slice) -> None:
             gradients.add(piece, head.logits(piece).sub_(lse_T1[piece]).exp_())
 
         _in_slices(one_slice, head, gradients)
-        return *gradients.result(), None, None
+        return *gradients.result(), None
 
 
 def _cross_entropy(hidden_TC, weight_VC, labels_T, gradients: "_Gradients | None" = None):
@@ -112,13 +115,16 @@ def _in_slices(one_slice: Callable[[slice], None], head: "_Head", gradients: "_G
 
 
 class _Gradients:
-    """Gradients of hidden states and weight, a block at a time. `dloss`: the gradient of the loss."""
+    """Gradients of hidden states and weight, a block at a time. `weights_T`: of the loss on each token, None:
+    all 1; `dloss`: the gradient of the loss."""
 
-    def __init__(self, hidden_TC, weight_VC, labels_T, dloss: float | torch.Tensor):
+    def __init__(self, hidden_TC, weight_VC, labels_T, weights_T, dloss: float | torch.Tensor):
         self.hidden_TC, self.weight_VC = hidden_TC, weight_VC
         self.compute = torch.promote_types(hidden_TC.dtype, torch.float32)
         self.targets_T1 = labels_T.clamp(min=0).unsqueeze(1)
         self.dloss_T1 = ((labels_T != IGNORE).to(self.compute) * dloss).unsqueeze(1)
+        if weights_T is not None:
+            self.dloss_T1 *= weights_T.to(self.compute).unsqueeze(1)
         self.minus_one_T1 = torch.full_like(self.dloss_T1, -1)
         self.dhidden_TC = torch.empty_like(hidden_TC)
         self.dweight_VC: torch.Tensor | None = None

@@ -33,9 +33,14 @@ class StepResult:
     """Loss, counters and clock of one step on this rank. Counters are peaks, without dummies; lists have one
     entry for each stage of the rank."""
 
-    def __init__(self, device: torch.device, stages: int):
-        # The sum of this replica's token losses, on the rank that has the last stage; elsewhere 0.
+    def __init__(self, device: torch.device, stages: int, sequences: int | None = None):
+        # The weighted sum of this replica's token losses, on the rank that has the last stage; elsewhere 0.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        # The same of each sequence, (sequences,) float64, without the sequence's own weight: this rank's
+        # part, 0 for sequences that it has nothing of. None if `step` was not asked for it.
+        self.loss_of_sequences: torch.Tensor | None = None
+        if sequences is not None:
+            self.loss_of_sequences = self.loss_sum.new_zeros(sequences)
         self.live_chunks = [0] * stages  # chunks that held activations
         self.stage_inputs = [0] * stages  # inputs received, or to be received, before their chunk's backward
         self.receive_buffers = 0  # posted receives that no action had taken
@@ -89,7 +94,8 @@ class Clock:
 class Runner:
     """Runs each step's program on the stages of this rank: one, or several virtual ones.
 
-    `loss(hidden_TC, weight_VC, chunk)` is the sum of a chunk's token losses, 0-dim, as `loss.loss_sum`.
+    `loss(hidden_TC, weight_VC, chunk)` is the sum of a chunk's token losses, each times its
+    `chunk.loss_weights`, 0-dim, as `loss.loss_sum`.
     `blocks`: the ranks of this stage in each block of replicas that may share a sequence.
     """
 
@@ -103,22 +109,44 @@ class Runner:
         self.stages, self.device, self.loss, self.blocks = stages, device, loss, blocks or {}
 
     def step(
-        self, program: Program, groups: Sequence[Group], chunks: list[list[ChunkTensors]], targets: int
+        self,
+        program: Program,
+        groups: Sequence[Group],
+        chunks: list[list[ChunkTensors]],
+        denominator: float,
+        sequence_weights: torch.Tensor | None = None,
+        *,
+        sequences: int | None = None,
     ) -> StepResult:
-        """Runs this rank's part of a plan: adds gradients of sum(loss) / targets to the parameters' `.grad`.
+        """Runs this rank's part of a plan: adds gradients of sum(weight x loss) / denominator to the
+        parameters' `.grad`, summed over the tokens of the chunks.
 
         `chunks[g][c]` are the tensors of chunk c of the replica's group g, the same on all its ranks.
-        `targets` counts the supervised tokens of the global batch, over all replicas.
+        `denominator`: as a rule the sum of weights over the global batch, of all replicas; not 0. A weight is
+        the token's (`chunk.weights`) times its sequence's: `sequence_weights[s]`, any real number, of the
+        plan's sequence s, (sequences,) float64, copied to the device where it is not there yet; None: all 1.
+        `sequences`: how many the plan has, if `StepResult.loss_of_sequences` is wanted.
         """
-        return _Run(self, groups, chunks, loss_gradient=1 / targets).run(program)
+        weights = self._on_device(sequence_weights)
+        return _Run(self, groups, chunks, 1 / denominator, None, weights, sequences).run(program)
 
     @torch.no_grad()
     def evaluate(
-        self, program: Program, groups: Sequence[Group], chunks: list[list[ChunkTensors]], take: Take
+        self,
+        program: Program,
+        groups: Sequence[Group],
+        chunks: list[list[ChunkTensors]],
+        take: Take,
+        sequence_weights: torch.Tensor | None = None,
     ) -> StepResult:
         """Runs this rank's part of a forward-only plan; the last stage calls `take(chunk, losses_T)`, with
-        the loss of each token. Only the K/V of the current group are kept; `StepResult.loss_sum` stays 0."""
-        return _Run(self, groups, chunks, take=take).run(program)
+        the loss of each token; `chunk.loss_weights` are their weights, as in `step`. Only the K/V of the
+        current group are kept; `StepResult.loss_sum` stays 0."""
+        weights = self._on_device(sequence_weights)
+        return _Run(self, groups, chunks, take=take, sequence_weights=weights).run(program)
+
+    def _on_device(self, sequence_weights: torch.Tensor | None) -> torch.Tensor | None:
+        return None if sequence_weights is None else sequence_weights.to(self.device, non_blocking=True)
 
 
 class _Run:
@@ -131,10 +159,12 @@ class _Run:
         chunks: list[list[ChunkTensors]],
         loss_gradient: float = 0.0,
         take: Take | None = None,
+        sequence_weights: torch.Tensor | None = None,
+        sequences: int | None = None,
     ):
         self.groups, self.chunks, self.device = groups, chunks, runner.device
         self.loss, self.loss_gradient, self.take = runner.loss, loss_gradient, take
-        self.blocks = runner.blocks
+        self.sequence_weights, self.blocks = sequence_weights, runner.blocks
         self.stages = {stage.stage_index: stage for stage in runner.stages}
         self.places = {index: place for place, index in enumerate(self.stages)}
         self.states: dict[tuple[int, int], KeyValueState | SharedKeyValueState] = {}  # (stage, group)
@@ -144,7 +174,7 @@ class _Run:
         self.live: Counter[int] = Counter()  # stage -> chunks that hold activations
         self.arriving: dict[tuple[bool, int, tuple[int, int]], dist.Work] = {}  # (gradient, stage, key)
         self.leaving: deque[tuple[dist.Work, torch.Tensor]] = deque()
-        self.result = StepResult(runner.device, len(runner.stages))
+        self.result = StepResult(runner.device, len(runner.stages), sequences)
 
     def run(self, program: Program) -> StepResult:
         for stage in self.stages.values():
@@ -219,6 +249,11 @@ class _Run:
             result.live_chunks[place] = max(result.live_chunks[place], self.live[index])
         if stage.is_last:
             result.loss_sum += output.detach()
+            if result.loss_of_sequences is not None and key[0] != DUMMY:
+                assert chunk.losses is not None, "loss_of_sequences needs a loss that leaves chunk.losses"
+                losses_T = chunk.losses if chunk.weights is None else chunk.losses * chunk.weights
+                chunk.add_to_sequences(result.loss_of_sequences, losses_T)
+            chunk.losses = None
 
     def _backward(self, index: int, key: tuple[int, int]) -> None:
         if self.backwards_left.total() == 1:
@@ -246,6 +281,8 @@ class _Run:
             group, number = key
             chunk = dummy_chunk() if group == DUMMY else self.chunks[group][number]
             self.in_flight[index, key] = chunk = chunk.to(self.device)
+            if group != DUMMY and self.stages[index].is_last:
+                chunk.loss_weights = chunk.weighed(self.sequence_weights)
             if group != DUMMY and (len(self.chunks[group]) > 1 or chunk.parts):
                 if (index, group) not in self.states:
                     self.states[index, group] = self._state(self.groups[group])

@@ -20,18 +20,24 @@ if TYPE_CHECKING:
     from chunkflow.execution.shared_state import SharedKeyValueState
 
 
+DEVICE_TENSORS = ("tokens", "labels", "weights", "positions", "query_ends", "key_ends")
+
+
 class ChunkTensors:
     """One chunk: the model's input.
 
     tokens, labels, positions: (T,) int64. `labels[t]` is the target of position t (already shifted), -100
-    for no target; `labels` is None in generation. `lengths` are the tokens of each segment; the first segment
-    attends to `prefix` earlier tokens of its sequence. `index`: of the chunk in its group. `parts`: this
-    rank's two of a chunk that ranks share, as chunks without tensors; of other chunks none.
+    for no target; `labels` is None in generation. `weights[t]` scales the loss on that target: (T,) float64,
+    None where all are 1. `lengths` are the tokens of each segment; the first segment attends to `prefix`
+    earlier tokens of its sequence. `sequences`: (2, S) int64, on the host: the plan's number of each sequence
+    in the chunk, and its tokens here. `index`: of the chunk in its group. `parts`: this rank's two of a chunk
+    that ranks share, as chunks without tensors; of other chunks none.
 
     The runner sets, before each forward: `state` (None for a standalone chunk); `end`, the function of the
     last hidden states, the head's weight and this chunk that returns the model's result (None: only keys and
     values are stored); `loss_gradient`, the gradient of the chunk's loss if its backward is the very next
-    action, else None.
+    action, else None; `loss_weights`, `weights` times the weight of each token's sequence, None where all are
+    1. A loss may leave the loss of each token, (T,), not weighted, in `losses`.
     """
 
     def __init__(
@@ -42,11 +48,17 @@ class ChunkTensors:
         labels: torch.Tensor | None,
         positions: torch.Tensor,
         shared: bool = False,
+        weights: torch.Tensor | None = None,
     ):
         self.index = index
         self.prefix = chunk.prefix
         self.lengths = [segment.length for segment in chunk.segments]
-        self.tokens, self.labels, self.positions = tokens, labels, positions
+        self.tokens, self.labels, self.positions, self.weights = tokens, labels, positions, weights
+        numbers = [segment.sequence for segment in chunk.segments]
+        # Both parts of a shared chunk are of one sequence: each number is there once.
+        self.sequences = torch.tensor(
+            [numbers[:1], [chunk.tokens]] if shared else [numbers, self.lengths], dtype=torch.int64
+        )
         self.parts = []
         if shared:
             none = None, None, None
@@ -54,26 +66,51 @@ class ChunkTensors:
         self.state: KeyValueState | SharedKeyValueState | None = None
         self.end: End | None = None
         self.loss_gradient: float | None = None
+        self.loss_weights: torch.Tensor | None = None
+        self.losses: torch.Tensor | None = None
         # Cumulative lengths of queries and of keys, for variable-length attention on CUDA.
         self.ends = list(accumulate(self.lengths, initial=0))
         self.query_ends = torch.tensor(self.ends, dtype=torch.int32)
         self.key_ends = torch.tensor([0] + [self.prefix + end for end in self.ends[1:]], dtype=torch.int32)
 
     def to(self, device: torch.device) -> ChunkTensors:
-        """A copy on the device, made asynchronously. On the same device the tensors are shared."""
-        return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
+        """A copy on the device, made asynchronously. On the same device the tensors are shared. `sequences`
+        stay on the host: few steps need them."""
+        return self._with_each(DEVICE_TENSORS, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> ChunkTensors:
         """A copy in pinned memory: from other memory a GPU copies large tensors while the host waits."""
-        return self._with_each(torch.Tensor.pin_memory)
+        return self._with_each((*DEVICE_TENSORS, "sequences"), torch.Tensor.pin_memory)
 
-    def _with_each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ChunkTensors:
+    def _with_each(
+        self, names: tuple[str, ...], function: Callable[[torch.Tensor], torch.Tensor]
+    ) -> ChunkTensors:
         changed = copy.copy(self)
-        for name in ("tokens", "labels", "positions", "query_ends", "key_ends"):
+        for name in names:
             if (tensor := getattr(self, name)) is not None:
                 setattr(changed, name, function(tensor))
-        changed.parts = [part._with_each(function) for part in self.parts]
+        changed.parts = [part._with_each(names, function) for part in self.parts]
         return changed
+
+    def weighed(self, sequence_weights: torch.Tensor | None) -> torch.Tensor | None:
+        """`weights` times the weight of each token's sequence, (T,) float64; None where all are 1.
+
+        `sequence_weights`: (the plan's sequences,) float64 on the chunk's device; None: all 1.
+        """
+        if sequence_weights is None:
+            return self.weights
+        numbers, tokens = self.sequences.to(sequence_weights.device, non_blocking=True)
+        of_tokens = sequence_weights[numbers].repeat_interleave(tokens, output_size=self.tokens.size(0))
+        return of_tokens if self.weights is None else of_tokens * self.weights
+
+    def add_to_sequences(self, sums: torch.Tensor, values_T: torch.Tensor) -> None:
+        """Adds to `sums`, (the plan's sequences,) float64, the values of each sequence's tokens here."""
+        # Always in the same order: a segment's sum is one reduction, and no number comes twice, so that
+        # index_add_ adds to each place once.
+        numbers, tokens = self.sequences.to(sums.device, non_blocking=True)
+        # unsafe: does not look at the numbers of tokens, for which the host would wait.
+        own = torch.segment_reduce(values_T.to(sums.dtype), "sum", lengths=tokens, unsafe=True)
+        sums.index_add_(0, numbers, own)
 
 
 # (hidden_TC, weight_VC of the head, chunk) -> the model's result

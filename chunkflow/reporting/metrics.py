@@ -111,14 +111,16 @@ class MetricsLogger:
         grad_norm: float,
         lr: float,
         supervised_tokens: int,
+        by_source: dict[str, float] | None = None,
         scalars: dict[str, float] | None = None,
     ) -> float:
         """Writes the figures of the step and of the interval that ends with it; returns the loss over all
         ranks. A collective: all ranks call.
 
-        `loss`: this rank's loss sum / targets of all ranks. `max_loss`: this rank's loss sum / its targets,
-        -inf without targets. `grad_norm`, `lr` and `supervised_tokens` are of all ranks. `scalars`: more
-        values for TensorBoard, by tag.
+        `loss`: this rank's loss sum / the sum of weights of all ranks. `max_loss`: this rank's loss sum / its
+        own sum of weights, -inf without targets. `grad_norm`, `lr` and `supervised_tokens` are of all ranks,
+        as is `by_source`, the loss of each source of the data. `scalars`: more values for TensorBoard, by
+        tag.
         """
         largest = max_loss, self._data_seconds, *map(max, self._peaks, peak_memory(self.device))
         (loss,) = self._over_ranks(dist.ReduceOp.SUM, loss)
@@ -150,6 +152,8 @@ class MetricsLogger:
                 "global_max_loss": ("loss_metrics/global_max_loss", max_loss),
                 "n_tokens_seen": ("n_tokens_seen", self.tokens_seen),
             }
+            for name, loss_of_source in (by_source or {}).items():
+                figures[f"loss_of_{name}"] = f"loss_by_source/{name}", loss_of_source
             row = {"step": step} | {column: value for column, (_, value) in figures.items()}
             self.rows.write(row)
             self._write_line(row)

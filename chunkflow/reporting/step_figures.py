@@ -1,5 +1,7 @@
 """The figures of a step, of all ranks, as TensorBoard's `chunkflow/*` and `data/*` scalars."""
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,11 +23,27 @@ class RankFigures(NamedTuple):
     live_chunks: float  # the most chunks of a stage that held activations at once
     stage_inputs: float  # the most inputs of a stage that were kept at once
     state_gib: float  # K/V and their gradients, at their peak
+    loss_of_sources: tuple[float, ...] = ()  # weighted sums of its token losses
 
 
-def rank_figures(result: StepResult, simulation: Simulation) -> RankFigures:
-    """This rank's figures of a step and of its replica's plan. Waits for the device."""
-    timeline = result.clock.timeline()
+def rank_figures(
+    result: StepResult,
+    simulation: Simulation,
+    sequence_weights: torch.Tensor | None = None,
+    source_of: Sequence[int] = (),
+    sources: int = 0,
+) -> RankFigures:
+    """This rank's figures of a step and of its replica's plan. Waits for the device.
+
+    `sequence_weights`: those of the step. `source_of`: for each of the plan's sequences the number of its
+    source, of so many `sources`; none where the step was not asked for the loss of sequences.
+    """
+    timeline, loss_of_sources = result.clock.timeline(), [0.0] * sources
+    if source_of:
+        losses = result.loss_of_sequences.cpu()
+        losses = losses if sequence_weights is None else losses * sequence_weights
+        for source, loss in zip(source_of, losses.tolist(), strict=True):
+            loss_of_sources[source] += loss
     return RankFigures(
         busy_seconds=result.clock.busy_seconds(),
         useful_seconds=useful_time(timeline),
@@ -34,15 +52,29 @@ def rank_figures(result: StepResult, simulation: Simulation) -> RankFigures:
         live_chunks=max(result.live_chunks),
         stage_inputs=max(result.stage_inputs),
         state_gib=result.state_bytes / 2**30,
+        loss_of_sources=tuple(loss_of_sources),
     )
 
 
 def gather_over_ranks(figures: RankFigures, device: torch.device) -> list[RankFigures]:
     """The figures of every rank, in the order of ranks. A collective: all ranks call."""
-    values = torch.tensor(figures, dtype=torch.float64, device=device)
+    *of_rank, loss_of_sources = figures
+    values = torch.tensor([*of_rank, *loss_of_sources], dtype=torch.float64, device=device)
     gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, values)
-    return [RankFigures(*rank_values.tolist()) for rank_values in gathered]
+    rows, count = [rank_values.tolist() for rank_values in gathered], len(of_rank)
+    return [RankFigures(*row[:count], loss_of_sources=tuple(row[count:])) for row in rows]
+
+
+def losses_by_source(
+    figures: list[RankFigures], names: list[str], source_of: list[int], weight_sums: list[float]
+) -> dict[str, float]:
+    """The loss of each source, sum(weight x loss) / sum(weight), that has targets in the step. `weight_sums`:
+    of the targets of each of the plan's sequences."""
+    sums, weights = [math.fsum(of_ranks) for of_ranks in zip(*(rank.loss_of_sources for rank in figures))], {}
+    for source, weight in zip(source_of, weight_sums):
+        weights[source] = weights.get(source, 0.0) + weight
+    return {name: sums[source] / weights[source] for source, name in enumerate(names) if weights.get(source)}
 
 
 def step_scalars(

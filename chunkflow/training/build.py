@@ -188,7 +188,7 @@ def open_loader(
     """
     if plan.pipeline_ranks > 1 and "make_plan" not in changes:
         changes["make_plan"] = PlanProcess(plan, replica)  # plans of pipelines take long: not in this process
-    names = ("global_batch_size", "seq_len", "overlong", "shuffle")
+    names = ("global_batch_size", "seq_len", "overlong", "shuffle", "loss_weighting")
     arguments = {name: getattr(settings, name) for name in names} | changes
     loader = ChunkDataLoader(dataset, plan, replica=replica, seed=seed, **arguments)
     if loader.notice:

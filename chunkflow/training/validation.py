@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 
 class LossByPosition:
-    """Sums and numbers of token losses, in fp64 on the device: a column for positions below 1K, 4K, 16K, ...
-    up to `longest`, the tokens of the longest sequence.
+    """Weighted sums, weights and numbers of token losses, in fp64 on the device: a column for positions below
+    1K, 4K, 16K, ... up to `longest`, the tokens of the longest sequence. Weights are training's.
 
     The position of a loss is that of the token that predicts: at position p, p + 1 tokens are known.
     """
@@ -41,20 +41,27 @@ class LossByPosition:
         self.names = [f"up_to_{end >> 10}K" if end < 1 << 20 else f"up_to_{end >> 20}M" for end in ends]
         self.ends = torch.tensor(ends, device=device)
         self.columns = torch.arange(len(ends), device=device).unsqueeze(1)
-        self.figures = torch.zeros(2, len(ends), dtype=torch.float64, device=device)
+        self.figures = torch.zeros(3, len(ends), dtype=torch.float64, device=device)
 
     def take(self, chunk: ChunkTensors, losses_T: torch.Tensor) -> None:
         inside = torch.bucketize(chunk.positions, self.ends, right=True) == self.columns
         inside &= chunk.labels != IGNORE
-        self.figures[0] += torch.where(inside, losses_T, 0).sum(1, dtype=torch.float64)
-        self.figures[1] += inside.sum(1)
+        if chunk.loss_weights is None:
+            self.figures[0] += torch.where(inside, losses_T, 0).sum(1, dtype=torch.float64)
+            self.figures[1:] += inside.sum(1)
+        else:
+            weights_T = chunk.loss_weights
+            self.figures[0] += torch.where(inside, losses_T * weights_T, 0).sum(1)
+            self.figures[1] += torch.where(inside, weights_T, 0).sum(1)
+            self.figures[2] += inside.sum(1)
 
     def result(self) -> tuple[float, int, dict[str, tuple[float, int]]]:
-        """Mean loss (0 without targets) and number of targets; both again for each column with targets."""
-        sums, counts = self.figures.tolist()
-        ranges = zip(self.names, sums, counts)
-        by_position = {name: (total / count, int(count)) for name, total, count in ranges if count}
-        return sum(sums) / max(sum(counts), 1), int(sum(counts)), by_position
+        """Mean loss, sum(weight x loss) / sum(weight) (0 without targets), and number of targets; both again
+        for each column with targets."""
+        sums, weights, counts = self.figures.tolist()
+        ranges = zip(self.names, sums, weights, counts)
+        by_position = {name: (total / weight, int(count)) for name, total, weight, count in ranges if count}
+        return sum(sums) / (sum(weights) or 1), int(sum(counts)), by_position
 
 
 class Validation:
@@ -97,7 +104,8 @@ class Validation:
         for data in islice(self.loader, self.settings.steps if self.settings.steps > 0 else None):
             batch = LossByPosition(self.loader.longest, self.device)
             program = data.plan.programs[self.replica][self.pipeline_rank]
-            runner.evaluate(program, data.plan.groups[self.replica], data.chunks, batch.take)
+            groups = data.plan.groups[self.replica]
+            runner.evaluate(program, groups, data.chunks, batch.take, data.sequence_weights)
             # After every batch, as in training: no rank runs so far ahead that a collective times out.
             dist.all_reduce(batch.figures)
             total.figures += batch.figures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -61,10 +62,20 @@ def join(config: Config | None = None) -> parallel.Processes:
     return parallel.init_processes(config.comm, config.parallelism)
 
 
+class Weighed(NamedTuple):
+    """How a step's losses count: `token_weights` of each sequence's targets, the weight of each sequence, the
+    denominator. With them the loss of each sequence is asked for."""
+
+    token_weights: list[torch.Tensor]
+    sequence_weights: torch.Tensor
+    denominator: float
+
+
 def sharded_gradients(
-    model, lengths, sequences, config, k=1, balance="cost", chunk_size=16, blocks=None, **more
+    model, lengths, sequences, config, k=1, balance="cost", chunk_size=16, blocks=None, weighed=None, **more
 ):
-    """One step of this rank; returns the global loss and whole gradients."""
+    """One step of this rank; returns the global loss and whole gradients, with `weighed` (a Weighed) also the
+    loss of each sequence."""
     reshard = config.parallelism.fsdp_reshard_after_forward == "always"
     rank, ranks = dist.get_rank(), dist.get_world_size()
     options = {"chunk_size": chunk_size, "k": k, "balance": balance, "lockstep": reshard, **more}
@@ -73,14 +84,25 @@ def sharded_gradients(
     parallel.begin_step(model, reshard)
     ((program,),) = plan.programs.values()
     groups = plan.groups[rank]
-    chunks = chunk_tensors(groups, sequences)
     runner = runner_of(model, parallel.before_last_backward, blocks=blocks)
-    result = runner.step(program, groups, chunks, targets)
+    result, denominator = run_step(runner, program, groups, sequences, targets, weighed)
     dist.all_reduce(result.loss_sum)
     whole = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
     model.zero_grad()
     assert max(result.live_chunks) <= k
-    return result.loss_sum.item() / targets, whole
+    loss = result.loss_sum.item() / denominator
+    return (loss, whole, result.loss_of_sequences) if weighed else (loss, whole)
+
+
+def run_step(runner, program, groups, sequences, targets, weighed=None):
+    """The runner's result, and what sums of losses are to be divided by."""
+    if not weighed:
+        return runner.step(program, groups, chunk_tensors(groups, sequences), targets), targets
+    chunks = chunk_tensors(groups, sequences, weighed.token_weights)
+    counts = weighed.denominator, weighed.sequence_weights
+    result = runner.step(program, groups, chunks, *counts, sequences=len(sequences))
+    dist.all_reduce(result.loss_of_sequences)
+    return result, weighed.denominator
 
 
 class Pipeline:
@@ -117,15 +139,14 @@ class Pipeline:
     def program(self, plan):
         return plan.programs[self.replica][self.rank]
 
-    def step(self, plan, sequences):
+    def step(self, plan, sequences, weighed=None):
         """Loss of all replicas, this rank's gradients by name, and the counters."""
         targets = sum(int((labels != -100).sum()) for _, labels in sequences)
         for model in self.models.values():
             model.zero_grad()
             parallel.begin_step(model, False)
-        groups = plan.groups[self.replica]
-        chunks = chunk_tensors(groups, sequences)
-        result = self.runner.step(self.program(plan), groups, chunks, max(targets, 1))
+        groups, program = plan.groups[self.replica], self.program(plan)
+        result, denominator = run_step(self.runner, program, groups, sequences, max(targets, 1), weighed)
         stages.sum_tied_gradients(self.models, self.processes)
         dist.all_reduce(result.loss_sum)
         gradients = {}
@@ -134,4 +155,4 @@ class Pipeline:
                 assert isinstance(parameter.grad, DTensor)
                 tied = name == "output.weight" and model.args.tied_embeddings
                 gradients["tok_embeddings.weight" if tied else name] = parameter.grad.full_tensor()
-        return result.loss_sum.item() / max(targets, 1), gradients, result
+        return result.loss_sum.item() / denominator, gradients, result

@@ -31,7 +31,11 @@ def naive_attention(q_THD, k_TGD, v_TGD, chunk, layer):
 
 
 def naive_cross_entropy(hidden_TC, weight_VC, chunk):
-    return F.cross_entropy(hidden_TC @ weight_VC.t(), chunk.labels, reduction="sum", ignore_index=-100)
+    logits_TV, ignored = hidden_TC @ weight_VC.t(), {"ignore_index": -100}
+    if chunk.loss_weights is None:
+        return F.cross_entropy(logits_TV, chunk.labels, reduction="sum", **ignored)
+    losses_T = F.cross_entropy(logits_TV, chunk.labels, reduction="none", **ignored)
+    return (losses_T * chunk.loss_weights.to(losses_T.dtype)).sum()
 
 
 def random_sequences(lengths, vocabulary, seed, masked=0.3):
@@ -46,7 +50,23 @@ def random_sequences(lengths, vocabulary, seed, masked=0.3):
     return sequences
 
 
-def chunk_tensors(groups: list[Group], sequences) -> list[list[ChunkTensors]]:
+def random_weights(sequences, seed):
+    """Of each sequence's targets, (tokens,) fp64: 0, below 1, 1 and above 1. All 1 in some sequences."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [
+        4 * torch.rand(len(tokens), generator=generator, dtype=torch.float64) for tokens, _ in sequences
+    ]
+    for number, values in enumerate(weights):
+        values[values < 1] = 0
+        values[values > 3] = 1
+        if number % 3 == 2:
+            values.fill_(1)
+    return weights
+
+
+def chunk_tensors(groups: list[Group], sequences, weights=None) -> list[list[ChunkTensors]]:
+    """`weights`: of each sequence's targets; None: all 1."""
+
     def cat(chunk, pick):
         return torch.cat([pick(s)[s.start : s.start + s.length] for s in chunk.segments])
 
@@ -59,6 +79,7 @@ def chunk_tensors(groups: list[Group], sequences) -> list[list[ChunkTensors]]:
                 cat(chunk, lambda s: sequences[s.sequence][1]),
                 cat(chunk, lambda s: torch.arange(s.start + s.length)),
                 shared=group.spread is not None,
+                weights=cat(chunk, lambda s: weights[s.sequence]) if weights else None,
             )
             for index, chunk in enumerate(group.chunks)
         ]
@@ -77,15 +98,19 @@ def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def whole_sequence_gradients(model, sequences):
-    """Loss (mean over all targets) and gradients of whole sequences, one by one, by the naive functions."""
+def whole_sequence_gradients(model, sequences, weights=None, denominator=None):
+    """Loss and gradients of whole sequences, one by one, by the naive functions: the sum of weight x token
+    loss / denominator. `weights`: of each sequence's targets, None: all 1; `denominator`: None: how many
+    targets there are."""
     module = sys.modules[type(model).__module__]
     targets = sum(int((labels != -100).sum()) for _, labels in sequences)
     model.zero_grad()
     total = 0.0
     with mock.patch.object(module, "chunk_attention", naive_attention):
-        for tokens, labels in sequences:
-            loss = model(tokens, whole_sequence(tokens, labels, naive_cross_entropy)) / max(targets, 1)
+        for number, (tokens, labels) in enumerate(sequences):
+            chunk = whole_sequence(tokens, labels, naive_cross_entropy)
+            chunk.loss_weights = weights[number] if weights else None
+            loss = model(tokens, chunk) / (denominator or max(targets, 1))
             loss.backward()
             total += loss.item()
     return total, gradients(model)
@@ -96,13 +121,27 @@ def runner_of(model, before_last_backward=lambda model: None, loss=loss_sum, blo
     return Runner([WholeModel(model, before_last_backward)], torch.device("cpu"), loss, blocks)
 
 
-def chunked_gradients(model, sequences, groups, k, actions=None):
-    """The same by the plan's groups and schedule; returns loss, gradients and the runner's counters."""
+def chunked_gradients(
+    model,
+    sequences,
+    groups,
+    k,
+    actions=None,
+    weights=None,
+    sequence_weights=None,
+    denominator=None,
+    by_sequence=False,
+):
+    """The same by the plan's groups and schedule; returns loss, gradients and the runner's counters. `weights`
+    are without the sequences' own. `by_sequence`: asks for the loss of each."""
     targets = sum(int((labels != -100).sum()) for _, labels in sequences)
+    denominator = denominator or max(targets, 1)
     model.zero_grad()
     actions = actions or linear_schedule([len(group.chunks) for group in groups], k)
-    result = runner_of(model).step(actions, groups, chunk_tensors(groups, sequences), max(targets, 1))
-    return result.loss_sum.item() / max(targets, 1), gradients(model), result
+    chunks, count = chunk_tensors(groups, sequences, weights), len(sequences) if by_sequence else None
+    runner = runner_of(model)
+    result = runner.step(actions, groups, chunks, denominator, sequence_weights, sequences=count)
+    return result.loss_sum.item() / denominator, gradients(model), result
 
 
 def live_chunks(actions) -> int:
