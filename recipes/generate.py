@@ -138,11 +138,11 @@ def load_model(
     activate_attention(config)
     family, args = model_args(config.model, 1, tokenizer.vocab_size)  # of any length: checked below
     total = prompt_tokens + cli.max_new_tokens
-    if total > positions(args) and config.model.rope_scaling is None:
+    if total > (most := positions(config.model, args)):
         raise ValueError(
             f"{prompt_tokens:,} tokens of the prompt and --max-new-tokens = {cli.max_new_tokens:,} are beyond"
-            f" the {positions(args):,} positions of the model: shorten one of them, or extend the context"
-            " with model.rope_scaling"
+            f" the {most:,} positions of the model: shorten one of them, or extend the context with"
+            " model.rope_scaling (YaRN) or model.max_positions"
         )
     checkpoint = cli.checkpoint
     if checkpoint:

@@ -58,6 +58,11 @@ class Model:
     )
     rope_theta: float | None = option(None, "base of the rotary angles; unset: the model's", POSITIVE)
     rope_scaling: dict | None = option(None, "Hugging Face's keys; unset: the model's", ROPE_SCALING)
+    max_positions: int | None = option(
+        None,
+        "positions that the model is trained for, exported as max_position_embeddings; unset: the model's",
+        AT_LEAST_1,
+    )
     converters: list[str] = option(
         [], "what linear layers multiply in, the head excepted (torchao)", ("float8", "int8")
     )
@@ -72,7 +77,9 @@ class Model:
 @dataclass
 class Training:
     dataset: str = option("python_stdlib", "where sequences come from", DATASETS)
-    dataset_path: str = option("", 'jsonl: file, folder or glob; synthetic: "lmsys", "llama3_sft", "agent"')
+    dataset_path: str = option(
+        "", 'jsonl: file, folder or glob; synthetic: "lmsys", "llama3_sft", "agent", "prolong"'
+    )
     global_batch_size: int = option(16, "sequences per optimizer step over all ranks", AT_LEAST_1)
     seq_len: int = option(8192, "longest admissible sequence, tokens", AT_LEAST_1)
     overlong: str = option("error", "what becomes of longer sequences", ("error", "truncate", "drop"))

@@ -34,6 +34,8 @@ from models.hf_config import model_of
 
 logger = logging.getLogger(__name__)
 
+ORIGINAL = "original_max_position_embeddings"  # of rope_scaling: the positions before it
+
 
 class ModelSpec(NamedTuple):
     """Which model a config describes."""
@@ -243,25 +245,76 @@ def model_args(settings: options.Model, seq_len: int, vocab_size: int):
             f"the tokenizer has {vocab_size:,} tokens, but {settings.name} {settings.flavor} embeds"
             f" {args.vocab_size:,}: set model.tokenizer_path to the model's own tokenizer"
         )
-    if settings.rope_theta is not None:
-        args = dataclasses.replace(args, rope_theta=settings.rope_theta)
-    if settings.rope_scaling is not None:
-        args = dataclasses.replace(args, rope_scaling=settings.rope_scaling)
-    elif seq_len > positions(args):
+    return family, _extended(settings, args, seq_len)
+
+
+def _extended(settings: options.Model, own: Any, seq_len: int):
+    """The model's `own` args with the config's rotary angles and positions. ValueError where sequences of
+    `seq_len` tokens, or model.max_positions, are beyond what these angles are for."""
+    model, most = f"{settings.name} {settings.flavor}", settings.max_positions
+    theta = own.rope_theta if settings.rope_theta is None else settings.rope_theta
+    scaling = own.rope_scaling if settings.rope_scaling is None else settings.rope_scaling
+    scaling = None if rope_type(scaling) == "default" else scaling
+    args = dataclasses.replace(own, rope_theta=theta, rope_scaling=scaling)
+    reach, wanted = _reach(args), max(seq_len, most or 0)
+    original = (scaling or {}).get(ORIGINAL) or own.max_positions
+    larger_theta = _theta_for(own, wanted)
+    if most is not None and seq_len > most:
         raise ValueError(
-            f"training.seq_len = {seq_len:,} is beyond the {positions(args):,} positions of {settings.name}"
-            f" {settings.flavor}: lower it, or extend the context with model.rope_scaling, for example"
-            f' {{ rope_type = "yarn", factor = {-(-seq_len // args.max_positions)}.0,'
-            f" original_max_position_embeddings = {args.max_positions} }}"
+            f"training.seq_len = {seq_len:,} is beyond model.max_positions = {most:,}: lower one, or raise"
+            " the other"
         )
-    return family, args
+    if wanted > reach and rope_type(scaling) == "yarn":
+        key = f"training.seq_len = {seq_len:,}" if most is None else f"model.max_positions = {most:,}"
+        raise ValueError(
+            f"{key} is beyond the {reach:,} positions of {model} with YaRN (factor {scaling['factor']:g} x"
+            f" {original:,}): lower it, or set the factor of model.rope_scaling to {-(-wanted // original)}.0"
+        )
+    extends = theta > own.rope_theta or scaling not in (None, own.rope_scaling)
+    if most is None and seq_len > reach and extends:
+        raise ValueError(
+            f"training.seq_len = {seq_len:,} is beyond the {reach:,} positions of {model}, and of"
+            " model.rope_theta and model.rope_scaling only YaRN says how many there are now: set"
+            f" model.max_positions = {seq_len}, too"
+        )
+    if wanted > reach and not extends:
+        beyond = f"is beyond the {reach:,} positions of {model}"
+        yarn = f'{{ rope_type = "yarn", factor = {-(-wanted // own.max_positions)}.0, {ORIGINAL} ='
+        yarn = f"model.rope_scaling, for example {yarn} {own.max_positions} }}"
+        base = f"model.rope_theta, for example {larger_theta}"
+        if most is None:
+            raise ValueError(
+                f"training.seq_len = {seq_len:,} {beyond}: lower it, or extend the context, either with"
+                f" {yarn}, or with {base}, and model.max_positions = {seq_len}"
+            )
+        raise ValueError(
+            f"model.max_positions = {most:,} {beyond}, and its rotary angles there were never trained: lower"
+            f" it, or extend the context too, either with {yarn}, or with a larger {base}"
+        )
+    if most is None:
+        return args
+    if rope_type(scaling) in ("yarn", "llama3"):  # a scaling without it means the model's own positions
+        scaling = scaling | {ORIGINAL: original}
+    return dataclasses.replace(args, rope_scaling=scaling, max_positions=most)
 
 
-def positions(args) -> int:
-    """The longest sequence of a model, in tokens. Qwen's folders keep max_position_embeddings with YaRN."""
+def _theta_for(own: Any, positions: int) -> str:
+    """A rope_theta with which the slowest pair turns as far in `positions` as with the model's own in its
+    positions; the least that trains well (ABF, arXiv 2309.16039, and ProLong take twice as much)."""
+    theta = own.rope_theta * (positions / own.max_positions) ** (own.head_dim / (own.head_dim - 2))
+    return f"{theta:.1e}".replace("e+0", "e").replace("e+", "e")
+
+
+def _reach(args: Any) -> int:
+    """The positions that a model's sizes and angles speak of. Qwen's folders keep max_position_embeddings
+    with YaRN, whose factor says how many there are then."""
     scaling = args.rope_scaling or {}
     if rope_type(scaling) != "yarn":
         return args.max_positions
-    return max(
-        args.max_positions, int(scaling.get("original_max_position_embeddings", 0) * scaling["factor"])
-    )
+    original = scaling.get(ORIGINAL) or args.max_positions
+    return max(args.max_positions, round(original * scaling["factor"]))
+
+
+def positions(settings: options.Model, args: Any) -> int:
+    """The longest sequence, in tokens, of a model whose `args` model_args made of these settings."""
+    return settings.max_positions or _reach(args)
