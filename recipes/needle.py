@@ -285,7 +285,8 @@ def write_events(folder: Path, step: int, cells: dict, lengths: list[int], depth
                 writer.add_scalar(f"needle_{key}_by_length/{length}", mean, step)
         try:
             columns, marks = [f"{length:,}" for length in lengths], [f"{depth:g}" for depth in depths]
-            figure = heat_maps(maps, "length, tokens", columns, "depth, %", marks)
+            ranges = {"found": (0, 1), "log_probability": (None, 0)}
+            figure = heat_maps(maps, ranges, "length, tokens", columns, "depth, %", marks)
             writer.add_figure("needle/by length and depth", figure, step)
         except ModuleNotFoundError as error:
             print(f"No heat map: {error.name} is not installed (pip install matplotlib)", file=sys.stderr)

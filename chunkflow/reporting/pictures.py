@@ -45,15 +45,24 @@ def plan_figure(plan: Plan, chunk_size: int):
     return figure
 
 
-def heat_maps(maps: dict[str, Sequence[Sequence[float]]], x: str, columns: Sequence, y: str, rows: Sequence):
+def heat_maps(
+    maps: dict[str, Sequence[Sequence[float]]],
+    ranges: dict[str, tuple[float | None, float | None]],
+    x: str,
+    columns: Sequence[str],
+    y: str,
+    rows: Sequence[str],
+):
     """A matplotlib figure: a heat map for each title, its values in rows from top to bottom, each written in
-    its cell. `x` and `y` name the axes, `columns` and `rows` what stands at them."""
+    its cell. `ranges`: for each title the ends of its colours (None: of its values). `x` and `y` name the
+    axes, `columns` and `rows` what stands at them."""
     from matplotlib.figure import Figure
 
     size = 2 + 0.9 * len(columns), (1.6 + 0.5 * len(rows)) * len(maps)
     figure = Figure(figsize=size, layout="constrained")
     for panel, (title, values) in zip(figure.subplots(len(maps), squeeze=False)[:, 0], maps.items()):
-        image = panel.imshow(values, aspect="auto", cmap="viridis")
+        low, high = ranges[title]
+        image = panel.imshow(values, aspect="auto", cmap="viridis", vmin=low, vmax=high)
         middle = sum(image.get_clim()) / 2
         for row, of_row in enumerate(values):
             for column, value in enumerate(of_row):
