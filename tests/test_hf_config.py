@@ -210,8 +210,16 @@ def extended(folder, seq_len, **settings):
             2049,
             "training.seq_len = 2,049 is beyond model.max_pos",
         ),
-        ({"max_positions": 2048, "rope_theta": 2e4}, 9, "with a larger model.rope_theta, for example 9.8e4"),
-        ({"max_positions": 2048, "rope_theta": 1e4}, 9, "with a larger model.rope_theta, for example 9.8e4"),
+        (
+            {"max_positions": 2048, "rope_theta": 2e4},
+            9,
+            "or with a larger model.rope_theta, for example 9.8e4",
+        ),
+        (
+            {"max_positions": 2048, "rope_theta": 1e4},
+            9,
+            "or with a larger model.rope_theta, for example 9.8e4",
+        ),
         ({"rope_theta": 2e5}, 512, 512),
         ({"rope_theta": 2e5}, 2048, "set model.max_positions = 2048, too"),
         ({"rope_theta": 1e4}, 2048, "for example 9.8e4, and model.max_positions = 2048"),
@@ -250,7 +258,7 @@ def test_the_sentence_has_both_ways_and_both_work(copy):
     with pytest.raises(ValueError) as refused:
         extended(copy, 1500)
     said = str(refused.value)
-    for way in ("model.rope_scaling, for example { ", "model.rope_theta, for example 6.8e4, and"):
+    for way in ("model.rope_scaling, for example { ", "a larger model.rope_theta, for example 6.8e4, and"):
         assert way in said, said
     scaling = tomllib.loads("x = " + said[said.index("{") : said.index("}") + 1])["x"]
     assert extended(copy, 1500, rope_scaling=scaling)[1] == 1536

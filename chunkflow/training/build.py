@@ -254,54 +254,54 @@ def _extended(settings: options.Model, own: Any, seq_len: int):
     model, most = f"{settings.name} {settings.flavor}", settings.max_positions
     theta = own.rope_theta if settings.rope_theta is None else settings.rope_theta
     scaling = own.rope_scaling if settings.rope_scaling is None else settings.rope_scaling
-    scaling = None if rope_type(scaling) == "default" else scaling
+    kind = rope_type(scaling)
+    scaling = None if kind == "default" else scaling
     args = dataclasses.replace(own, rope_theta=theta, rope_scaling=scaling)
-    reach, wanted = _reach(args), max(seq_len, most or 0)
     original = (scaling or {}).get(ORIGINAL) or own.max_positions
-    larger_theta = _theta_for(own, wanted)
     if most is not None and seq_len > most:
         raise ValueError(
-            f"training.seq_len = {seq_len:,} is beyond model.max_positions = {most:,}: lower one, or raise"
-            " the other"
+            f"training.seq_len = {seq_len:,} is beyond model.max_positions = {most:,}: lower the first, or"
+            " raise the second"
         )
-    if wanted > reach and rope_type(scaling) == "yarn":
-        key = f"training.seq_len = {seq_len:,}" if most is None else f"model.max_positions = {most:,}"
-        raise ValueError(
-            f"{key} is beyond the {reach:,} positions of {model} with YaRN (factor {scaling['factor']:g} x"
-            f" {original:,}): lower it, or set the factor of model.rope_scaling to {-(-wanted // original)}.0"
-        )
-    extends = theta > own.rope_theta or scaling not in (None, own.rope_scaling)
-    if most is None and seq_len > reach and extends:
-        raise ValueError(
-            f"training.seq_len = {seq_len:,} is beyond the {reach:,} positions of {model}, and of"
-            " model.rope_theta and model.rope_scaling only YaRN says how many there are now: set"
-            f" model.max_positions = {seq_len}, too"
-        )
-    if wanted > reach and not extends:
-        beyond = f"is beyond the {reach:,} positions of {model}"
-        yarn = f'{{ rope_type = "yarn", factor = {-(-wanted // own.max_positions)}.0, {ORIGINAL} ='
-        yarn = f"model.rope_scaling, for example {yarn} {own.max_positions} }}"
-        base = f"model.rope_theta, for example {larger_theta}"
-        if most is None:
+    key, wanted = ("training.seq_len", seq_len) if most is None else ("model.max_positions", most)
+    if wanted > (reach := _reach(args)):
+        beyond = f"{key} = {wanted:,} is beyond the {reach:,} positions of {model}"
+        if kind == "yarn":
             raise ValueError(
-                f"training.seq_len = {seq_len:,} {beyond}: lower it, or extend the context, either with"
-                f" {yarn}, or with {base}, and model.max_positions = {seq_len}"
+                f"{beyond} with YaRN (factor {scaling['factor']:g} x {original:,}): lower it, or set the"
+                f" factor of model.rope_scaling to {-(-wanted // original)}.0"
             )
-        raise ValueError(
-            f"model.max_positions = {most:,} {beyond}, and its rotary angles there were never trained: lower"
-            f" it, or extend the context too, either with {yarn}, or with a larger {base}"
-        )
+        changed = theta > own.rope_theta or scaling not in (None, own.rope_scaling)
+        if changed and most is None:
+            raise ValueError(
+                f"{beyond}, and of model.rope_theta and model.rope_scaling only YaRN says how many there are"
+                f" now: set model.max_positions = {wanted}, too"
+            )
+        if not changed:
+            scaled = f'{{ rope_type = "yarn", factor = {-(-wanted // own.max_positions)}.0, {ORIGINAL} ='
+            yarn = f"model.rope_scaling, for example {scaled} {own.max_positions} }}"
+            base = f"a larger model.rope_theta, for example {_larger_theta(own, wanted)}"
+            if most is None:
+                raise ValueError(
+                    f"{beyond}: lower it, or extend the context, either with {yarn}, or with {base}, and"
+                    f" model.max_positions = {wanted}"
+                )
+            raise ValueError(
+                f"{beyond}, and its rotary angles there were never trained: lower it, or extend the context"
+                f" too, either with {yarn}, or with {base}"
+            )
     if most is None:
         return args
-    if rope_type(scaling) in ("yarn", "llama3"):  # a scaling without it means the model's own positions
+    if kind in ("yarn", "llama3"):  # a scaling without it means the model's own positions
         scaling = scaling | {ORIGINAL: original}
     return dataclasses.replace(args, rope_scaling=scaling, max_positions=most)
 
 
-def _theta_for(own: Any, positions: int) -> str:
-    """A rope_theta with which the slowest pair turns as far in `positions` as with the model's own in its
-    positions; the least that trains well (ABF, arXiv 2309.16039, and ProLong take twice as much)."""
-    theta = own.rope_theta * (positions / own.max_positions) ** (own.head_dim / (own.head_dim - 2))
+def _larger_theta(own: Any, positions: int) -> str:
+    """A rope_theta with which the slowest pair turns as far in `positions` as it does now in the model's own.
+    It is the least to take: ABF (arXiv 2309.16039) took six times as much, ProLong twice."""
+    times = positions / own.max_positions
+    theta = own.rope_theta * times ** (own.head_dim / max(own.head_dim - 2, 1))
     return f"{theta:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
