@@ -232,7 +232,6 @@ def config_json(name: str, args: Any, dtype: str, source: str | Path | None = No
             "head_dim": args.head_dim,
             "vocab_size": args.vocab_size,
             "rms_norm_eps": args.norm_eps,
-            "max_position_embeddings": args.max_positions,
             "tie_word_embeddings": args.tied_embeddings,
         }
     if before is None or (before.rope_theta, before.rope_scaling) != (args.rope_theta, args.rope_scaling):
@@ -242,5 +241,6 @@ def config_json(name: str, args: Any, dtype: str, source: str | Path | None = No
         if rope_type(scaling) in ("yarn", "llama3"):
             scaling = {"original_max_position_embeddings": args.max_positions} | scaling
         config |= {"rope_theta": args.rope_theta, "rope_scaling": scaling}  # read by transformers 5, too
+    config["max_position_embeddings"] = args.max_positions
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     return config

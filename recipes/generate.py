@@ -14,7 +14,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,19 +22,10 @@ from torch import nn
 from torch.hub import tqdm  # the real one where it is installed, else torch's small stand-in
 
 from chunkflow.data.tokenizer import Tokenizer
+from chunkflow.execution.generation import Context, continuation
 from chunkflow.execution.loss import last_logits
-from chunkflow.execution.state import ChunkTensors, KeyValueState
-from chunkflow.planning.chunks import Chunk, Group, Segment
-from chunkflow.storage import hf_weights as hf
-from chunkflow.storage.tensors import load_model_weights
-from chunkflow.training import parallel
-from chunkflow.training.build import (
-    activate_attention,
-    check_cuda_dtype,
-    model_args,
-    open_tokenizer,
-    positions,
-)
+from chunkflow.storage.trained import load_trained
+from chunkflow.training.build import model_args, open_tokenizer, positions
 from chunkflow.training.start import read_config
 from models.hf_config import end_tokens
 
@@ -132,72 +122,37 @@ def encode(cli: argparse.Namespace, config, tokenizer: Tokenizer) -> tuple[list[
 def load_model(
     cli: argparse.Namespace, config, tokenizer: Tokenizer, prompt_tokens: int, device: torch.device
 ) -> nn.Module:
-    """The model in training.mixed_precision_param, with weights of --checkpoint or of the config's folder."""
-    dtype = config.training.mixed_precision_param
-    check_cuda_dtype(config.training)
-    activate_attention(config)
-    family, args = model_args(config.model, 1, tokenizer.vocab_size)  # of any length: checked below
+    """The model, which has room for the prompt and what is asked for."""
+    family, args = model_args(config.model, 1, tokenizer.vocab_size)  # of any length: checked here
     total = prompt_tokens + cli.max_new_tokens
-    if total > positions(args) and config.model.rope_scaling is None:
+    if total > (most := positions(config.model, args)):
         raise ValueError(
             f"{prompt_tokens:,} tokens of the prompt and --max-new-tokens = {cli.max_new_tokens:,} are beyond"
-            f" the {positions(args):,} positions of the model: shorten one of them, or extend the context"
-            " with model.rope_scaling"
+            f" the {most:,} positions of the model: shorten one of them, or extend the context with"
+            " model.rope_scaling (YaRN) or model.max_positions"
         )
-    checkpoint = cli.checkpoint
-    if checkpoint:
-        if not checkpoint.is_dir():
-            raise ValueError(
-                f"--checkpoint = {checkpoint} is not a folder: name one such as outputs/checkpoint/step-100"
-            )
-    elif folder := hf.weights_folder(config.checkpoint, config.model.hf_assets_path):
-        hf.check_weights(folder, family, args)
-    else:
-        raise ValueError(
-            "there are no weights: set --model.hf_assets_path to a folder with safetensors, or --checkpoint"
-        )
-    # A checkpoint is read as it was written, in training.dtype; that may be more than the device holds.
-    with torch.device("meta"), parallel.default_dtype(config.training.dtype if checkpoint else dtype):
-        model = family.Transformer(args)
-    model.to_empty(device="cpu" if checkpoint else device)
-    if checkpoint:
-        load_model_weights(model, checkpoint)
-    else:
-        hf.load_weights(model, family, folder)
-    return model.to(device, parallel.DTYPES[dtype])
+    return load_trained(config, cli.checkpoint, family, args, device)
 
 
 # --------------------------------------------------------------------------------------------------- sampling
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module, prompt: list[int], cli: argparse.Namespace, chunk_size: int, vocab_size: int
 ) -> Iterator[int]:
     """Yields --max-new-tokens ids, each from the model's logits after all before it. Ids from `vocab_size`
     on, which pad the embeddings of some models, are never chosen."""
-    # The K/V state needs all chunks in advance: the prompt's, then one for each new token but the last.
-    starts = [*range(0, len(prompt), chunk_size), *range(len(prompt), len(prompt) + cli.max_new_tokens)]
-    group = Group(tuple(Chunk((Segment(0, start, end - start),)) for start, end in pairwise(starts)))
-    state, device = KeyValueState(group), model.tok_embeddings.weight.device
-    generator = torch.Generator().manual_seed(cli.seed)
-    tokens, short = list(prompt), len(prompt) <= chunk_size
+    context = Context(model, len(prompt) + cli.max_new_tokens - 1, chunk_size)
+    generator, short = torch.Generator().manual_seed(cli.seed), len(prompt) <= chunk_size
+
+    def choose(logits_V: torch.Tensor) -> int:
+        return sample(logits_V[:vocab_size], cli.temperature, cli.top_p, generator)
+
     with tqdm(
         total=len(prompt), unit="token", desc="reading the prompt", mininterval=1, disable=short
     ) as bar:
-        for index, (start, end) in enumerate(pairwise(starts)):
-            inputs, positions_T = torch.tensor(tokens[start:end]), torch.arange(start, end)
-            chunk = ChunkTensors(group.chunks[index], index, inputs, None, positions_T).to(device)
-            chunk.state = state
-            chunk.end = last_logits if end >= len(prompt) else None
-            logits_V = model(chunk.tokens, chunk)
-            if end <= len(prompt):
-                bar.update(end - start)
-            if end == len(prompt):
-                bar.close()
-            if chunk.end:
-                tokens.append(sample(logits_V[:vocab_size], cli.temperature, cli.top_p, generator))
-                yield tokens[-1]
+        logits_V = context.read(prompt, last_logits, bar.update)
+    yield from continuation(context, logits_V, cli.max_new_tokens, choose)
 
 
 def sample(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

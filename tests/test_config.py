@@ -27,6 +27,7 @@ CONTRACT = {
     "model.tokenizer_path": "",
     "model.rope_theta": None,
     "model.rope_scaling": None,
+    "model.max_positions": None,
     "model.converters": [],
     "model.attention": "default",
     "training.dataset": "python_stdlib",
@@ -293,7 +294,7 @@ def test_tables():
         (["--training.dataset=jsonl"], "set training.dataset_path"),
         (
             ["--training.dataset=synthetic", "--training.dataset_path=short"],
-            '"lmsys", "llama3_sft" or "agent"',
+            '"lmsys", "llama3_sft", "agent" or "prolong"',
         ),
         (["--training.dataset_path=data.jsonl"], "is not read by"),
         (["--training.dtype=bfloat16"], "training.mixed_precision_param"),

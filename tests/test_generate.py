@@ -3,6 +3,7 @@ memory, sentences."""
 
 import argparse
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -300,6 +301,17 @@ def test_a_checkpoint_writes_what_its_folder_writes(tmp_path, folder, recipe, mo
     )
 
 
+def test_beyond_the_folders_positions_by_either_way(folder, recipe, monkeypatch, capsys):
+    """The folder has 512."""
+    prompt = [f"--model.hf_assets_path={folder}", "--prompt", TEXT * 12, "--max-new-tokens=3"]
+    for way in (
+        ["--model.rope_theta=1e5", "--model.max_positions=1024"],
+        ["--model.rope_scaling={rope_type='yarn', factor=2.0}"],
+    ):
+        status, _, err = in_process(recipe, monkeypatch, capsys, *prompt, *way)
+        assert status == 0 and 512 < int(re.search(r"(\d+) tokens read", err)[1]) < 1024, err
+
+
 def test_characters_of_several_tokens_come_whole(folder):
     """As they come: text is told as soon as it is known, and never half a character."""
     for tokenizer in (Tokenizer(str(folder)), Tokenizer()):
@@ -326,6 +338,16 @@ def test_characters_of_several_tokens_come_whole(folder):
             "--max-new-tokens = 0 is out of range: choose a value at least 1",
         ),
         (["--prompt=a", "--max-new-tokens=512"], "beyond the 512 positions of the model"),
+        (
+            [
+                "--prompt=a",
+                "--max-new-tokens=600",
+                "--model.max_positions=600",
+                "--model.rope_theta=1e5",
+            ],
+            "beyond the 600 positions of the model",
+        ),
+        (["--prompt=a", "--model.max_positions=600"], "its rotary angles there were never trained"),
         (["--prompt=a", "--max-new-tokens=x"], "--max-new-tokens: invalid int value: 'x'"),
         (["--prompt=a", "--model.flavour=x"], "did you mean --model.flavor?"),
         (["--prompt=a", "--model.hf_assets_path="], "there are no weights: set --model.hf_assets_path"),

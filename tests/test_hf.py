@@ -205,7 +205,8 @@ def test_in_and_out_is_bitwise(tmp_path):
     options = [
         f"--model.hf_assets_path={tmp_path / 'model'}", f"--checkpoint.initial_load_path={tmp_path / 'weights'}",
         "--checkpoint.initial_load_in_hf", "--training.steps=1", "--checkpoint.last_save_in_hf", "--checkpoint.export_dtype=bfloat16",
-        "--training.mixed_precision_param=float32", "--model.rope_theta=5e5", "--model.rope_scaling={rope_type='yarn', factor=8.0}",
+        "--training.mixed_precision_param=float32", "--training.seq_len=4096",
+        "--model.rope_theta=5e5", "--model.rope_scaling={rope_type='yarn', factor=8.0}",
     ]  # fmt: skip
     train(tmp_path, "run", data, *options)
     saved = tmp_path / "run" / "checkpoint" / "step-1-hf"

@@ -38,6 +38,7 @@ def test_there_are_presets():
         "qwen2_5_7b_32k",
         "qwen2_5_7b_256k",
         "qwen2_5_72b_256k",
+        "llama3_8b_64k",
         "llama3_1_8b_128k",
         "llama3_1_8b_128k_pipeline",
         "llama3_1_8b_256k",

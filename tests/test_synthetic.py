@@ -43,6 +43,14 @@ def test_llama3_lengths(seed):
     assert sum(long) / len(long) == pytest.approx(37_000, rel=0.05)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_prolong_lengths(seed):
+    lengths = synthetic_lengths("prolong", 100_000, seed)
+    long = [length for length in lengths if length > 60_000]
+    assert max(long) == 65_536 and sum(long) / sum(lengths) == pytest.approx(0.6, abs=0.02)
+    assert share(lengths, lambda length: length < 2048) > 0.9
+
+
 def test_lengths_follow_the_seed():
     lengths = synthetic_lengths("lmsys", 100_000, 3)
     assert lengths == synthetic_lengths("lmsys", 100_000, 3)
@@ -134,7 +142,7 @@ def test_opened_by_name(tmp_path):
 def test_wrong_settings_are_sentences():
     with pytest.raises(
         ValueError,
-        match=r'training.dataset_path is "c4": the synthetic dataset is "lmsys", "llama3_sft" or "agent"',
+        match=r'training.dataset_path is "c4": the synthetic dataset is "lmsys", "llama3_sft", "agent" or "prolong"',
     ):
         open_dataset("synthetic", "c4", None, vocab_size=2048, seed=0)
     with pytest.raises(ValueError, match=r"vocabulary of 583 ids is too small .* uses 584: choose"):

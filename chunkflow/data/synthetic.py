@@ -22,7 +22,9 @@ VOCABULARY = ANSWER + VALUES
 # Points (share of sequences that are shorter, length in tokens) of each mixture; between them the logarithm
 # of the length is linear in the share. LMSys-Chat-1M: over 99 % < 4K, 0.013 % > 32K, longest about 300K.
 # Llama 3's SFT data: 99.89 % short (< 1K on average), 0.11 % long (37K on average). Agents: trajectories of
-# coding agents as in CoderForge, 30 % < 32K, 92.5 % < 64K, 99.9 % < 128K, longest 184K.
+# coding agents as in CoderForge, 30 % < 32K, 92.5 % < 64K, 99.9 % < 128K, longest 184K. ProLong's
+# first stage: 60 % of the tokens are books and repositories in pieces of exactly 64K, the rest is text of the
+# web, most of it short.
 MIXTURES = {
     "lmsys": [(0.0, 16), (0.5, 320), (0.9, 1024), (0.995, 4096), (0.99987, 32768), (1.0, 300_000)],
     "llama3_sft": [(0.0, 16), (0.5, 480), (0.9, 1536), (0.9989, 8192), (0.99945, 21_000), (1.0, 131_072)],
@@ -30,8 +32,11 @@ MIXTURES = {
         *((0.0, 8000), (0.0007, 16_384), (0.3, 32_768), (0.5, 38_000), (0.76, 49_152), (0.925, 65_536)),
         *((0.993, 98_304), (0.999, 131_072), (1.0, 184_000)),
     ],
+    "prolong": [
+        *((0.0, 32), (0.5, 450), (0.9, 1800), (0.977, 16_384), (0.978, 65_536), (1.0, 65_536)),
+    ],
 }
-NAMES = ", ".join(f'"{name}"' for name in list(MIXTURES)[:-1]) + ' or "agent"'
+NAMES = ", ".join(f'"{name}"' for name in list(MIXTURES)[:-1]) + ' or "prolong"'
 
 
 def synthetic_lengths(mix: str, count: int, seed: int) -> list[int]:

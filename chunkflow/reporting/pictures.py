@@ -1,4 +1,6 @@
-"""Plans as pictures for TensorBoard. Needs matplotlib (extra "pictures")."""
+"""Plans and measurements as pictures for TensorBoard. Needs matplotlib (extra "pictures")."""
+
+from collections.abc import Sequence
 
 from chunkflow.planning.planner import Plan
 
@@ -40,4 +42,34 @@ def plan_figure(plan: Plan, chunk_size: int):
     hatched = "; hatched ones are shared by ranks" if plan.spread_sequences else ""
     what = f"{plan.tokens:,} tokens in {plan.chunks:,} chunks{shown}"
     figure.suptitle(f"{what}; colours are sequences longer than a chunk{hatched}")
+    return figure
+
+
+def heat_maps(
+    maps: dict[str, Sequence[Sequence[float]]],
+    ranges: dict[str, tuple[float | None, float | None]],
+    x: str,
+    columns: Sequence[str],
+    y: str,
+    rows: Sequence[str],
+):
+    """A matplotlib figure: a heat map for each title, its values in rows from top to bottom, each written in
+    its cell. `ranges`: for each title the ends of its colours (None: of its values). `x` and `y` name the
+    axes, `columns` and `rows` what stands at them."""
+    from matplotlib.figure import Figure
+
+    size = 2 + 0.9 * len(columns), (1.6 + 0.5 * len(rows)) * len(maps)
+    figure = Figure(figsize=size, layout="constrained")
+    for panel, (title, values) in zip(figure.subplots(len(maps), squeeze=False)[:, 0], maps.items()):
+        low, high = ranges[title]
+        image = panel.imshow(values, aspect="auto", cmap="viridis", vmin=low, vmax=high)
+        middle = sum(image.get_clim()) / 2
+        for row, of_row in enumerate(values):
+            for column, value in enumerate(of_row):
+                colour = "white" if value <= middle else "black"
+                panel.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
+        panel.set_xticks(range(len(columns)), columns)
+        panel.set_yticks(range(len(rows)), rows)
+        panel.set(title=title, xlabel=x, ylabel=y)
+        figure.colorbar(image)
     return figure

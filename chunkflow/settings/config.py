@@ -343,8 +343,9 @@ def _check_dataset(section: str, dataset: str, path: str) -> None:
         f'{section}.dataset = "jsonl" has no data: set {section}.dataset_path to a file, a folder or a glob',
     )
     _refuse_if(
-        dataset == "synthetic" and path not in ("", "lmsys", "llama3_sft", "agent"),
-        f'{shown} is not known to {section}.dataset = "synthetic": set "lmsys", "llama3_sft" or "agent"',
+        dataset == "synthetic" and path not in ("", "lmsys", "llama3_sft", "agent", "prolong"),
+        f'{shown} is not known to {section}.dataset = "synthetic": set "lmsys", "llama3_sft", "agent" or'
+        ' "prolong"',
     )
     _refuse_if(
         dataset == "python_stdlib" and path,

@@ -66,6 +66,11 @@ class Model:
     )
     rope_theta: float | None = option(None, "base of the rotary angles; unset: the model's", POSITIVE)
     rope_scaling: dict | None = option(None, "Hugging Face's keys; unset: the model's", ROPE_SCALING)
+    max_positions: int | None = option(
+        None,
+        "positions that the model is trained for, exported as max_position_embeddings; unset: the model's",
+        AT_LEAST_1,
+    )
     converters: list[str] = option(
         [], "what linear layers multiply in, the head excepted (torchao)", ("float8", "int8")
     )
@@ -91,7 +96,9 @@ class Source:
 @dataclass
 class Training:
     dataset: str = option("python_stdlib", "where sequences come from", DATASETS)
-    dataset_path: str = option("", 'jsonl: file, folder or glob; synthetic: "lmsys", "llama3_sft", "agent"')
+    dataset_path: str = option(
+        "", 'jsonl: file, folder or glob; synthetic: "lmsys", "llama3_sft", "agent", "prolong"'
+    )
     sources: list[Source] = option([], "several of these, mixed; only in a file", Source)
     columns: dict = option({}, 'their name for ours: { prompt = "question" }', COLUMNS)
     chat_template: str = option(

@@ -35,6 +35,8 @@ from models.hf_config import model_of
 
 logger = logging.getLogger(__name__)
 
+ORIGINAL = "original_max_position_embeddings"  # of rope_scaling: the positions before it
+
 
 class ModelSpec(NamedTuple):
     """Which model a config describes."""
@@ -260,25 +262,76 @@ def model_args(settings: options.Model, seq_len: int, vocab_size: int):
             f"the tokenizer has {vocab_size:,} tokens, but {settings.name} {settings.flavor} embeds"
             f" {args.vocab_size:,}: set model.tokenizer_path to the model's own tokenizer"
         )
-    if settings.rope_theta is not None:
-        args = dataclasses.replace(args, rope_theta=settings.rope_theta)
-    if settings.rope_scaling is not None:
-        args = dataclasses.replace(args, rope_scaling=settings.rope_scaling)
-    elif seq_len > positions(args):
+    return family, _extended(settings, args, seq_len)
+
+
+def _extended(settings: options.Model, own: Any, seq_len: int):
+    """The model's `own` args with the config's rotary angles and positions. ValueError where sequences of
+    `seq_len` tokens, or model.max_positions, are beyond what these angles are for."""
+    model, most = f"{settings.name} {settings.flavor}", settings.max_positions
+    theta = own.rope_theta if settings.rope_theta is None else settings.rope_theta
+    scaling = own.rope_scaling if settings.rope_scaling is None else settings.rope_scaling
+    kind = rope_type(scaling)
+    scaling = None if kind == "default" else scaling
+    args = dataclasses.replace(own, rope_theta=theta, rope_scaling=scaling)
+    original = (scaling or {}).get(ORIGINAL) or own.max_positions
+    if most is not None and seq_len > most:
         raise ValueError(
-            f"training.seq_len = {seq_len:,} is beyond the {positions(args):,} positions of {settings.name}"
-            f" {settings.flavor}: lower it, or extend the context with model.rope_scaling, for example"
-            f' {{ rope_type = "yarn", factor = {-(-seq_len // args.max_positions)}.0,'
-            f" original_max_position_embeddings = {args.max_positions} }}"
+            f"training.seq_len = {seq_len:,} is beyond model.max_positions = {most:,}: lower the first, or"
+            " raise the second"
         )
-    return family, args
+    key, wanted = ("training.seq_len", seq_len) if most is None else ("model.max_positions", most)
+    if wanted > (reach := _reach(args)):
+        beyond = f"{key} = {wanted:,} is beyond the {reach:,} positions of {model}"
+        if kind == "yarn":
+            raise ValueError(
+                f"{beyond} with YaRN (factor {scaling['factor']:g} x {original:,}): lower it, or set the"
+                f" factor of model.rope_scaling to {-(-wanted // original)}.0"
+            )
+        changed = theta > own.rope_theta or scaling not in (None, own.rope_scaling)
+        if changed and most is None:
+            raise ValueError(
+                f"{beyond}, and of model.rope_theta and model.rope_scaling only YaRN says how many there are"
+                f" now: set model.max_positions = {wanted}, too"
+            )
+        if not changed:
+            scaled = f'{{ rope_type = "yarn", factor = {-(-wanted // own.max_positions)}.0, {ORIGINAL} ='
+            yarn = f"model.rope_scaling, for example {scaled} {own.max_positions} }}"
+            base = f"a larger model.rope_theta, for example {_larger_theta(own, wanted)}"
+            if most is None:
+                raise ValueError(
+                    f"{beyond}: lower it, or extend the context, either with {yarn}, or with {base}, and"
+                    f" model.max_positions = {wanted}"
+                )
+            raise ValueError(
+                f"{beyond}, and its rotary angles there were never trained: lower it, or extend the context"
+                f" too, either with {yarn}, or with {base}"
+            )
+    if most is None:
+        return args
+    if kind in ("yarn", "llama3"):  # a scaling without it means the model's own positions
+        scaling = scaling | {ORIGINAL: original}
+    return dataclasses.replace(args, rope_scaling=scaling, max_positions=most)
 
 
-def positions(args) -> int:
-    """The longest sequence of a model, in tokens. Qwen's folders keep max_position_embeddings with YaRN."""
+def _larger_theta(own: Any, positions: int) -> str:
+    """A rope_theta with which the slowest pair turns as far in `positions` as it does now in the model's own.
+    It is the least to take: ABF (arXiv 2309.16039) took six times as much, ProLong twice."""
+    times = positions / own.max_positions
+    theta = own.rope_theta * times ** (own.head_dim / max(own.head_dim - 2, 1))
+    return f"{theta:.1e}".replace("e+0", "e").replace("e+", "e")
+
+
+def _reach(args: Any) -> int:
+    """The positions that a model's sizes and angles speak of. Qwen's folders keep max_position_embeddings
+    with YaRN, whose factor says how many there are then."""
     scaling = args.rope_scaling or {}
     if rope_type(scaling) != "yarn":
         return args.max_positions
-    return max(
-        args.max_positions, int(scaling.get("original_max_position_embeddings", 0) * scaling["factor"])
-    )
+    original = scaling.get(ORIGINAL) or args.max_positions
+    return max(args.max_positions, round(original * scaling["factor"]))
+
+
+def positions(settings: options.Model, args: Any) -> int:
+    """The longest sequence, in tokens, of a model whose `args` model_args made of these settings."""
+    return settings.max_positions or _reach(args)
