@@ -29,7 +29,7 @@ def option(default: Any, doc: str, admits: Rule | tuple | dict | None = None, **
     return field(**default, metadata={"doc": doc, "admits": admits}, **more)
 
 
-DATASETS = ("python_stdlib", "jsonl", "synthetic")
+DATASETS = ("python_stdlib", "jsonl", "parquet", "synthetic")
 _FLOATS = "low_freq_factor high_freq_factor attention_factor beta_fast beta_slow mscale mscale_all_dim"
 ROPE_SCALING = {"rope_type": str, "factor": float, "original_max_position_embeddings": int}
 ROPE_SCALING |= dict.fromkeys(_FLOATS.split(), float) | {"truncate": bool}
@@ -76,7 +76,7 @@ class Model:
 @dataclass
 class Training:
     dataset: str = option("python_stdlib", "where sequences come from", DATASETS)
-    dataset_path: str = option("", 'jsonl: file, folder or glob; synthetic: "lmsys", "llama3_sft", "agent"')
+    dataset_path: str = option("", 'file, folder or glob; with synthetic: "lmsys", "llama3_sft", "agent"')
     columns: dict = option({}, 'their name for ours: { prompt = "question" }', COLUMNS)
     chat_template: str = option(
         "", "how chats become text: a file, or the name of one shipped; empty: the tokenizer's own"

@@ -86,10 +86,10 @@ def check_paths(config: Config) -> None:
         )
     for name in ("training", "validation") if config.validation.enable else ("training",):
         section = getattr(config, name)
-        if section.dataset == "jsonl":
-            from chunkflow.data.files import jsonl_files
+        if section.dataset in ("jsonl", "parquet"):
+            from chunkflow.data.files import find_files
 
-            jsonl_files(section.dataset_path, name)
+            find_files(section.dataset, section.dataset_path, name)
     folder = Path(config.job.dump_folder).absolute()
     while not os.path.lexists(folder):
         folder = folder.parent
