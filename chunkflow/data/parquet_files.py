@@ -57,9 +57,10 @@ def _parts(batch, size: int) -> Iterator:
         for column in batch.columns
     ]
     batch = pyarrow.RecordBatch.from_arrays(columns, batch.schema.names)
-    rows = max(1, batch.num_rows * size // max(size, batch.nbytes))
-    for start in range(0, batch.num_rows, rows):
-        yield batch.slice(start, rows)
+    parts = min(max(1, round(batch.nbytes / size)), batch.num_rows)
+    for part in range(parts):
+        start, end = (batch.num_rows * bound // parts for bound in (part, part + 1))
+        yield batch.slice(start, end - start)
 
 
 def _to_bytes(batch) -> bytes:

@@ -54,11 +54,10 @@ def build_once(folder: Path, dataset: str, files: list[str], settings: RowSettin
             temporary = Path(f"{folder}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)  # from a process that was killed
             temporary.mkdir()
-            start, size = time.perf_counter(), sum(map(size_of, files))
-            workers = worker_count(size)
-            blocks = tokenise_blocks(split(dataset, files), settings, workers)
+            start = time.perf_counter()
+            blocks = tokenise_blocks(split(dataset, files), settings, worker_count())
             try:
-                with closing(blocks), _progress(size) as show:
+                with closing(blocks), _progress(sum(map(size_of, files))) as show:
                     meta = _write_cache(temporary, blocks, show)
                 shutil.rmtree(folder, ignore_errors=True)  # incomplete, or it would have been used
                 os.rename(temporary, folder)
@@ -73,8 +72,7 @@ def build_once(folder: Path, dataset: str, files: list[str], settings: RowSettin
     seconds = time.perf_counter() - start
     logger.info(
         f"tokenised {meta['rows']:,} rows: {meta['sequences']:,} sequences, {meta['tokens']:,} tokens, in"
-        f" {seconds:.1f} s ({meta['tokens'] / seconds:,.0f} tokens a second, {workers or 'no'} worker"
-        f" processes), into {folder}"
+        f" {seconds:.1f} s ({meta['tokens'] / seconds:,.0f} tokens a second), into {folder}"
     )
     return meta
 

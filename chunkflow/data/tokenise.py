@@ -11,7 +11,7 @@ from chunkflow.data.rows import Row, RowSettings, beyond_vocabulary, read_rows
 from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.planning.chunks import IGNORE
 
-BATCH_CHARACTERS = 1 << 20  # tokenised at once; bounds the memory that tokenising takes
+BATCH_CHARACTERS = 1 << 18  # tokenised at once; bounds the memory that tokenising takes
 
 
 class Sequence(NamedTuple):

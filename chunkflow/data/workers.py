@@ -3,6 +3,7 @@
 Threads would share the interpreter's lock, and multiprocessing would import the recipe once more.
 """
 
+import gc
 import os
 import pickle
 import signal
@@ -10,74 +11,83 @@ import subprocess
 import sys
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from queue import SimpleQueue
+from itertools import chain, islice
+from queue import Empty, SimpleQueue
 
 from chunkflow.data.blocks import Block
 from chunkflow.data.rows import RowSettings
 from chunkflow.data.tokenise import TokenBlock, tokenise_block
 
-BYTES_OF_WORKER = 2 << 20  # of files: less is done before another process has started
-BLOCKS_OF_WORKER = 2  # that are being made, are on their way, or wait for their turn
+SMALL = 4  # blocks of a dataset that is tokenised before another process would have started
+AHEAD = 2  # blocks of each worker that are being made, are on their way, or wait for their turn
 
 
-def worker_count(size: int) -> int:
-    """How many processes should tokenise files of `size` bytes; 0: this one does."""
-    cores = len(os.sched_getaffinity(0))
-    count = min(cores, size // BYTES_OF_WORKER)
-    return count if count > 1 else 0
+def worker_count() -> int:
+    """As many as there are cores that this process may use; 0 if it is alone: it tokenises by itself."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores if cores > 1 else 0
 
 
 def tokenise_blocks(
-    blocks: Iterable[Block], settings: RowSettings, workers: int
+    blocks: Iterator[Block], settings: RowSettings, workers: int
 ) -> Iterator[tuple[int, TokenBlock]]:
-    """Each block's `done` and its sequences, in order, by so many processes; 0: by this one.
+    """Each block's `done` and its sequences, in order, by at most so many processes. By this one if these are
+    0, or the blocks no more than SMALL.
 
     The ValueError of `blocks`, or of a block with a faulty row, comes after all blocks before it. No more
-    than workers x BLOCKS_OF_WORKER blocks are held at a time.
+    than workers x AHEAD blocks, or SMALL, are held at a time.
     """
-    if not workers:
-        for block in blocks:
-            yield block.done, tokenise_block(block, settings)
+    found = _and_fault(blocks)
+    first = list(islice(found, SMALL + 1))
+    found = chain(first, found)
+    if not workers or len(first) <= SMALL:
+        for block in found:
+            yield _sound(block).done, tokenise_block(block, settings)
         return
-    processes = [TokenisingProcess(settings) for _ in range(workers)]
+    processes: list[TokenisingProcess] = []
     threads, idle, pending = ThreadPoolExecutor(workers), SimpleQueue(), deque()
-    for process in processes:
-        idle.put(process)
 
-    def tokenise(block: Block) -> TokenBlock:
-        process = idle.get()
+    def tokenise(block: Block | ValueError) -> tuple[int, TokenBlock]:
+        block = _sound(block)
         try:
-            return process(block)
+            process = idle.get_nowait()
+        except Empty:
+            process = TokenisingProcess(settings)
+            processes.append(process)
+        try:
+            return block.done, process(block)
         finally:
             idle.put(process)
 
-    def futures() -> Iterator[tuple[int, Future]]:
-        try:
-            for block in blocks:
-                yield block.done, threads.submit(tokenise, block)
-        except ValueError as error:
-            failed = Future()
-            failed.set_exception(error)
-            yield 0, failed
-
     try:
-        for ahead in futures():
-            pending.append(ahead)
-            if len(pending) == workers * BLOCKS_OF_WORKER:
-                done, future = pending.popleft()
-                yield done, future.result()
+        for block in found:
+            pending.append(threads.submit(tokenise, block))
+            if len(pending) == workers * AHEAD:
+                yield pending.popleft().result()
         while pending:
-            done, future = pending.popleft()
-            yield done, future.result()
+            yield pending.popleft().result()
     finally:
         for process in processes:
             process.kill()
         threads.shutdown(cancel_futures=True)
         for process in processes:
             process.close()
+
+
+def _and_fault(blocks: Iterator[Block]) -> Iterator[Block | ValueError]:
+    try:
+        yield from blocks
+    except ValueError as error:
+        yield error
+
+
+def _sound(block: Block | ValueError) -> Block:
+    if isinstance(block, ValueError):
+        raise block
+    return block
 
 
 class TokenisingProcess:
@@ -122,7 +132,8 @@ class TokenisingProcess:
         self._process.kill()
 
     def close(self) -> None:
-        """After `kill`, when no thread uses it any more."""
+        """When no thread uses it any more."""
+        self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             with suppress(OSError):  # what it did not read any more
@@ -135,10 +146,13 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever is printed must not come between answers
+    gc.freeze()
+    gc.disable()  # lists of numbers, in which there are no circles, would be looked through again and again
     try:
         settings = pickle.load(questions)
         while True:
             block = pickle.load(questions)
+            gc.collect()  # of chat templates
             try:
                 answer = tokenise_block(block, settings)
             except ValueError as error:
