@@ -161,7 +161,7 @@ def main() -> None:
                 answer = RuntimeError(f"a process that tokenises has failed:\n{traceback.format_exc()}")
             pickle.dump(answer, answers)
             answers.flush()
-    except (EOFError, BrokenPipeError):  # the other process has ended
+    except (EOFError, pickle.UnpicklingError, BrokenPipeError):  # the other process has ended
         os._exit(0)
 
 
