@@ -93,7 +93,8 @@ def _read_batch(batch, path: str, first: int) -> Iterator[tuple[int, dict]]:
         for row in range(batch.num_rows):  # one by one, to find it
             yield from _read_batch(batch.slice(row, 1), path, first + row)
     else:
-        for number, values in enumerate(zip(*columns), first):
+        rows = zip(*columns) if columns else [()] * batch.num_rows
+        for number, values in enumerate(rows, first):
             yield number, dict(zip(names, values))
 
 
