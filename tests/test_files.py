@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from chunkflow.data import blocks, digests, json_files, token_cache, workers
+from chunkflow.data import blocks, digests, json_files, token_cache, tokenise, workers
 from chunkflow.data.blocks import Block, records, split
 from chunkflow.data.dataset import open_dataset
 from chunkflow.data.digests import content_digest
 from chunkflow.data.files import find_files
-from chunkflow.data.rows import RowSettings
+from chunkflow.data.rows import Row, RowSettings
 from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.settings.config import load_config
 from chunkflow.training.start import check_paths
@@ -471,6 +471,30 @@ def test_columns_that_begin_late(write, read, small, monkeypatch, tmp_path):
     assert [labels for _, labels in sequences(read(path))] == [row.get("labels", [1, 2]) for row in rows]
 
 
+@pytest.mark.parametrize("block", [30, 1 << 20])
+def test_weights_and_rows_of_several_sequences(write, read, small, monkeypatch, tmp_path, caplog, block):
+    """Weights are stored from the first that is not 1 on; the sequences of a row have its line."""
+    plain, weighted = {"ids": [[1, 2]]}, {"ids": [[3, 4, 5], [6]], "weights": [0.5, 1.0, 2.0], "weight": 3.0}
+    path = write("a.jsonl", lines([plain, plain, weighted, plain]))
+
+    def read_rows(record, settings, notes):
+        first, *more = record["ids"]
+        notes.add("a note")
+        rows = [Row([(first, 1.0)], weights=record.get("weights"), weight=record.get("weight", 1.0))]
+        return rows + [Row([(ids, 1.0)]) for ids in more]
+
+    monkeypatch.setattr(tokenise, "read_rows", read_rows)
+    small(block)
+    with caplog.at_level(logging.INFO):
+        dataset = read(path)
+    assert "tokenised 4 rows: 5 sequences, 10 tokens" in caplog.text and caplog.text.count("a note") == 1
+    weights = [dataset.row(index, length)[2].tolist() for index, length in enumerate(dataset.lengths)]
+    assert weights == [[1, 1], [1, 1], [0.5, 1, 2], [1], [1, 1]]
+    assert [dataset.weight(index) for index in range(5)] == [1, 1, 3, 1, 1]
+    assert [dataset.source(index) for index in range(5)] == [f"{path}:{line}" for line in (1, 2, 3, 3, 4)]
+    assert "labels.bin" not in cached(tmp_path / "cache")
+
+
 def test_little_data_and_one_core_need_no_process(write, read, small, monkeypatch):
     pids = use_workers(monkeypatch, 2)
     read(write("a.jsonl", lines()))
@@ -608,6 +632,7 @@ def test_a_tokenizer_is_the_same_in_a_worker(tmp_path):
 
 def test_digests_are_remembered_while_a_file_stays_as_it_is(write, tmp_path, monkeypatch):
     path, memory = write("a.jsonl", b"one"), tmp_path / "memory"
+    monkeypatch.setattr(digests, "REMEMBERED_BYTES", 3)
     true = content_digest([str(path)], memory)
     assert not memory.exists(), "the file is too young: it may change under the same time stamp"
     monkeypatch.setattr(digests, "SETTLED_SECONDS", 0)
@@ -633,6 +658,7 @@ def test_digests_are_remembered_while_a_file_stays_as_it_is(write, tmp_path, mon
 def test_a_file_that_changes_while_its_digest_is_taken(write, tmp_path, monkeypatch):
     path, memory = write("a.jsonl", b"one"), tmp_path / "memory"
     monkeypatch.setattr(digests, "SETTLED_SECONDS", 0)
+    monkeypatch.setattr(digests, "REMEMBERED_BYTES", 3)
     time.sleep(0.02)
     make = digests.hashlib.blake2b
 
