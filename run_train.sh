@@ -14,7 +14,7 @@
 set -e
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-source "$REPO/.ci/environment.sh" progress,pictures,hf
+source "$REPO/.ci/environment.sh" progress,pictures,hf,data
 
 # A relative name means the caller's folder, else this repository.
 locate() { if [ ! -e "$1" ] && [ -e "$REPO/$1" ]; then echo "$REPO/$1"; else echo "$1"; fi; }

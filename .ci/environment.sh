@@ -30,6 +30,7 @@ COSTS = {
     "safetensors": "no weights from or to Hugging Face folders",
     "tokenizers": "no tokenizer.json",
     "jinja2": "chat templates, also of others, run in a sandbox with known holes",
+    "pyarrow": "no parquet and no .zst data",
     "tqdm": "no progress bars",
     "matplotlib": "no pictures of plans",
 }

@@ -30,7 +30,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch.hub import tqdm  # the real one where it is installed, else torch's small stand-in
 
-from chunkflow.data.rows import python_files
+from chunkflow.data.files import python_files
 from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.execution.generation import Context, continuation
 from chunkflow.execution.loss import last_logits

@@ -20,6 +20,8 @@ COMMANDS = {
     "kill_loop": "kill_loop.py --kills 1 --steps 4 --layouts 'one process'",
     "pipeline simulated": "pipeline.py --train-steps 0 --steps 1 --stages 4",
     "pipeline measured": "pipeline.py --steps 0 --train-steps 2 --seq-len 64 --sequences 2 --kinds 'whole sequences'",
+    "tokenising": "tokenising.py --rows 40 --workers 0",
+    "tokenising of lines": "tokenising.py --rows 40 --workers 2 --kind jsonl",
     "step": f"step.py {SMALL} --longest 128 --chunk-size 64",
     "step in fp32": f"step.py {SMALL} --longest 64 --precision float32 --cpu-time",
     "step's memory": "step.py --memory --memory-lengths 64 --chunk-size 512",

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from chunkflow.data import files as files_module
-from chunkflow.data import token_cache
+from chunkflow.data import tokenise
 from chunkflow.data.dataset import open_dataset
-from chunkflow.data.files import jsonl_files, python_files
+from chunkflow.data.files import find_files, python_files
 from chunkflow.data.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.quick
@@ -61,6 +61,11 @@ def read(tmp_path, tokenizer):
         )
 
     return read
+
+
+def leftovers(tmp_path):
+    """Suffixes of what is in the cache, but for remembered digests."""
+    return [entry.suffix for entry in (tmp_path / "cache").iterdir() if entry.name != "digests"]
 
 
 def rows_of(dataset):
@@ -254,9 +259,7 @@ def test_a_wrong_row_is_one_sentence_with_its_line(write, read, tmp_path, case):
     message = str(error.value)
     assert message.startswith(f"{path}:3: ") and "\n" not in message and len(message) < 400 + len(str(path))
     assert all(fragment in message for fragment in fragments)
-    assert [entry.suffix for entry in (tmp_path / "cache").iterdir()] == [
-        ".lock"
-    ]  # nothing half-written stays
+    assert leftovers(tmp_path) == [".lock"]  # nothing half-written stays
 
 
 @pytest.mark.parametrize("row", [{"text": "a"}, {"messages": []}, {"prompt": "a", "completion": "b"}])
@@ -300,26 +303,27 @@ def test_wrong_names_and_paths(write, read, tmp_path):
         assert "\n" not in str(error.value)
 
     (tmp_path / "empty").mkdir()
-    refused("", r"training.dataset_path is empty: set it to a \*.jsonl file, a folder")
+    kinds = r"\*.jsonl and \*.json files \(also .gz and .zst\)"
+    refused("", rf"training.dataset_path is empty: set it to one of your {kinds}, a folder")
     refused(tmp_path / "nothing.jsonl", r"nothing.jsonl: no such file or folder")
-    refused(
-        "tatsu-lab/alpaca", r"tatsu-lab/alpaca: no such file .* hub are not read by name: save them as JSONL"
-    )
+    refused("tatsu-lab/alpaca", r"tatsu-lab/alpaca: no such file .* hub are not read by name: save them")
     refused(tmp_path / "*.nothing", r"no file matches it as a pattern")
-    refused(tmp_path / "empty", r"empty: no \*.jsonl file in this folder: only JSONL is read")
-    for kind in ("parquet", "json", "csv", "jsonl.gz"):
-        refused(
-            write({"text": "a"}, name=f"data.{kind}"),
-            rf"data.{kind}: only \*.jsonl files are read, .*: convert it",
-        )
-    refused(tmp_path / "data.*", r"data.csv: only \*.jsonl files are read")
+    refused(
+        tmp_path / "empty", r"empty: no \*.jsonl or \*.json files .* in this folder: convert what there is"
+    )
+    for kind in ("csv", "txt.gz", "jsonl.bz2"):
+        sentence = rf'data.{kind}: training.dataset = "jsonl" reads {kinds}: \S+ files are not read, convert'
+        refused(write({"text": "a"}, name=f"data.{kind}"), sentence)
+    refused(tmp_path / "data.*", r'data.csv: training.dataset = "jsonl" reads')
     refused(write("", " ", name="blank.jsonl"), r"blank.jsonl: there is no sequence in it: choose another")
     refused(
         "somewhere",
         r'training.dataset_path is "somewhere" and python_stdlib takes none: remove it',
         name="python_stdlib",
     )
-    refused("", r'training.dataset is "c4": choose "python_stdlib", "jsonl" or "synthetic"', name="c4")
+    refused(
+        "", r'training.dataset is "c4": choose "python_stdlib", "jsonl", "parquet" or "synthetic"', name="c4"
+    )
     with pytest.raises(
         ValueError, match="python_stdlib is text and there is no tokenizer: set model.tokenizer_path"
     ):
@@ -344,9 +348,7 @@ def test_a_cache_that_cannot_be_written(write, tokenizer, tmp_path):
             )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [entry.suffix for entry in (tmp_path / "cache").iterdir()] == [
-        ".lock"
-    ]  # what was written makes room again
+    assert leftovers(tmp_path) == [".lock"]  # what was written makes room again
     assert (
         len(
             open_dataset(
@@ -366,12 +368,12 @@ def test_files_folders_and_patterns(write, read, tmp_path):
     ):
         write({"input_ids": [place]}, name=f"in [1]/{name}")
     folder = tmp_path / "in [1]"
-    assert jsonl_files(str(folder)) == [
+    assert find_files("jsonl", str(folder)) == [
         str(folder / name) for name in ("a.jsonl", "b.jsonl", "sub/deep/c.jsonl")
     ]
-    assert jsonl_files(str(folder / "b.jsonl")) == [str(folder / "b.jsonl")]
+    assert find_files("jsonl", str(folder / "b.jsonl")) == [str(folder / "b.jsonl")]
     pattern = str(tmp_path / "in*" / "**" / "[bc].jsonl")
-    assert jsonl_files(pattern) == [str(folder / name) for name in ("b.jsonl", "sub/deep/c.jsonl")]
+    assert find_files("jsonl", pattern) == [str(folder / name) for name in ("b.jsonl", "sub/deep/c.jsonl")]
     assert [tokens for tokens, _ in rows_of(read(folder))] == [[1], [0], [2]]
     assert read(folder).source(2) == f"{folder / 'sub/deep/c.jsonl'}:1"
 
@@ -474,8 +476,8 @@ def test_where_the_cache_is(write, tokenizer, tmp_path, monkeypatch):
 
 
 def cache_folder(tmp_path):
-    [folder] = [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
-    return folder
+    [tokens] = (tmp_path / "cache").glob("*/tokens.bin")
+    return tokens.parent
 
 
 def test_tokens_are_mapped_and_small(write, read, tmp_path):
@@ -537,9 +539,7 @@ def test_a_file_that_changes_while_it_is_read(write, tmp_path, tokenizer):
 
     with pytest.raises(ValueError, match=r"data.jsonl: the file changed while it was read: start again"):
         read(Meanwhile())
-    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()], (
-        "nothing is left under the old content's name"
-    )
+    assert leftovers(tmp_path) == [".lock"], "nothing is left under the old content's name"
     write({"text": "one"}, {"text": "two"})
     dataset = read(tokenizer)
     assert len(dataset) == 2 and dataset.changed_file() == ""
@@ -548,7 +548,7 @@ def test_a_file_that_changes_while_it_is_read(write, tmp_path, tokenizer):
 
 
 def test_text_goes_to_the_tokenizer_in_small_batches(write, read, tokenizer, monkeypatch):
-    monkeypatch.setattr(token_cache, "BATCH_CHARACTERS", 5000)
+    monkeypatch.setattr(tokenise, "BATCH_CHARACTERS", 5000)
     rows = [{"prompt": f"{index} " * (index % 90), "completion": "b"} for index in range(1000)]
     dataset = read(write(*rows))
     assert len(tokenizer.batches) > 10 and max(tokenizer.batches) < 5000 + 400
@@ -561,12 +561,12 @@ def test_text_goes_to_the_tokenizer_in_small_batches(write, read, tokenizer, mon
 PROGRAM = """
 import logging, os, signal, sys, time
 from pathlib import Path
-from chunkflow.data import dataset, token_cache
+from chunkflow.data import dataset, tokenise
 from chunkflow.data.tokenizer import Tokenizer
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 folder, index, processes, kill = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-token_cache.BATCH_CHARACTERS = 1000
+tokenise.BATCH_CHARACTERS = 1000
 batches = 0
 
 class Slow(Tokenizer):
@@ -605,7 +605,7 @@ def test_processes_at_once_tokenise_once(write, read, tmp_path):
     processes = [start(tmp_path, index, 2) for index in range(2)]
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert sum(output.count("tokenised 300 sequences") for output in outputs) == 1
+    assert sum(output.count("tokenised 300 rows: 300 sequences,") for output in outputs) == 1
     assert sum(output.count("another process is tokenising the dataset") for output in outputs) == 1
     expected = sum(sum(tokens) for tokens, _ in rows_of(read(path)))
     assert all(output.splitlines()[-1] == f"sum {expected}" for output in outputs)
@@ -616,8 +616,8 @@ def test_killed_half_way_and_started_again(write, read, tmp_path, tokenizer):
     process = start(tmp_path, 0, 1, kill=5)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    [left] = [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
-    assert left.suffix == ".tmp"
+    [left] = (tmp_path / "cache").glob("*.tmp")
+    assert sorted(leftovers(tmp_path)) == [".lock", ".tmp"]
     dataset = read(path)
     assert len(dataset) == 300 and not left.exists()
     assert rows_of(dataset)[299][0][1:-1] == tokenizer.encode("text number 299 " * 5)
@@ -626,5 +626,5 @@ def test_killed_half_way_and_started_again(write, read, tmp_path, tokenizer):
 def test_the_progress_is_told(write, read, capsys, caplog):
     with caplog.at_level(logging.INFO, logger="chunkflow.data.token_cache"):
         read(write({"text": "a"}))
-    assert "tokenised 1 sequences" in caplog.text
+    assert "tokenised 1 rows: 1 sequences, 3 tokens, in" in caplog.text
     assert "100%" in capsys.readouterr().err

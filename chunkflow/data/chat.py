@@ -7,6 +7,7 @@ the messages up to the turn: the turn is the difference, if both are a beginning
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable
 from datetime import datetime
 from os.path import commonprefix
@@ -191,19 +192,23 @@ def labels_of(
     """The label of each token, its id within a turn, else -100; and the weight of the loss on each, None if
     all are 1. `offsets`: the characters [start, end) of each token. ValueError if a token is partly in a
     turn."""
-    labels, weights, token = [IGNORE] * len(ids), [1.0] * len(ids), 0
+    labels, last = [IGNORE] * len(ids), 0
+    weights = [1.0] * len(ids) if any(turn.weight != 1 for turn in chat.turns) else None
     for turn in chat.turns:
-        while token < len(ids) and offsets[token][0] < turn.start:
-            if offsets[token][1] > turn.start:
-                raise ValueError(_inside(chat, turn, "begins", offsets[token]))
-            token += 1
-        while token < len(ids) and offsets[token][0] < turn.end:
-            # up to the limit, since the special tokens of some tokenizers include the white space after them
-            if offsets[token][1] > turn.limit:
-                raise ValueError(_inside(chat, turn, "ends", offsets[token]))
-            labels[token], weights[token] = ids[token], turn.weight
-            token += 1
-    return labels, weights if any(turn.weight != 1 for turn in chat.turns) else None
+        before, first = (
+            last,
+            bisect_left(offsets, (turn.start,), last),
+        )  # in text order: no look at each token
+        if first > before and offsets[first - 1][1] > turn.start:
+            raise ValueError(_inside(chat, turn, "begins", offsets[first - 1]))
+        last = bisect_left(offsets, (turn.end,), first)
+        # up to the limit, since the special tokens of some tokenizers include the white space after them
+        if last > first and offsets[last - 1][1] > turn.limit:
+            raise ValueError(_inside(chat, turn, "ends", offsets[last - 1]))
+        labels[first:last] = ids[first:last]
+        if weights:
+            weights[first:last] = [turn.weight] * (last - first)
+    return labels, weights
 
 
 def _inside(chat: RenderedChat, turn: Turn, verb: str, span: tuple[int, int]) -> str:

@@ -22,17 +22,11 @@ from pathlib import Path
 
 import torch
 
-from chunkflow.data import files as data_files
+from chunkflow.data.digests import changed_file, content_digest, stamp
+from chunkflow.data.files import find_files, python_files
 from chunkflow.data.rows import RowSettings, beyond_vocabulary, summed_up
 from chunkflow.data.synthetic import SyntheticDataset
-from chunkflow.data.token_cache import (
-    CACHE_FORMAT,
-    build_once,
-    changed_file,
-    content_digest,
-    read_meta,
-    stamp,
-)
+from chunkflow.data.token_cache import CACHE_FORMAT, build_once, read_meta
 from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.planning.chunks import IGNORE
 
@@ -51,8 +45,8 @@ def open_dataset(
     columns: dict[str, str] | None = None,
     multi_turn: str = "whole",
 ) -> TokenDataset | SyntheticDataset:
-    """The dataset "python_stdlib", "jsonl" or "synthetic" at `path`: dataset and dataset_path of the config's
-    `section`. ValueError, one sentence, with FILE:LINE for a faulty row.
+    """The dataset "python_stdlib", "jsonl", "parquet" or "synthetic" at `path`: dataset and dataset_path of
+    the config's `section`. ValueError, one sentence, with FILE:LINE for a faulty row.
 
     Text is tokenised at the first call, into `cache_dir` (None: $CHUNKFLOW_CACHE, $XDG_CACHE_HOME/chunkflow
     or ~/.cache/chunkflow); several processes may call at once. Without a tokenizer only rows of token ids can
@@ -69,21 +63,23 @@ def open_dataset(
             )
         if tokenizer is None:
             raise ValueError("python_stdlib is text and there is no tokenizer: set model.tokenizer_path")
-        files, read = data_files.python_files(), data_files.python_records
-    elif name == "jsonl":
-        files, read = data_files.jsonl_files(path, section), data_files.jsonl_records
+        files = python_files()
+    elif name in ("jsonl", "parquet"):
+        files = find_files(name, path, section)
     else:
-        raise ValueError(f'{section}.dataset is "{name}": choose "python_stdlib", "jsonl" or "synthetic"')
+        known = '"python_stdlib", "jsonl", "parquet" or "synthetic"'
+        raise ValueError(f'{section}.dataset is "{name}": choose {known}')
+    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    cache_dir = cache_dir or os.environ.get("CHUNKFLOW_CACHE") or f"{user_cache}/chunkflow"
+    cache = Path(cache_dir).expanduser()
     stamps = {path: stamp(path) for path in files}
-    content = content_digest(files)
+    content = content_digest(files, cache / "digests")
     settings = RowSettings(tokenizer, vocab_size, columns or {}, multi_turn)
     ways = [columns or {}, multi_turn]
     key = json.dumps([CACHE_FORMAT, name, tokenizer.digest if tokenizer else None, content, ways])
-    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    cache_dir = cache_dir or os.environ.get("CHUNKFLOW_CACHE") or f"{user_cache}/chunkflow"
-    folder = Path(cache_dir).expanduser() / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    meta = read_meta(folder) or build_once(folder, read(files), settings, sum(map(os.path.getsize, files)))
-    if meta["rows"] == 0:
+    folder = cache / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    meta = read_meta(folder) or build_once(folder, name, files, settings)
+    if meta["sequences"] == 0:
         raise ValueError(
             f"{path or sysconfig.get_paths()['stdlib']}: there is no sequence in it: choose another"
             f" {section}.dataset or {section}.dataset_path"
@@ -98,9 +94,13 @@ def open_dataset(
         "training.dataset": name,
         "content (digest)": content,
         "tokenizer (digest)": tokenizer.digest if tokenizer else None,
-        "sequences": meta["rows"],
+        "sequences": meta["sequences"],
         "tokens": meta["tokens"],
     }
+    if columns:
+        identity["training.columns"] = columns
+    if multi_turn != "whole":
+        identity["training.multi_turn"] = multi_turn
     dataset = TokenDataset(folder, files, identity, stamps)
     if meta["largest_id"] >= vocab_size:  # the cache may have been made for a larger model
         source = dataset.source(meta["largest_id_row"])

@@ -1,26 +1,17 @@
-"""Data files -> records: the files that a path names, and the objects in them, one a row."""
+"""Which data files a path names."""
 
 import glob
-import json
 import os
 import sysconfig
-import tokenize
-from codecs import BOM_UTF8
-from collections.abc import Iterator
+from collections import Counter
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
-from chunkflow.data.messages import FORMS_SENTENCE, show
-
-
-class Record(NamedTuple):
-    """A row as its file has it."""
-
-    content: dict
-    source: str  # "FILE:LINE"
-    file: int  # index into the list of files
-    line: int
-    size: int  # bytes in the file
+PARQUET = (".parquet",)
+JSON = tuple(kind + packed for kind in (".jsonl", ".json") for packed in ("", ".gz", ".zst"))
+SUFFIXES = {"jsonl": JSON, "parquet": PARQUET}  # of the files that training.dataset = KIND reads
+NAMED = {"jsonl": "*.jsonl and *.json files (also .gz and .zst)", "parquet": "*.parquet files"}
 
 
 def python_files() -> list[str]:
@@ -33,86 +24,67 @@ def python_files() -> list[str]:
     return sorted(paths, key=lambda path: Path(path).relative_to(root).as_posix())
 
 
-def jsonl_files(path: str, section: str = "training") -> list[str]:
-    """The sorted files of `path`, a config section's dataset_path: a *.jsonl file, all in a folder at any
-    depth, or all that match a pattern. ValueError if it names none, or a file that is not *.jsonl."""
+def find_files(kind: str, path: str, section: str = "training") -> list[str]:
+    """The sorted files of `path`, the dataset_path of a config's section with dataset = `kind`, "jsonl" or
+    "parquet": a file, all of the kind in a folder at any depth, or all that match a pattern.
+
+    ValueError, one sentence, if it names none, or a file of another kind, or if the package that reads them
+    is not installed. Looks at names only.
+    """
     if not path:
         raise ValueError(
-            f"{section}.dataset_path is empty: set it to a *.jsonl file, a folder of them, or a pattern"
+            f"{section}.dataset_path is empty: set it to one of your {NAMED[kind]}, a folder of them, or a"
+            " pattern"
         )
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
-        files = glob.glob(os.path.join(glob.escape(expanded), "**", "*.jsonl"), recursive=True)
-        fault = "no *.jsonl file in this folder: only JSONL is read, convert other formats to it"
+        inside = glob.glob(os.path.join(glob.escape(expanded), "**", "*"), recursive=True)
+        files = [file for file in inside if file.endswith(SUFFIXES[kind]) and not os.path.isdir(file)]
+        fault = (
+            f"no {NAMED[kind].replace(' and', ' or')} in this folder: {_other_kind(inside, kind, section)}"
+        )
     else:
         matches = [expanded] if os.path.exists(expanded) else glob.glob(expanded, recursive=True)
         files = [file for file in matches if not os.path.isdir(file)]
         fault = (
             f"no such file or folder, and no file matches it as a pattern: set {section}.dataset_path to"
-            " *.jsonl files on this machine (data sets of the Hugging Face hub are not read by name: save"
-            " them as JSONL first)"
+            f" {NAMED[kind]} on this machine (data sets of the Hugging Face hub are not read by name: save"
+            " them first, with hf download --repo-type dataset)"
         )
     if not files:
         raise ValueError(f"{path}: {fault}")
     for file in sorted(files):
-        if not file.endswith(".jsonl"):
+        if not file.endswith(SUFFIXES[kind]):
+            remedy = _other_kind([file], kind, section)
             raise ValueError(
-                f"{file}: only *.jsonl files are read, one JSON object a line: convert it, or narrow the path"
+                f'{file}: {section}.dataset = "{kind}" reads {NAMED[kind]}: {remedy}, or narrow the path'
+            )
+        if file.endswith((".zst", ".parquet")) and not find_spec("pyarrow"):
+            raise ValueError(
+                f"{file}: this file is read by the package pyarrow, which is not installed: pip install"
+                " 'chunkflow[data]'"
             )
     return sorted(files)
 
 
-def python_records(files: list[str]) -> Iterator[Record]:
-    """One {"text"} for each source file."""
-    for index, path in enumerate(files):
-        try:
-            with tokenize.open(path) as file:  # follows the encoding that the file declares (PEP 263)
-                text = file.read()
-        except (OSError, SyntaxError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{path}:1: this file of Python's library cannot be read ({error}): repair it"
-            ) from None
-        yield Record({"text": text}, f"{path}:1", index, 1, os.path.getsize(path))
+def _other_kind(files: list[str], kind: str, section: str) -> str:
+    """What to do with files of which none is of this kind."""
+    for other, suffixes in SUFFIXES.items():
+        count = sum(file.endswith(suffixes) for file in files)
+        if other != kind and count:
+            are = "it is one of the" if files == files[:1] else f"there are {count:,}"
+            return f'{are} {NAMED[other]} that {section}.dataset = "{other}" reads, set that'
+    common = Counter(Path(file).suffix for file in files if not os.path.isdir(file)).most_common(1)
+    found = f"{common[0][0]} files are not read, " if common and common[0][0] else ""
+    return f"{found}convert what there is to JSONL (one object a line) or parquet"
 
 
-def jsonl_records(files: list[str]) -> Iterator[Record]:
-    """One for each line that is not blank. ValueError, one sentence with FILE:LINE, for a faulty line."""
-    for index, path in enumerate(files):
-        try:
-            with open(path, "rb") as file:  # bytes, since only \n ends a line
-                for number, line in enumerate(file, start=1):
-                    content = line.removeprefix(BOM_UTF8).rstrip() if number == 1 else line.rstrip()
-                    if not content:
-                        continue
-                    source = f"{path}:{number}"
-                    try:
-                        record = _parse_object(content)
-                    except ValueError as error:
-                        raise ValueError(f"{source}: {error}") from None
-                    yield Record(record, source, index, number, len(line))
-        except OSError as error:
-            raise unreadable(path, error) from None
+def size_of(path: str) -> int:
+    """In bytes; 0 for a missing file, which is reported when it is read."""
+    with suppress(OSError):
+        return os.path.getsize(path)
+    return 0
 
 
-def unreadable(path: str, error: OSError) -> ValueError:
-    return ValueError(f"{path}: cannot be read ({error.strerror}): give it to this user to read")
-
-
-def _parse_object(line: bytes) -> dict:
-    try:
-        row = json.loads(line.decode(), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start + 1} of the line is not UTF-8: save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"not valid JSON ({error.msg}, column {error.colno}): write one JSON object a line"
-        ) from None
-    except RecursionError:
-        raise ValueError(f"the JSON is nested too deeply: {FORMS_SENTENCE}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{show(row)} is not a JSON object: {FORMS_SENTENCE}, write one a line")
-    return row
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not valid JSON: write null, or remove it")
+def unreadable(error: OSError) -> str:
+    return f"cannot be read ({error.strerror}): give it to this user to read"

@@ -17,6 +17,7 @@ encode any text. Its training, on Python's standard library, takes seconds, is n
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str = ""):
+        self._arguments = (path,)
         file = _tokenizer_file(Path(path).expanduser()) if path else SHIPPED_MODEL
         try:
             content = file.read_bytes()
@@ -72,6 +74,9 @@ class Tokenizer:
         templates = self.chat and self.chat.sources
         parts = [hashlib.blake2b(content).hexdigest(), special, tokens, templates]
         self.digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+    def __reduce__(self):
+        return Tokenizer, self._arguments  # a worker process reads the files itself
 
     def _id(self, tokens: dict[str, str], name: str, config: Path) -> int | None:
         text = tokens.get(name)
@@ -201,7 +206,7 @@ class SentencePieceCodec:
                 " pip install sentencepiece, or set model.tokenizer_path to a tokenizer.json"
             ) from None
         try:
-            self._model = SentencePieceProcessor(model_proto=content)
+            self._model = SentencePieceProcessor(model_proto=content, num_threads=_threads())
         except RuntimeError:
             content = b""
         if not content:  # sentencepiece reports no error for an empty file
@@ -275,6 +280,11 @@ def _without_added_space(content: bytes):
     model = sentencepiece_model_pb2.ModelProto.FromString(content)
     model.normalizer_spec.add_dummy_prefix = False
     return SentencePieceProcessor(model_proto=model.SerializeToString())
+
+
+def _threads() -> int:
+    """1 where the package tokenizers is told so, as worker processes are; -1: as many as there are cores."""
+    return 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else -1
 
 
 def _tokenizer_file(path: Path) -> Path:

@@ -339,8 +339,9 @@ def _check_sources(training: Training, given: dict[str, Any]) -> None:
 def _check_dataset(section: str, dataset: str, path: str) -> None:
     shown = f"{section}.dataset_path = {show(path)}"
     _refuse_if(
-        dataset == "jsonl" and not path,
-        f'{section}.dataset = "jsonl" has no data: set {section}.dataset_path to a file, a folder or a glob',
+        dataset in ("jsonl", "parquet") and not path,
+        f"{section}.dataset = {show(dataset)} has no data: set {section}.dataset_path to a file, a folder or"
+        " a glob",
     )
     _refuse_if(
         dataset == "synthetic" and path not in ("", "lmsys", "llama3_sft", "agent", "prolong"),

@@ -30,7 +30,7 @@ def option(default: Any, doc: str, admits: Rule | tuple | dict | type | None = N
     return field(**default, metadata={"doc": doc, "admits": admits}, **more)
 
 
-DATASETS = ("python_stdlib", "jsonl", "synthetic")
+DATASETS = ("python_stdlib", "jsonl", "parquet", "synthetic")
 _FLOATS = "low_freq_factor high_freq_factor attention_factor beta_fast beta_slow mscale mscale_all_dim"
 ROPE_SCALING = {"rope_type": str, "factor": float, "original_max_position_embeddings": int}
 ROPE_SCALING |= dict.fromkeys(_FLOATS.split(), float) | {"truncate": bool}
@@ -97,7 +97,7 @@ class Source:
 class Training:
     dataset: str = option("python_stdlib", "where sequences come from", DATASETS)
     dataset_path: str = option(
-        "", 'jsonl: file, folder or glob; synthetic: "lmsys", "llama3_sft", "agent", "prolong"'
+        "", 'file, folder or glob; with synthetic: "lmsys", "llama3_sft", "agent", "prolong"'
     )
     sources: list[Source] = option([], "several of these, mixed; only in a file", Source)
     columns: dict = option({}, 'their name for ours: { prompt = "question" }', COLUMNS)

@@ -115,7 +115,7 @@ def excluded(settings: options.Checkpoint, manifest: dict[str, Any]) -> set[str]
 
 def check_data(manifest: dict[str, Any], identity: dict[str, Any], folder: Path) -> None:
     """ValueError if the run's data (`identity`) is not what the checkpoint was trained on."""
-    if difference := _difference(manifest["data"], identity):
+    if difference := _difference(dict.fromkeys(identity) | manifest["data"], identity):
         excluding = 'set checkpoint.exclude_from_loading = ["dataloader"] to begin this data from its start'
         raise ValueError(f"{folder} was trained on other data: {difference}: restore it, or {excluding}")
 
@@ -123,8 +123,8 @@ def check_data(manifest: dict[str, Any], identity: dict[str, Any], folder: Path)
 def _difference(recorded: dict[str, Any], now: dict[str, Any]) -> str:
     for name, value in recorded.items():
         if now.get(name) != value:
-            here = repr(now[name]) if name in now else "unset"
-            return f"{name} was {value!r} there and is {here} here"
+            there, here = ("unset" if each is None else repr(each) for each in (value, now.get(name)))
+            return f"{name} was {there} there and is {here} here"
     return ""
 
 

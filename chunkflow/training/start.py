@@ -89,10 +89,10 @@ def check_paths(config: Config) -> None:
     if config.validation.enable:
         sections |= data_sections(config, "validation")
     for name, section in sections.items():
-        if section.dataset == "jsonl":
-            from chunkflow.data.files import jsonl_files
+        if section.dataset in ("jsonl", "parquet"):
+            from chunkflow.data.files import find_files
 
-            jsonl_files(section.dataset_path, name)
+            find_files(section.dataset, section.dataset_path, name)
     folder = Path(config.job.dump_folder).absolute()
     while not os.path.lexists(folder):
         folder = folder.parent
