@@ -290,7 +290,7 @@ def test_tables():
         (["--model.converters=quantize.linear.float8"], 'was renamed: set model.converters = ["float8"]'),
         (["--model.converters=mx"], "MX formats are not supported"),
         (["--quantize.linear.float8.recipe_name=row"], '(did you mean "rowwise"?)'),
-        (["--training.dataset=allenai/c4"], "hub names and parquet are not read yet"),
+        (["--training.dataset=allenai/c4"], "hub names are not read"),
         (["--training.dataset=jsonl"], "set training.dataset_path"),
         (
             ["--training.dataset=synthetic", "--training.dataset_path=short"],

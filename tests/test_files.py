@@ -221,7 +221,7 @@ def test_values_of_parquet(write, read):
             "time": pa.array([1, None], pa.time64("ns")),
             "took": pa.array([1, None], pa.duration("ns")),
             "price": pa.array([Decimal("1.50"), None]),
-            "image": pa.array([b"\xff\x00", None]),
+            "thumbnail": pa.array([b"\xff\x00", None]),
             "map": pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.timestamp("ns"))),
             "vector": pa.array([[1, 2], None], pa.list_(pa.timestamp("ns"), 2)),
             "nothing": pa.nulls(2),
@@ -234,7 +234,7 @@ def test_values_of_parquet(write, read):
     [(_, first), (_, second)] = contents("parquet", path)
     assert first == {
         "messages": chat, "dictionary": "same", "far": 10**9, "time": 1, "took": 1, "price": Decimal("1.50"),
-        "image": b"\xff\x00", "map": {"k": 1}, "vector": [1, 2], "nothing": None, "struct": {"a": {"b": [None]}},
+        "thumbnail": b"\xff\x00", "map": {"k": 1}, "vector": [1, 2], "nothing": None, "struct": {"a": {"b": [None]}},
     }  # fmt: skip
     assert second["map"] is None and len(second["messages"]) == 3
     only_text = pa.table({"text": ["a", "b"], **{name: table[name] for name in table.column_names[1:]}})

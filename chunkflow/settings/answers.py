@@ -134,10 +134,10 @@ _VALUE_ANSWERS = {
     "comm.mode=local_tensor": 'is not there: set "fake_backend" to check a large layout in one process',
     "training.dtype=bfloat16": 'is not admitted, since small updates would be lost: keep "float32" and'
     " compute in bfloat16 with training.mixed_precision_param",
-    "validation.dataset=*": 'is not one of "python_stdlib", "jsonl", "parquet", "synthetic" (hub names are not'
-    " read): download the files, set validation.dataset to their kind and validation.dataset_path",
-    "training.dataset=*": 'is not one of "python_stdlib", "jsonl", "parquet", "synthetic" (hub names are not'
-    " read): download the files, set training.dataset to their kind and training.dataset_path",
+    "validation.dataset=*": 'is not one of "python_stdlib", "jsonl", "parquet", "synthetic" (hub names are'
+    " not read): download the files, set validation.dataset to their kind and validation.dataset_path",
+    "training.dataset=*": 'is not one of "python_stdlib", "jsonl", "parquet", "synthetic" (hub names are'
+    " not read): download the files, set training.dataset to their kind and training.dataset_path",
 }
 
 
