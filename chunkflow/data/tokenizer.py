@@ -21,8 +21,9 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from chunkflow.data.chat import ChatTemplate, RenderedChat, any_of, built_in_template, plain_spans
+from chunkflow.data.chat import ChatTemplate, RenderedChat, plain_spans
 from chunkflow.data.messages import Messages
+from chunkflow.data.shipped_templates import SHIPPED, any_of, built_in, shipped_source, template_file
 
 SHIPPED_MODEL = Path(__file__).with_name("python_2048.model")
 SPACE_MARK = "\u2581"  # "▁", which sentencepiece writes for a space
@@ -36,18 +37,19 @@ EncodedChat = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters
 
 class Tokenizer:
     """A tokenizer from a file, or a folder with tokenizer.json (preferred) or tokenizer.model; "": the one
-    shipped. ValueError, one sentence with the file, if anything cannot be read.
+    shipped. `chat_template`: as training.chat_template, a file or the name of a shipped one, in place of the
+    folder's own. ValueError, one sentence with the file, if anything cannot be read.
 
     Also read from the file's folder: tokenizer_config.json (bos_token, eos_token, chat_template, special
     tokens), special_tokens_map.json, added_tokens.json, and chat_template.jinja, which wins over
     chat_template, as in transformers.
 
     `vocab_size`: one more than the largest id. `bos_id` and `eos_id`: None if it has none. `chat`: the
-    folder's chat template, else the built-in one for its special tokens, else None: plain ChatML. `digest`
-    changes with all that changes the tokens of a row.
+    chosen chat template, else the folder's, else the built-in one for its special tokens, else None: plain
+    ChatML. `digest` changes with all that changes the tokens of a row.
     """
 
-    def __init__(self, path: str = ""):
+    def __init__(self, path: str = "", chat_template: str = ""):
         file = _tokenizer_file(Path(path).expanduser()) if path else SHIPPED_MODEL
         try:
             content = file.read_bytes()
@@ -65,13 +67,27 @@ class Tokenizer:
         tokens = {name: text for name, text in (self._codec.tokens | named).items() if text is not None}
         self.bos_id: int | None = self._id(tokens, "bos_token", config)
         self.eos_id: int | None = self._id(tokens, "eos_token", config)
-        sources, origin = _templates(file, settings)
-        given = ChatTemplate(sources, tokens, special, origin) if sources else None
-        self.chat = given or built_in_template(tokens, special)
+        self.chat = self._template(file, settings, chat_template, tokens)
         self._special_texts = {number: text for text, number in special.items()}
         templates = self.chat and self.chat.sources
         parts = [hashlib.blake2b(content).hexdigest(), special, tokens, templates]
         self.digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+    def _template(
+        self, file: Path, settings: dict, chosen: str, tokens: dict[str, str]
+    ) -> ChatTemplate | None:
+        special = self._codec.special
+        sources, origin = ({}, "") if chosen else _templates(file, settings)
+        name = chosen if chosen in SHIPPED else "" if chosen or sources else built_in(special)
+        if name:
+            sources, origin = (
+                {"default": shipped_source(name, special)},
+                f'the shipped chat template "{name}"',
+            )
+            tokens = {"bos_token": "", "eos_token": ""} | tokens
+        elif chosen:
+            sources, origin = {"default": template_file(chosen)}, f"the chat template {chosen}"
+        return ChatTemplate(sources, tokens, special, origin, keeps_turns=bool(name)) if sources else None
 
     def _id(self, tokens: dict[str, str], name: str, config: Path) -> int | None:
         text = tokens.get(name)

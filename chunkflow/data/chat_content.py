@@ -1,0 +1,73 @@
+"""What of a chat's messages is in the rendered text: what a template left out, and an empty reasoning block
+that it put in."""
+
+import json
+import re
+from bisect import bisect_left
+
+from chunkflow.data.messages import Messages, show
+
+EMPTY_BLOCK = re.compile(r"<(\w+)>\s*</\1>(\s*)")
+OPENING = re.compile(r"<\w+>\s*\Z")
+LONGEST_OPENING = 40  # characters
+
+
+def lost_text(chat: Messages, text: str, spans: dict[int, tuple[int, int]]) -> tuple[int, str] | None:
+    """A message of the chat and, in words, what of it is not in the rendered text; None if all is. `spans`: the
+    characters [start, end) of the turns with loss.
+
+    Messages are looked for in their order. Only what is no assistant's may stand elsewhere, since some
+    templates move the system's. Reasoning of turns without loss may be missing: templates drop it.
+    """
+    place, later = 0, [*sorted(start for start, _ in spans.values()), len(text)]
+    for index, message in enumerate(chat.messages):
+        start, end = spans.get(index, (place, later[bisect_left(later, place)]))
+        for key, part in _parts(message, index in spans):
+            found = _find(text, part, start, end)
+            if found < 0 and message["role"] != "assistant":
+                found = place if _find(text, part, 0, len(text)) >= 0 else -1
+            if found < 0:
+                beside = " beside its tool_calls" if key == "content" and message.get("tool_calls") else ""
+                return index, f"its {key}{beside} ({show(part)})"
+            place = max(place, found)
+        place = end if index in spans else place
+    return None
+
+
+def behind_empty_block(message: dict, text: str, start: int, end: int) -> int:
+    """Where the loss on a turn, text[start:end], begins: behind an empty reasoning block that the template
+    puts in front and the message does not have; else `start`. It may begin in the prompt for the answer."""
+    opening = OPENING.search(text, max(0, start - LONGEST_OPENING), start)
+    block = EMPTY_BLOCK.search(text, opening.start() if opening else start, end)
+    content = message.get("content") or ""
+    if not block or EMPTY_BLOCK.match(content.lstrip()):
+        return start
+    if any(_find(text, part, block.start(2), end) < 0 for _, part in _parts(message, True)):
+        return start  # it is part of the message, which may have such tags itself
+    if content := content.lstrip("\n"):  # its own white space is not the block's
+        found = text.find(content, block.start(2), block.end() + len(content))
+        return found if found >= 0 else block.end()
+    return block.end()
+
+
+def _parts(message: dict, whole: bool) -> list[tuple[str, str]]:
+    """The texts of a message that must not be lost, with the key each is of. `whole`: reasoning too, which
+    templates drop from earlier turns of the assistant."""
+    content = message.get("content") or ""
+    if message["role"] == "assistant":
+        contents = re.split("</?think>", content) if whole else [content.rpartition("</think>")[2]]
+    else:
+        contents = [content]
+    parts = [("content", part) for part in contents]
+    if whole:
+        parts = [("reasoning_content", message.get("reasoning_content") or ""), *parts]
+        for call in message.get("tool_calls") or []:
+            function = call.get("function", call) if isinstance(call, dict) else {}
+            parts.append(("tool_calls", str(function.get("name", "")) if isinstance(function, dict) else ""))
+    return [(key, part.strip()) for key, part in parts if isinstance(part, str) and part.strip()]
+
+
+def _find(text: str, part: str, start: int, end: int) -> int:
+    """The place of a part, as it is or as JSON, in text[start:end]; -1 if it is not there."""
+    found = text.find(part, start, end)
+    return found if found >= 0 else text.find(json.dumps(part, ensure_ascii=False)[1:-1], start, end)
