@@ -13,7 +13,7 @@ LONGEST_OPENING = 40  # characters
 
 
 def lost_text(chat: Messages, text: str, spans: dict[int, tuple[int, int]]) -> tuple[int, str] | None:
-    """A message of the chat and, in words, what of it is not in the rendered text; None if all is. `spans`: the
+    """A message and, in words, what of it is not in the rendered text; None if all is there. `spans`: the
     characters [start, end) of the turns with loss.
 
     Messages are looked for in their order. Only what is no assistant's may stand elsewhere, since some

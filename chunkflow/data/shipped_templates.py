@@ -30,21 +30,23 @@ def any_of(texts: Iterable[str]) -> str:
     return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"\b\B"
 
 
-def shipped_source(name: str, special: Iterable[str]) -> str:
-    """The text of a shipped template. ValueError if the tokenizer, whose special tokens are given, lacks one
-    that the template writes."""
+def check_tokens(name: str, special: Iterable[str]) -> None:
+    """ValueError if a tokenizer, whose special tokens are given, lacks one that a shipped template writes."""
     if missing := set(SHIPPED[name]) - set(special):
         raise ValueError(
             f'training.chat_template = "{name}" needs the special token {min(missing)}, which the tokenizer'
             " does not have: choose the template of the model's family, or a file"
         )
-    return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def template_file(given: str) -> str:
-    """The text of a file named by training.chat_template. ValueError if it cannot be read."""
+def template_text(given: str) -> str:
+    """The text of the shipped template, or file, that training.chat_template names; "" for "". ValueError if
+    it is neither."""
+    if not given:
+        return ""
     try:
-        return Path(given).expanduser().read_bytes().decode()
+        file = FOLDER / f"{given}.jinja" if given in SHIPPED else Path(given).expanduser()
+        return file.read_bytes().decode()
     except (OSError, ValueError) as error:
         near = difflib.get_close_matches(given, SHIPPED, n=1)
         reason = getattr(error, "strerror", None) or "it is not UTF-8"

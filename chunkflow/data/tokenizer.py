@@ -23,7 +23,7 @@ from pathlib import Path
 
 from chunkflow.data.chat import ChatTemplate, RenderedChat, plain_spans
 from chunkflow.data.messages import Messages
-from chunkflow.data.shipped_templates import SHIPPED, any_of, built_in, shipped_source, template_file
+from chunkflow.data.shipped_templates import SHIPPED, any_of, built_in, check_tokens, template_text
 
 SHIPPED_MODEL = Path(__file__).with_name("python_2048.model")
 SPACE_MARK = "\u2581"  # "▁", which sentencepiece writes for a space
@@ -46,7 +46,8 @@ class Tokenizer:
 
     `vocab_size`: one more than the largest id. `bos_id` and `eos_id`: None if it has none. `chat`: the
     chosen chat template, else the folder's, else the built-in one for its special tokens, else None: plain
-    ChatML. `digest` changes with all that changes the tokens of a row.
+    ChatML; `chosen_template`: the text of the chosen one, or "". `digest` changes with all that changes the
+    tokens of a row.
     """
 
     def __init__(self, path: str = "", chat_template: str = ""):
@@ -67,27 +68,20 @@ class Tokenizer:
         tokens = {name: text for name, text in (self._codec.tokens | named).items() if text is not None}
         self.bos_id: int | None = self._id(tokens, "bos_token", config)
         self.eos_id: int | None = self._id(tokens, "eos_token", config)
-        self.chat = self._template(file, settings, chat_template, tokens)
+        self.chosen_template = template_text(chat_template)
+        sources, origin = {"default": self.chosen_template}, f"the chat template {chat_template}"
+        if not chat_template:
+            sources, origin = _templates(file, settings)
+        shipped = built_in(special) if not sources else chat_template if chat_template in SHIPPED else ""
+        if shipped:
+            check_tokens(shipped, special)
+            sources, origin = {"default": template_text(shipped)}, f'the shipped chat template "{shipped}"'
+            tokens = {"bos_token": "", "eos_token": ""} | tokens
+        self.chat = ChatTemplate(sources, tokens, special, origin, bool(shipped)) if sources else None
         self._special_texts = {number: text for text, number in special.items()}
         templates = self.chat and self.chat.sources
         parts = [hashlib.blake2b(content).hexdigest(), special, tokens, templates]
         self.digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-
-    def _template(
-        self, file: Path, settings: dict, chosen: str, tokens: dict[str, str]
-    ) -> ChatTemplate | None:
-        special = self._codec.special
-        sources, origin = ({}, "") if chosen else _templates(file, settings)
-        name = chosen if chosen in SHIPPED else "" if chosen or sources else built_in(special)
-        if name:
-            sources, origin = (
-                {"default": shipped_source(name, special)},
-                f'the shipped chat template "{name}"',
-            )
-            tokens = {"bos_token": "", "eos_token": ""} | tokens
-        elif chosen:
-            sources, origin = {"default": template_file(chosen)}, f"the chat template {chosen}"
-        return ChatTemplate(sources, tokens, special, origin, keeps_turns=bool(name)) if sources else None
 
     def _id(self, tokens: dict[str, str], name: str, config: Path) -> int | None:
         text = tokens.get(name)
