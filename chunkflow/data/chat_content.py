@@ -8,6 +8,7 @@ from bisect import bisect_left
 from chunkflow.data.messages import Messages, show
 
 EMPTY_BLOCK = re.compile(r"<(\w+)>\s*</\1>(\s*)")
+BEHIND_HEADER = re.compile(r"(?:\s*<\|\w+\|>\w*)*\s*" + EMPTY_BLOCK.pattern)  # <|im_start|>assistant
 OPENING = re.compile(r"<\w+>\s*\Z")
 LONGEST_OPENING = 40  # characters
 
@@ -19,18 +20,18 @@ def lost_text(chat: Messages, text: str, spans: dict[int, tuple[int, int]]) -> t
     Messages are looked for in their order. Only what is no assistant's may stand elsewhere, since some
     templates move the system's. Reasoning of turns without loss may be missing: templates drop it.
     """
-    place, later = 0, [*sorted(start for start, _ in spans.values()), len(text)]
+    place, starts = 0, [*sorted(start for start, _ in spans.values()), len(text)]
     for index, message in enumerate(chat.messages):
-        start, end = spans.get(index, (place, later[bisect_left(later, place)]))
-        for key, part in _parts(message, index in spans):
+        answer, learnt = message["role"] == "assistant", index in spans
+        start, end = spans.get(index, (place, starts[bisect_left(starts, place)] if answer else len(text)))
+        for key, part in _parts(message, learnt):
             found = _find(text, part, start, end)
-            if found < 0 and message["role"] != "assistant":
-                found = place if _find(text, part, 0, len(text)) >= 0 else -1
-            if found < 0:
+            if found < 0 and (answer or _find(text, part, 0, len(text)) < 0):
                 beside = " beside its tool_calls" if key == "content" and message.get("tool_calls") else ""
                 return index, f"its {key}{beside} ({show(part)})"
-            place = max(place, found)
-        place = end if index in spans else place
+            if found >= 0 and message["role"] != "system":
+                place = max(place, found + len(part))
+        place = end if learnt else place
     return None
 
 
@@ -38,9 +39,10 @@ def behind_empty_block(message: dict, text: str, start: int, end: int) -> int:
     """Where the loss on a turn, text[start:end], begins: behind an empty reasoning block that the template
     puts in front and the message does not have; else `start`. It may begin in the prompt for the answer."""
     opening = OPENING.search(text, max(0, start - LONGEST_OPENING), start)
-    block = EMPTY_BLOCK.search(text, opening.start() if opening else start, end)
+    block = BEHIND_HEADER.match(text, opening.start() if opening else start, end)
     content = message.get("content") or ""
-    if not block or EMPTY_BLOCK.match(content.lstrip()):
+    own = EMPTY_BLOCK.match(content.lstrip())
+    if not block or (own and own[1] == block[1]):
         return start
     if any(_find(text, part, block.start(2), end) < 0 for _, part in _parts(message, True)):
         return start  # it is part of the message, which may have such tags itself
@@ -68,6 +70,6 @@ def _parts(message: dict, whole: bool) -> list[tuple[str, str]]:
 
 
 def _find(text: str, part: str, start: int, end: int) -> int:
-    """The place of a part, as it is or as JSON, in text[start:end]; -1 if it is not there."""
-    found = text.find(part, start, end)
-    return found if found >= 0 else text.find(json.dumps(part, ensure_ascii=False)[1:-1], start, end)
+    """The first place of a part, as it is or as JSON, in text[start:end]; -1 if it is not there."""
+    places = [text.find(form, start, end) for form in {part, json.dumps(part, ensure_ascii=False)[1:-1]}]
+    return min((place for place in places if place >= 0), default=-1)
