@@ -5,7 +5,7 @@
 
 Files have at most 5 GB; no process group, no device. A folder's weights pass through memory one file at a
 time, a checkpoint's at once. --assets names the folder that config.json and the tokenizer are copied from;
-unset, it is the one that the weights came from.
+unset, it is the one that the weights came from. A run's training.chat_template comes along.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from chunkflow.data.shipped_templates import template_text
 from chunkflow.storage import hf_weights as hf
 from chunkflow.storage import manifest
 from chunkflow.storage.tensors import load_model_weights
@@ -51,13 +52,14 @@ def convert(source: Path, target: Path, dtype: str, assets: Path | None = None) 
         model.to_empty(device="cpu")
         load_model_weights(model, source)
         tensors = (parameter.detach() for parameter in model.parameters())
+        template = template_text(content["config"].get("training.chat_template", ""))
     else:
-        assets = assets or source
+        assets, template = assets or source, ""
         name, args = model_of(source)
         tensors = map(hf.read, hf.check_weights(source, families[name], args).values())
     config, shapes = config_json(name, args, dtype, assets), hf.parameter_shapes(families[name], args)
     shapes = {hf_name(parameter, families[name]): shape for parameter, shape in shapes.items()}
-    hf.write_folder(target, shapes, tensors, hf.DTYPES[dtype], config, assets)
+    hf.write_folder(target, shapes, tensors, hf.DTYPES[dtype], config, assets, template)
     count = sum(shape.numel() for shape in shapes.values())
     print(f"Wrote {name} with {count:,} parameters in {dtype} to {target}")
 

@@ -240,7 +240,9 @@ def main() -> None:
         parallel.set_timeouts(processes, config.comm.init_timeout_seconds)
         with user_errors():
             dtype = config.checkpoint.export_dtype
-            hf.save_model(checkpoints.hf_folder, models.values(), spec.family, config.model, dtype, device)
+            template = spec.tokenizer.chosen_template if spec.tokenizer else ""
+            arguments = spec.family, config.model, dtype, device, template
+            hf.save_model(checkpoints.hf_folder, models.values(), *arguments)
     logger.info(f"Tokens: {loader.ledger}")
     for name, ledger in loader.ledger_by_source.items():
         logger.info(f"Tokens of {name}: {ledger}")

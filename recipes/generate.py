@@ -53,7 +53,7 @@ def main() -> None:
     try:
         config = read_config(keys)
         check_numbers(cli)
-        tokenizer = open_tokenizer(config.model)
+        tokenizer = open_tokenizer(config)
         if tokenizer is None:
             raise ValueError(
                 f"{config.model.hf_assets_path} has no tokenizer: set model.tokenizer_path to the model's own"

@@ -84,7 +84,7 @@ def main() -> None:
     try:
         # ---- What is asked for, and whether the model has positions for it.
         config = read_config(keys)
-        tokenizer = open_tokenizer(config.model)
+        tokenizer = open_tokenizer(config)
         if tokenizer is None:
             remedy = "set model.tokenizer_path to the model's own"
             raise ValueError(f"{config.model.hf_assets_path} has no tokenizer: {remedy}")

@@ -1,8 +1,10 @@
-"""Chats -> text, by the tokenizer's chat template or a built-in one, and which characters have a loss.
+"""Chats -> text, by the tokenizer's chat template, a file or a shipped one, and which characters have a loss.
 
-The loss is on what the model is to generate: an assistant message's content and the token that ends its turn.
-The template is rendered for the messages before the turn, with the prompt that asks for an answer, and for
-the messages up to the turn: the turn is the difference, if both are a beginning of the whole rendered chat.
+The loss is on what the model is to generate: an assistant message's content and the token that ends its turn,
+not an empty reasoning block that the template puts before it. Where that is, `{% generation %}` in the
+template says. Without it the template is rendered for the messages before the turn, with the prompt that asks
+for an answer, and for the messages up to the turn: the turn is the difference, if both are a beginning of the
+whole rendered chat.
 """
 
 import json
@@ -10,8 +12,8 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable
 from datetime import datetime
+from functools import lru_cache
 from os.path import commonprefix
-from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import nodes
@@ -19,15 +21,12 @@ from jinja2.exceptions import TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from chunkflow.data.chat_content import behind_empty_block, lost_text
 from chunkflow.data.messages import Messages, checked_text, show
+from chunkflow.data.shipped_templates import any_of, fitting_template
 from chunkflow.planning.chunks import IGNORE
 
-# A tokenizer without a chat template gets the first of these that needs only special tokens it has. Llama 3's
-# follows the model card: white space around a content is removed, a tool is called "ipython".
-BUILT_IN = {
-    "chatml.jinja": ("<|im_start|>", "<|im_end|>"),
-    "llama3.jinja": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-}
+SPACE = re.compile(r"\s*")
 
 
 class Turn(NamedTuple):
@@ -53,10 +52,25 @@ def check_keys(chat: Messages, template: str, origin: str) -> None:
         # which call a tool answers follows from the order
         others = {"role", "content", "tool_call_id"} | ({"name"} if message["role"] == "tool" else set())
         for key in sorted(message.keys() - others):
-            if not re.search(rf"\b{re.escape(key)}\b", template):
+            if not _mentions(template, key):
                 raise ValueError(f'{chat.form}[{index}] has "{key}", which {origin} does not read: remove it')
     if chat.tools and "tools" not in template:
         raise ValueError(f'the row has "tools", which {origin} does not read: remove them')
+
+
+@lru_cache(maxsize=1024)
+def _mentions(template: str, key: str) -> bool:
+    return re.search(rf"\b{re.escape(key)}\b", template) is not None
+
+
+def one_turn_each(chat: Messages) -> list[Messages]:
+    """The chat up to each of its turns with loss, with loss on that turn only; the chat itself if it has
+    none."""
+    ends = [index for index, weight in enumerate(chat.weights) if weight]
+    return [
+        chat._replace(messages=chat.messages[: end + 1], weights=[0.0] * end + [chat.weights[end]])
+        for end in ends
+    ] or [chat]
 
 
 def plain_spans(chat: Messages) -> list[tuple[str, float]]:
@@ -73,14 +87,35 @@ def plain_spans(chat: Messages) -> list[tuple[str, float]]:
 
 class Generation(Extension):
     """`{% generation %}` ... `{% endgeneration %}`, which some templates put around what the model writes:
-    renders what is between them."""
+    `render` says where that is. As in transformers, it must not stand in a macro or a block that is set."""
 
     tags = {"generation"}
+
+    def __init__(self, environment):
+        super().__init__(environment)
+        self._length, self._spans = 0, []
 
     def parse(self, parser):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_generated"), [], [], body).set_lineno(line)
+
+    def _generated(self, caller) -> str:
+        written = caller()
+        self._spans.append((self._length, written))
+        return written
+
+    def render(self, template, values: dict) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the characters [start, end) of what is marked in it; no spans if a mark cannot be
+        placed."""
+        pieces, self._length, self._spans = [], 0, []
+        for piece in template.generate(values):
+            pieces.append(piece)
+            self._length += len(piece)
+        text = "".join(pieces)
+        if not all(text.startswith(written, start) for start, written in self._spans):
+            return text, []
+        return text, [(start, start + len(written)) for start, written in self._spans]
 
 
 class ChatTemplate:
@@ -88,18 +123,32 @@ class ChatTemplate:
 
     `sources`: the templates by name, "default" and perhaps "tool_use", for rows with tools. `tokens`: the
     text of "bos_token" and the like. `special`: the texts of all special tokens. `origin` names the template
-    in errors. ValueError if a template is not valid.
+    in errors. `keeps_turns`: it is known to render messages alike whatever follows. ValueError if a template
+    is not valid.
     """
 
-    def __init__(self, sources: dict[str, str], tokens: dict[str, str], special: Iterable[str], origin: str):
+    def __init__(
+        self,
+        sources: dict[str, str],
+        tokens: dict[str, str],
+        special: Iterable[str],
+        origin: str,
+        keeps_turns: bool = False,
+    ):
         self.sources, self._tokens, self._origin = sources, tokens, origin
-        self._special = re.compile(any_of(special))
+        self._special, self._keeps_turns = re.compile(any_of(special)), keeps_turns
+        self._closing = re.compile(rf"(?:{any_of(special)})\s*\Z")
+        fitting = fitting_template(sources["default"], special)
+        self._other = (
+            f'a shipped one, "{fitting}"' if fitting and not keeps_turns else "a file, or a shipped one"
+        )
         now = datetime.now()  # once, since all renderings of a chat must show the same time
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
         )
         environment.filters["tojson"] = _tojson
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": now.strftime}
+        self._generation: Generation = environment.extensions[Generation.identifier]
         try:
             self._compiled = {name: environment.from_string(source) for name, source in sources.items()}
         except TemplateSyntaxError as error:
@@ -112,10 +161,16 @@ class ChatTemplate:
     ) -> str:
         """The text of a chat, as transformers renders it. `add_generation_prompt`: append the prompt that
         asks for an answer."""
-        template = self._compiled[self._name(tools)]
+        return self._render(messages, tools, add_generation_prompt)[0]
+
+    def _render(
+        self, messages: list[dict], tools: list[dict] | None, add_generation_prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and where what the template marks as the model's is in it."""
         values = {"messages": messages, "tools": tools, "documents": None, **self._tokens}
+        values["add_generation_prompt"] = add_generation_prompt
         try:
-            return template.render(values, add_generation_prompt=add_generation_prompt)
+            return self._generation.render(self._compiled[self._name(tools)], values)
         except Exception as error:  # whatever the template's code does
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
@@ -125,56 +180,86 @@ class ChatTemplate:
     def _name(self, tools: list[dict] | None) -> str:
         return "tool_use" if tools and "tool_use" in self.sources else "default"
 
+    def expanded(self, chat: Messages) -> list[RenderedChat]:
+        """A rendered chat for each turn with loss: the messages up to it, as the template writes them where
+        it is the last, with loss on that turn only. A chat without loss is rendered whole. ValueError as for
+        `turns`."""
+        return [self.turns(part) for part in one_turn_each(chat)]
+
     def turns(self, chat: Messages) -> RenderedChat:
         """The text of a chat and the turns with loss in it. ValueError if the template renders a turn
         otherwise when more messages follow (some drop earlier reasoning), since the loss would be on a text
-        that the model is never to write."""
+        that the model is never to write; and if it leaves something out."""
         check_keys(chat, self.sources[self._name(chat.tools)], self._origin)
-        text = checked_text(self.render(chat.messages, chat.tools), "the rendered chat")
-        turns = [self._turn(chat, text, index) for index, weight in enumerate(chat.weights) if weight]
+        text, spans = self._render(chat.messages, chat.tools)
+        checked_text(text, "the rendered chat")
+        answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        marked = dict(zip(answers, spans)) if len(spans) == len(answers) else {}
+        turns = [
+            self._turn(chat, text, index, marked.get(index))
+            for index, weight in enumerate(chat.weights)
+            if weight
+        ]
+        spans = {turn.message: (turn.start, turn.limit) for turn in turns}
+        if lost := lost_text(chat, text, spans):
+            index, what = lost
+            raise ValueError(
+                f"{chat.form}[{index}]: {self._origin} leaves out {what}: remove it, or set"
+                f" training.chat_template to a template that keeps it ({self._other})"
+            )
+        starts = [behind_empty_block(chat.messages[index], text, *spans[index]) for index in spans]
+        turns = [turn._replace(start=start) for turn, start in zip(turns, starts)]
         return RenderedChat(text, turns, chat.form)
 
-    def _turn(self, chat: Messages, text: str, index: int) -> Turn:
-        messages, name = chat.messages, f"{chat.form}[{index}]"
+    def _turn(self, chat: Messages, text: str, index: int, marked: tuple[int, int] | None) -> Turn:
+        after = "" if marked and self._keeps_turns else self._text_after(chat, text, index)
+        if marked:
+            start, end = marked
+            if not self._closing.search(text, start, end) and (closing := self._special.match(text, end)):
+                end = closing.end()  # the token that ends a turn belongs to it, marked or not
+            return Turn(index, start, end, SPACE.match(text, end).end(), chat.weights[index])
+        start, limit = self._answer_start(chat, after, index), len(after)
+        # the turn ends with its last special token, unless more than white space follows it
+        end = max((found.end() for found in self._special.finditer(text, start, limit)), default=limit)
+        end = limit if text[end:limit].strip() else end
+        return Turn(index, start, end, limit, chat.weights[index])
+
+    def _up_to(self, chat: Messages, index: int, end: int, add_generation_prompt: bool = False) -> str:
         try:
-            before = self.render(messages[:index], chat.tools, add_generation_prompt=True)
-            after = text if index + 1 == len(messages) else self.render(messages[: index + 1], chat.tools)
+            return self.render(chat.messages[:end], chat.tools, add_generation_prompt)
         except ValueError as error:
-            raise ValueError(f"{name}: up to here {error}") from None
-        remedy = 'give it "weight": 0 (no loss on it), or use a template (chat_template.jinja) that keeps it'
+            raise ValueError(f"{chat.form}[{index}]: up to here {error}") from None
+
+    def _text_after(self, chat: Messages, text: str, index: int) -> str:
+        """The text up to a turn, its own included: the beginning of the whole text."""
+        end = index + 1
+        after = text if end == len(chat.messages) else self._up_to(chat, index, end)
         if not text.startswith(after):
             raise ValueError(
-                f"{name}: {self._origin} renders the messages up to here otherwise once more follow (it"
-                f" changes or drops earlier text): {remedy}, or make a row that ends with it"
+                f"{chat.form}[{index}]: {self._origin} renders the messages up to here otherwise once more"
+                " follow (it changes or drops earlier text): set training.chat_template to a template that"
+                f' keeps every turn ({self._other}), or training.multi_turn = "expand"'
             )
+        return after
+
+    def _answer_start(self, chat: Messages, after: str, index: int) -> int:
+        """Where a turn begins in the text up to it: behind the prompt that asks for an answer."""
+        before, name = self._up_to(chat, index, index, add_generation_prompt=True), f"{chat.form}[{index}]"
+        remedy = f'give it "weight": 0 (no loss on it), or set training.chat_template ({self._other})'
         if not after.startswith(before):
             missing = before[len(commonprefix([before, after])) :]
             raise ValueError(
                 f"{name}: {self._origin} does not begin this turn with the prompt that it asks for an answer"
                 f" with ({show(missing)} is missing): {remedy}"
             )
-        answer, content = after[len(before) :], messages[index].get("content", "").strip()
+        answer, content = after[len(before) :], chat.messages[index].get("content", "").strip()
         knows_prompt = "add_generation_prompt" in self.sources[self._name(chat.tools)]
         if not knows_prompt and not answer.lstrip().startswith(content):
             raise ValueError(
                 f"{name}: {self._origin} does not say where the answer begins in {show(answer)} (it knows no"
                 f" add_generation_prompt): {remedy}"
             )
-        start, limit = len(before), len(after)
-        # the turn ends with its last special token, unless more than white space follows it
-        end = max((found.end() for found in self._special.finditer(text, start, limit)), default=limit)
-        end = limit if text[end:limit].strip() else end
-        return Turn(index, start, end, limit, chat.weights[index])
-
-
-def built_in_template(tokens: dict[str, str], special: Iterable[str]) -> ChatTemplate | None:
-    """The built-in template that the special tokens are made for; None if there is none."""
-    for name, markers in BUILT_IN.items():
-        if set(markers) <= set(special):
-            source = (Path(__file__).with_name("templates") / name).read_text(encoding="utf-8")
-            tokens = {"bos_token": "", "eos_token": ""} | tokens
-            return ChatTemplate({"default": source}, tokens, special, "the built-in chat template")
-    return None
+        return len(before)
 
 
 def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
@@ -195,10 +280,8 @@ def labels_of(
     labels, last = [IGNORE] * len(ids), 0
     weights = [1.0] * len(ids) if any(turn.weight != 1 for turn in chat.turns) else None
     for turn in chat.turns:
-        before, first = (
-            last,
-            bisect_left(offsets, (turn.start,), last),
-        )  # in text order: no look at each token
+        before = last
+        first = bisect_left(offsets, (turn.start,), last)  # in text order: no look at each token
         if first > before and offsets[first - 1][1] > turn.start:
             raise ValueError(_inside(chat, turn, "begins", offsets[first - 1]))
         last = bisect_left(offsets, (turn.end,), first)
@@ -217,8 +300,3 @@ def _inside(chat: RenderedChat, turn: Turn, verb: str, span: tuple[int, int]) ->
         " that its loss cannot be told from that of its neighbour: remove white space around its content, or"
         ' give it "weight": 0'
     )
-
-
-def any_of(texts: Iterable[str]) -> str:
-    """A regular expression for any of the texts, longer ones first; without texts it matches nothing."""
-    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"\b\B"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from chunkflow.data.chat import RenderedChat, plain_spans
+from chunkflow.data.chat import RenderedChat, one_turn_each, plain_spans
 from chunkflow.data.messages import (
     FORMS_SENTENCE,
     NOT_READ_IN_MESSAGES,
@@ -221,16 +221,7 @@ def _chat_rows(chat: Messages, settings: RowSettings, weight: float) -> list[Row
     if template:
         rendered = template.expanded(chat) if expand else [template.turns(chat)]
         return [Row([], chat=one, weight=weight) for one in rendered]
-    return [Row(plain_spans(one), weight=weight) for one in (_expanded(chat) if expand else [chat])]
-
-
-def _expanded(chat: Messages) -> list[Messages]:
-    """The chat up to each turn with loss, with loss on that turn alone; without such turns the chat."""
-    turns = [index for index, weight in enumerate(chat.weights) if weight]
-    return [
-        chat._replace(messages=chat.messages[: index + 1], weights=[0.0] * index + [chat.weights[index]])
-        for index in turns
-    ] or [chat]
+    return [Row(plain_spans(one), weight=weight) for one in (one_turn_each(chat) if expand else [chat])]
 
 
 def _read_pair(

@@ -22,8 +22,9 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from chunkflow.data.chat import ChatTemplate, RenderedChat, any_of, built_in_template, plain_spans
+from chunkflow.data.chat import ChatTemplate, RenderedChat, plain_spans
 from chunkflow.data.messages import Messages
+from chunkflow.data.shipped_templates import SHIPPED, any_of, built_in, check_tokens, template_text
 
 SHIPPED_MODEL = Path(__file__).with_name("python_2048.model")
 SPACE_MARK = "\u2581"  # "▁", which sentencepiece writes for a space
@@ -37,19 +38,21 @@ EncodedChat = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters
 
 class Tokenizer:
     """A tokenizer from a file, or a folder with tokenizer.json (preferred) or tokenizer.model; "": the one
-    shipped. ValueError, one sentence with the file, if anything cannot be read.
+    shipped. `chat_template`: as training.chat_template, a file or the name of a shipped one, in place of the
+    folder's own. ValueError, one sentence with the file, if anything cannot be read.
 
     Also read from the file's folder: tokenizer_config.json (bos_token, eos_token, chat_template, special
     tokens), special_tokens_map.json, added_tokens.json, and chat_template.jinja, which wins over
     chat_template, as in transformers.
 
     `vocab_size`: one more than the largest id. `bos_id` and `eos_id`: None if it has none. `chat`: the
-    folder's chat template, else the built-in one for its special tokens, else None: plain ChatML. `digest`
-    changes with all that changes the tokens of a row.
+    chosen chat template, else the folder's, else the built-in one for its special tokens, else None: plain
+    ChatML; `chosen_template`: the text of the chosen one, or "". `digest` changes with all that changes the
+    tokens of a row.
     """
 
-    def __init__(self, path: str = ""):
-        self._arguments = (path,)
+    def __init__(self, path: str = "", chat_template: str = ""):
+        self._arguments = path, chat_template
         file = _tokenizer_file(Path(path).expanduser()) if path else SHIPPED_MODEL
         try:
             content = file.read_bytes()
@@ -67,9 +70,16 @@ class Tokenizer:
         tokens = {name: text for name, text in (self._codec.tokens | named).items() if text is not None}
         self.bos_id: int | None = self._id(tokens, "bos_token", config)
         self.eos_id: int | None = self._id(tokens, "eos_token", config)
-        sources, origin = _templates(file, settings)
-        given = ChatTemplate(sources, tokens, special, origin) if sources else None
-        self.chat = given or built_in_template(tokens, special)
+        self.chosen_template = template_text(chat_template)
+        sources, origin = {"default": self.chosen_template}, f"the chat template {chat_template}"
+        if not chat_template:
+            sources, origin = _templates(file, settings)
+        shipped = built_in(special) if not sources else chat_template if chat_template in SHIPPED else ""
+        if shipped:
+            check_tokens(shipped, special)
+            sources, origin = {"default": template_text(shipped)}, f'the shipped chat template "{shipped}"'
+            tokens = {"bos_token": "", "eos_token": ""} | tokens
+        self.chat = ChatTemplate(sources, tokens, special, origin, bool(shipped)) if sources else None
         self._special_texts = {number: text for text, number in special.items()}
         templates = self.chat and self.chat.sources
         parts = [hashlib.blake2b(content).hexdigest(), special, tokens, templates]

@@ -194,11 +194,13 @@ def save_model(
     settings: options.Model,
     dtype: str,
     device: torch.device,
+    chat_template: str = "",
 ) -> None:
     """Writes a folder that transformers loads; every rank calls it, with its model or its stages.
 
     Parameters come to rank 0 one at a time; it holds those of one file. Where model.hf_assets_path is set,
-    its config.json and tokenizer are used.
+    its config.json and tokenizer are used, with the text `chat_template` as the tokenizer's template unless
+    it is "".
     """
     models, assets = list(models), settings.hf_assets_path
     args = models[0].args
@@ -207,7 +209,7 @@ def save_model(
     if dist.get_rank() == 0:
         config = config_json(settings.name, args, dtype, assets)
         names = {hf_name(name, family): shape for name, shape in shapes.items()}
-        write_folder(target, names, wholes, DTYPES[dtype], config, assets)
+        write_folder(target, names, wholes, DTYPES[dtype], config, assets, chat_template)
         logger.info(f"Saved the model in {dtype} as a Hugging Face folder: {target}")
     for _ in wholes:  # on the other ranks: each parameter is a collective
         pass
@@ -245,10 +247,12 @@ def write_folder(
     dtype: torch.dtype,
     config: dict[str, Any],
     assets: str | Path | None,
+    chat_template: str = "",
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Writes `tensors` (in the order of `shapes`, by Hugging Face's names) as `dtype`, config.json, and the
-    tokenizer's files of the folder `assets`. Holds one file's tensors at a time.
+    tokenizer's files of the folder `assets`, with the text `chat_template` in place of its template unless it
+    is "". Holds one file's tensors at a time.
 
     The folder appears whole or not at all: it is written under another name, synced and renamed. One that
     exists is replaced. ValueError names a tensor with values that are not finite, or not finite in `dtype`.
@@ -282,6 +286,8 @@ def write_folder(
         for file in [Path(assets).expanduser() / name for name in ASSETS.split()] if assets else []:
             if file.is_file():
                 shutil.copyfile(file, temporary / file.name)
+        if chat_template:  # which transformers, and servers such as vLLM, prefer to tokenizer_config.json's
+            (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         files.publish(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -60,7 +60,7 @@ class ModelSpec(NamedTuple):
 
 def model_spec(config: Config) -> ModelSpec:
     """The model, its tokenizer and its stages. ValueError where the settings contradict each other."""
-    tokenizer = open_tokenizer(config.model)
+    tokenizer = open_tokenizer(config)
     family, args = model_args(config.model, config.training.seq_len, tokenizer.vocab_size if tokenizer else 0)
     name, parallelism = f"{config.model.name} {config.model.flavor}", config.parallelism
     if parallelism.pipeline_parallel_degree > 1 and parallelism.fsdp_reshard_after_forward == "always":
@@ -220,15 +220,22 @@ def check_waits(
 # -------------------------------------------------------------------------------------------------- the model
 
 
-def open_tokenizer(settings: options.Model) -> Tokenizer | None:
-    """From model.tokenizer_path, else model.hf_assets_path, else the shipped one. None where hf_assets_path
-    is a folder without a tokenizer: then only ready token ids can be read."""
+def open_tokenizer(config: Config) -> Tokenizer | None:
+    """From model.tokenizer_path, else model.hf_assets_path, else the shipped one; with
+    training.chat_template. None where hf_assets_path is a folder without a tokenizer: then only ready token
+    ids can be read. ValueError where either cannot be used."""
+    settings, template = config.model, config.training.chat_template
     path = settings.tokenizer_path or settings.hf_assets_path
     if path and not settings.tokenizer_path:
         files = [Path(path).expanduser() / name for name in ("tokenizer.json", "tokenizer.model")]
         if not any(file.is_file() for file in files):
+            if template:
+                raise ConfigError(
+                    f'training.chat_template = "{template}" is for text, and {path} has no tokenizer: set'
+                    " model.tokenizer_path, or leave it out"
+                )
             return None
-    return Tokenizer(path)
+    return Tokenizer(path, template)
 
 
 def model_args(settings: options.Model, seq_len: int, vocab_size: int):
