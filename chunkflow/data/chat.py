@@ -53,9 +53,15 @@ def check_keys(chat: Messages, template: str, origin: str) -> None:
         others = {"role", "content", "tool_call_id"} | ({"name"} if message["role"] == "tool" else set())
         for key in sorted(message.keys() - others):
             if not _mentions(template, key):
-                raise ValueError(f'{chat.form}[{index}] has "{key}", which {origin} does not read: remove it')
+                raise ValueError(
+                    f'{chat.form}[{index}] has "{key}", which {origin} does not read: remove it, or set'
+                    " training.chat_template to one that does"
+                )
     if chat.tools and "tools" not in template:
-        raise ValueError(f'the row has "tools", which {origin} does not read: remove them')
+        raise ValueError(
+            f'the row has "tools", which {origin} does not read: remove them, or set training.chat_template to'
+            " one that does"
+        )
 
 
 @lru_cache(maxsize=1024)
