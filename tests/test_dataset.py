@@ -308,13 +308,13 @@ def test_wrong_names_and_paths(write, read, tmp_path):
     refused(tmp_path / "nothing.jsonl", r"nothing.jsonl: no such file or folder")
     refused("tatsu-lab/alpaca", r"tatsu-lab/alpaca: no such file .* hub are not read by name: save them")
     refused(tmp_path / "*.nothing", r"no file matches it as a pattern")
-    refused(
-        tmp_path / "empty", r"empty: no \*.jsonl or \*.json files .* in this folder: convert what there is"
-    )
+    refused(tmp_path / "empty", r"empty: no \*.jsonl or \*.json files .* in this folder: convert your data")
     for kind in ("csv", "txt.gz", "jsonl.bz2"):
-        sentence = rf'data.{kind}: training.dataset = "jsonl" reads {kinds}: \S+ files are not read, convert'
+        sentence = (
+            rf'data.{kind}: no file for training.dataset = "jsonl", .*, but \S+ files: convert your data'
+        )
         refused(write({"text": "a"}, name=f"data.{kind}"), sentence)
-    refused(tmp_path / "data.*", r'data.csv: training.dataset = "jsonl" reads')
+    refused(tmp_path / "data.*", r'data.csv: no file for training.dataset = "jsonl", which reads')
     refused(write("", " ", name="blank.jsonl"), r"blank.jsonl: there is no sequence in it: choose another")
     refused(
         "somewhere",

@@ -368,11 +368,11 @@ def test_a_folder_gives_the_files_of_its_kind(write, tmp_path):
 @pytest.mark.parametrize(
     "kind, name, path, said",
     [
-        ("jsonl", "a.parquet", "in", r'in: no \S+ or \S+ files .* there are 2 \*.parquet files that validation.dataset = "parquet" reads, set that'),
-        ("parquet", "a.json", "in", r'in: no \*.parquet files in this folder: there are 2 .* that validation.dataset = "jsonl" reads'),
-        ("jsonl", "a.parquet", "in/a.parquet", r'a.parquet: validation.dataset = "jsonl" reads .*: it is one of the \*.parquet files that'),
-        ("parquet", "a.jsonl.gz", "in/*", r'a.jsonl.gz: validation.dataset = "parquet" reads \*.parquet files: it is one of the'),
-        ("parquet", "a.csv", "in", r"in: no \*.parquet files in this folder: .csv files are not read, convert what there is to JSONL"),
+        ("jsonl", "a.parquet", "in", r'in: no \S+ or \S+ files .* in this folder, but 2 of the \*.parquet files for validation.dataset = "parquet": set that'),
+        ("parquet", "a.json", "in", r'in: no \*.parquet files in this folder, but 2 of the .* for validation.dataset = "jsonl": set that'),
+        ("jsonl", "a.parquet", "in/a.parquet", r'a.parquet: no file for validation.dataset = "jsonl", which reads .*, but 1 of the \*.parquet files for .*: set that, or narrow'),
+        ("parquet", "a.jsonl.gz", "in/*", r'a.jsonl.gz: no file for validation.dataset = "parquet", which reads \*.parquet files, but 1 of the \*.jsonl and'),
+        ("parquet", "a.csv", "in", r"in: no \*.parquet files in this folder, but .csv files: convert your data to JSONL"),
         ("parquet", "a.parquet", "", r"validation.dataset_path is empty: set it to one of your \*.parquet files"),
     ],
 )  # fmt: skip

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from chunkflow.data.tokenizer import Tokenizer
+from chunkflow.execution import linear
 from chunkflow.execution.loss import last_logits
 from models.hf_config import end_tokens
 from tests.helpers.hugging_face import CHATML, logits_of, ours, raw_tokenizer, theirs
@@ -140,7 +141,7 @@ def test_only_keys_and_values_grow_with_the_prompt(recipe):
     assert 0 < long < 1.05 * short < 0.2 * whole, (short, long, whole)
 
 
-def test_a_new_token_allocates_the_same_behind_any_prompt(recipe):
+def test_a_new_token_allocates_the_same_behind_any_prompt(recipe, monkeypatch):
     def of_new_tokens(model, length):
         ids = recipe.generate(
             model, torch.randint(96, (length,)).tolist(), options(max_new_tokens=9), 256, 96
@@ -148,6 +149,8 @@ def test_a_new_token_allocates_the_same_behind_any_prompt(recipe):
         next(ids)
         return sum(size for size in allocated(lambda: list(ids)) if size > 0)
 
+    # on a CPU without instructions for bf16 a prefix is widened
+    monkeypatch.setattr(linear, "_narrow", lambda tensor: False)
     for dtype in (torch.float32, torch.bfloat16):
         model = small_model("qwen3", dtype)
         assert 0 < of_new_tokens(model, 2048) < 1.05 * of_new_tokens(model, 640)

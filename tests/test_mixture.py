@@ -317,8 +317,9 @@ def test_ledgers_add_up(mixed):
             if length > 48:
                 ledger.dropped += length
             else:
-                ledger.trained += mixed.supervised(row, length)
-                ledger.masked += length - mixed.supervised(row, length)
+                targets, _ = mixed.supervised(row, length)
+                ledger.trained += targets
+                ledger.masked += length - targets
         assert loader.ledgers == expected
     assert loader.ledger_by_source == {"code": expected[0], "chat": expected[1]}
     total = loader.ledger
@@ -393,16 +394,17 @@ def test_sources_are_opened_with_their_columns(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("CHUNKFLOW_CACHE", str(tmp_path / "cache"))
     asked = []
     monkeypatch.setattr(build, "open_dataset", lambda *a, **b: asked.append(b) or open_dataset(*a, **b))
-    write_rows(tmp_path / "code.jsonl", [3, 5])
-    write_rows(tmp_path / "chat.jsonl", [4])
-    text = TWO.replace("data/", f"{tmp_path}/") + "[training.columns]\ntext = 'content'\n"
+    (tmp_path / "code.jsonl").write_text('{"code": "abc"}\n{"code": "defgh"}\n')
+    (tmp_path / "chat.jsonl").write_text('{"question": "a", "completion": "b"}\n')
+    text = TWO.replace("data/", f"{tmp_path}/") + "[training.columns]\ntext = 'code'\n"
     config = config_of(tmp_path, text)
     with caplog.at_level("INFO"):
         dataset = build.open_data(config, build.model_spec(config), 0)
-    assert [given["columns"] for given in asked] == [{"text": "content"}, {"prompt": "question"}]
+    assert [given["columns"] for given in asked] == [{"text": "code"}, {"prompt": "question"}]
     assert dataset.names == ["code.jsonl", "chat"] and dataset.source(2) == f"{tmp_path}/chat.jsonl:1"
-    shares = "Source chat: weight 1, 50.0 % of an epoch's sequences, 50.0 % of its tokens"
-    assert shares in caplog.text
+    code, chat = sum(dataset.lengths[:2]) / 2, dataset.lengths[2]
+    share = f"50.0 % of an epoch's sequences, {100 * chat / (code + chat):.1f} % of its tokens"
+    assert f"Source chat: weight 1, {share}" in caplog.text
     (tmp_path / "chat.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"choose another training.sources\[1\].dataset or"):
         build.open_data(config, build.model_spec(config), 0)

@@ -40,9 +40,7 @@ def find_files(kind: str, path: str, section: str = "training") -> list[str]:
     if os.path.isdir(expanded):
         inside = glob.glob(os.path.join(glob.escape(expanded), "**", "*"), recursive=True)
         files = [file for file in inside if file.endswith(SUFFIXES[kind]) and not os.path.isdir(file)]
-        fault = (
-            f"no {NAMED[kind].replace(' and', ' or')} in this folder: {_other_kind(inside, kind, section)}"
-        )
+        fault = f"no {NAMED[kind].replace(' and', ' or')} in this folder{_what_else(inside, kind, section)}"
     else:
         matches = [expanded] if os.path.exists(expanded) else glob.glob(expanded, recursive=True)
         files = [file for file in matches if not os.path.isdir(file)]
@@ -55,10 +53,8 @@ def find_files(kind: str, path: str, section: str = "training") -> list[str]:
         raise ValueError(f"{path}: {fault}")
     for file in sorted(files):
         if not file.endswith(SUFFIXES[kind]):
-            remedy = _other_kind([file], kind, section)
-            raise ValueError(
-                f'{file}: {section}.dataset = "{kind}" reads {NAMED[kind]}: {remedy}, or narrow the path'
-            )
+            fault = f'no file for {section}.dataset = "{kind}", which reads {NAMED[kind]}'
+            raise ValueError(f"{file}: {fault}{_what_else([file], kind, section)}, or narrow the path")
         if file.endswith((".zst", ".parquet")) and not find_spec("pyarrow"):
             raise ValueError(
                 f"{file}: this file is read by the package pyarrow, which is not installed: pip install"
@@ -67,16 +63,15 @@ def find_files(kind: str, path: str, section: str = "training") -> list[str]:
     return sorted(files)
 
 
-def _other_kind(files: list[str], kind: str, section: str) -> str:
-    """What to do with files of which none is of this kind."""
+def _what_else(files: list[str], kind: str, section: str) -> str:
+    """The end of a sentence about files of which none is of this kind: what they are, and what to do."""
     for other, suffixes in SUFFIXES.items():
         count = sum(file.endswith(suffixes) for file in files)
         if other != kind and count:
-            are = "it is one of the" if files == files[:1] else f"there are {count:,}"
-            return f'{are} {NAMED[other]} that {section}.dataset = "{other}" reads, set that'
-    common = Counter(Path(file).suffix for file in files if not os.path.isdir(file)).most_common(1)
-    found = f"{common[0][0]} files are not read, " if common and common[0][0] else ""
-    return f"{found}convert what there is to JSONL (one object a line) or parquet"
+            return f', but {count:,} of the {NAMED[other]} for {section}.dataset = "{other}": set that'
+    common = Counter(Path(file).suffix for file in files if Path(file).suffix).most_common(1)
+    found = f", but {common[0][0]} files" if common else ""
+    return f"{found}: convert your data to JSONL (one object a line) or parquet"
 
 
 def size_of(path: str) -> int:

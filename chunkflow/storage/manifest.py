@@ -115,7 +115,8 @@ def excluded(settings: options.Checkpoint, manifest: dict[str, Any]) -> set[str]
 
 def check_data(manifest: dict[str, Any], identity: dict[str, Any], folder: Path) -> None:
     """ValueError if the run's data (`identity`) is not what the checkpoint was trained on."""
-    if difference := _difference(dict.fromkeys(identity) | manifest["data"], identity):
+    added = dict.fromkeys(sorted(identity.keys() - manifest["data"].keys()))
+    if difference := _difference(manifest["data"] | added, identity):
         excluding = 'set checkpoint.exclude_from_loading = ["dataloader"] to begin this data from its start'
         raise ValueError(f"{folder} was trained on other data: {difference}: restore it, or {excluding}")
 

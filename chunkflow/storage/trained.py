@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from chunkflow.execution.linear import fit_linear_layers
 from chunkflow.settings.options import Config
 from chunkflow.storage import hf_weights as hf
 from chunkflow.storage.tensors import load_model_weights
@@ -42,4 +43,6 @@ def load_trained(
         load_model_weights(model, checkpoint)
     else:
         hf.load_weights(model, family, folder)
+    if device.type == "cpu" and dtype == "bfloat16":
+        fit_linear_layers(model)
     return model.to(device, parallel.DTYPES[dtype])
