@@ -408,7 +408,7 @@ BAD_COLUMNS = [
     ({"prompt": "q"}, {"prompt": "x", "completion": "y"}, 'training.columns names "q" for "prompt", and the row has ["prompt", "completion"]: write the name of one'),
     ({"prompt": "q", "text": "q"}, {"q": "x"}, 'training.columns names "q" for "text", and for another key too: write'),
     ({"prompt": "q"}, {"q": "x", "prompt": "z", "completion": "y"}, 'has both "prompt" and "q", which training.columns names for it: remove one'),
-    ({"completion": "chosen"}, {"prompt": "x", "chosen": "y", "rejected": "z"}, 'the row has "rejected" beside "prompt", which is not read: it is for preference'),
+    ({"completion": "chosen"}, {"prompt": "x", "chosen": "y", "rejected": "z"}, 'the row has "rejected" beside "prompt", which is not read: judged answers'),
 ]  # fmt: skip
 
 
@@ -441,11 +441,12 @@ REFUSED = [
     ({"loss_mask": [1]}, 'has "loss_mask" without "input_ids"'),
     ({"prompt": "a", "completion": None}, "completion is null: it must be a string, write it"),
     ({"messages": None}, "messages is null: it must be a list, write it"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c"}, 'has "chosen", which is not read: it is for preference training'),
-    ({"chosen": QA, "rejected": QA}, 'has "chosen", which is not read: it is for preference'),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, 'has "chosen", which is not read: judged answers are for preference training'),
+    ({"prompt": "a", "completion": "b", "label": False}, 'has "label" beside "prompt", true or false: judged answers are for preference'),
+    ({"chosen": QA, "rejected": QA}, 'has "chosen", which is not read: judged answers'),
     ({"messages": QA, "input_ids": [1]}, 'has both "messages" and "input_ids": a row is'),
     # keys with a meaning
-    (chat(chosen="b"), 'has "chosen" beside "messages", which is not read: it is for preference'),
+    (chat(chosen="b"), 'has "chosen" beside "messages", which is not read: judged answers'),
     (chat(rejected=[user("b")]), 'has "rejected" beside "messages", which is not read'),
     (chat(chat_template_kwargs={"enable_thinking": False}), 'has "chat_template_kwargs" beside "messages", which is not read: templates get no arguments'),
     (chat(images=["x.png"]), 'has "images" beside "messages", which is not read: only text is trained'),

@@ -55,7 +55,7 @@ CONTEXT = ("input", "context")
 REASONING = ("reasoning", "thinking", "reasoning_content")
 
 # Keys that say what is to be trained, and how: an error wherever they are not read. All others are metadata.
-_PREFERENCE = "it is for preference training, which this recipe does not do, remove it"
+_PREFERENCE = "judged answers are for preference training, which is not done here, remove it or the row"
 _TEXT_ONLY = "only text is trained, remove it or the row"
 _OTHER_WEIGHT = 'write "weight", or name it in training.columns'
 _OTHER_MASK = 'write "loss_mask", or name it in training.columns'
@@ -242,6 +242,8 @@ def _read_pair(
 ) -> list[Row]:
     """A question and its answer: of strings, or of lists of messages."""
     question, answer = form
+    if isinstance(row.get("label"), bool):  # KTO's: whether the answer is a good one
+        raise ValueError(f'the row has "label" beside "{question}", true or false: {_PREFERENCE}')
     lists = isinstance(row[question], list) or isinstance(row[answer], list)
     if lists:
         _check_others(row, form, {*form, "tools", *SYSTEM}, notes)

@@ -125,6 +125,7 @@ class Runner:
         `denominator`: as a rule the sum of weights over the global batch, of all replicas; not 0. A weight is
         the token's (`chunk.weights`) times its sequence's: `sequence_weights[s]`, any real number, of the
         plan's sequence s, (sequences,) float64, copied to the device where it is not there yet; None: all 1.
+        It is read when the loss of a chunk is computed.
         `sequences`: how many the plan has, if `StepResult.loss_of_sequences` is wanted.
         """
         weights = self._on_device(sequence_weights)
@@ -228,6 +229,8 @@ class _Run:
         stage, chunk, result = self.stages[index], self._chunk(index, key), self.result
         chunk.end = {Kind.FORWARD_STATE: None, Kind.EVALUATE: token_losses}.get(kind, self.loss)
         chunk.loss_gradient = loss_gradient
+        if stage.is_last and chunk.end and key[0] != DUMMY:
+            chunk.loss_weights = chunk.weighed(self.sequence_weights)
         keeps_activations = kind in (Kind.FORWARD, Kind.RECOMPUTE)
         with torch.set_grad_enabled(keeps_activations):
             output = stage.forward(key, chunk)
@@ -281,8 +284,6 @@ class _Run:
             group, number = key
             chunk = dummy_chunk() if group == DUMMY else self.chunks[group][number]
             self.in_flight[index, key] = chunk = chunk.to(self.device)
-            if group != DUMMY and self.stages[index].is_last:
-                chunk.loss_weights = chunk.weighed(self.sequence_weights)
             if group != DUMMY and (len(self.chunks[group]) > 1 or chunk.parts):
                 if (index, group) not in self.states:
                     self.states[index, group] = self._state(self.groups[group])
