@@ -231,6 +231,7 @@ class _Run:
         chunk.loss_gradient = loss_gradient
         if stage.is_last and chunk.end and key[0] != DUMMY:
             chunk.loss_weights = chunk.weighed(self.sequence_weights)
+            chunk.wants_losses = result.loss_of_sequences is not None
         keeps_activations = kind in (Kind.FORWARD, Kind.RECOMPUTE)
         with torch.set_grad_enabled(keeps_activations):
             output = stage.forward(key, chunk)
@@ -252,11 +253,11 @@ class _Run:
             result.live_chunks[place] = max(result.live_chunks[place], self.live[index])
         if stage.is_last:
             result.loss_sum += output.detach()
-            if result.loss_of_sequences is not None and key[0] != DUMMY:
+            if chunk.wants_losses:
                 assert chunk.losses is not None, "loss_of_sequences needs a loss that leaves chunk.losses"
                 losses_T = chunk.losses if chunk.weights is None else chunk.losses * chunk.weights
                 chunk.add_to_sequences(result.loss_of_sequences, losses_T)
-            chunk.losses = None
+                chunk.losses = None
 
     def _backward(self, index: int, key: tuple[int, int]) -> None:
         if self.backwards_left.total() == 1:

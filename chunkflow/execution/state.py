@@ -37,7 +37,7 @@ class ChunkTensors:
     last hidden states, the head's weight and this chunk that returns the model's result (None: only keys and
     values are stored); `loss_gradient`, the gradient of the chunk's loss if its backward is the very next
     action, else None; `loss_weights`, `weights` times the weight of each token's sequence, None where all are
-    1. A loss may leave the loss of each token, (T,), not weighted, in `losses`.
+    1; `wants_losses`: whether the loss is to leave that of each token, (T,), not weighted, in `losses`.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ChunkTensors:
         self.end: End | None = None
         self.loss_gradient: float | None = None
         self.loss_weights: torch.Tensor | None = None
-        self.losses: torch.Tensor | None = None
+        self.wants_losses, self.losses = False, None
         # Cumulative lengths of queries and of keys, for variable-length attention on CUDA.
         self.ends = list(accumulate(self.lengths, initial=0))
         self.query_ends = torch.tensor(self.ends, dtype=torch.int32)
