@@ -54,9 +54,15 @@ def check_keys(chat: Messages, template: str, origin: str) -> None:
         others = {"role", "content", "tool_call_id"} | ({"name"} if message["role"] == "tool" else set())
         for key in sorted(message.keys() - others):
             if not _mentions(template, key):
-                raise ValueError(f'{chat.form}[{index}] has "{key}", which {origin} does not read: remove it')
+                raise ValueError(
+                    f'{chat.form}[{index}] has "{key}", which {origin} does not read: remove it, or set'
+                    " training.chat_template to one that does"
+                )
     if chat.tools and "tools" not in template:
-        raise ValueError(f'the row has "tools", which {origin} does not read: remove them')
+        raise ValueError(
+            f'the row has "tools", which {origin} does not read: remove them, or set'
+            " training.chat_template to one that does"
+        )
 
 
 @lru_cache(maxsize=1024)
@@ -245,9 +251,10 @@ class ChatTemplate:
         after = text if end == len(chat.messages) else self._up_to(chat, index, end)
         if not text.startswith(after):
             raise ValueError(
-                f"{chat.form}[{index}]: {self._origin} renders the messages up to here otherwise once more"
-                " follow (it changes or drops earlier text): set training.chat_template to a template that"
-                f' keeps every turn ({self._other}), or training.multi_turn = "expand"'
+                f"{chat.form}[{index}]: {self._origin} renders the chat up to here in another way once"
+                " more messages follow (it changes or drops earlier text, such as reasoning): set"
+                f" training.chat_template to a template that keeps every turn ({self._other}), or"
+                ' training.multi_turn = "expand"'
             )
         return after
 
