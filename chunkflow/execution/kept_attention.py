@@ -20,13 +20,13 @@ Results = tuple[torch.Tensor, ...]  # output (T, H, D), log-sum-exps, and on CUD
 
 
 @functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 class AttentionStore:
-    """Where the chunks of a step keep results: on the device or, with `host`, in host memory, which on CUDA is
-    pinned and copied to and from on a stream of its own.
+    """Where the chunks of a step keep results: on the device or, with `host`, in host memory, which on CUDA
+    is pinned and copied to and from on a stream of its own.
 
     `device_bytes`, `host_bytes`: what is kept now; `peaks`: the most so far, of each. With `host` the device
     has copies on their way back, of at most two layers of a chunk, and results of one layer on their way out,
@@ -35,7 +35,7 @@ class AttentionStore:
 
     def __init__(self, device: torch.device, host: bool):
         self.device, self.host = device, host
-        self.stream = _copy_stream(device) if host and device.type == "cuda" else None
+        self.stream = _copy_stream(device) if host else None
         self.device_bytes = self.host_bytes = 0
         self.peaks = (0, 0)
         self.leaving: tuple[Results, torch.cuda.Event] | None = None
