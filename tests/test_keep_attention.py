@@ -81,7 +81,7 @@ def stores(monkeypatch):
 @pytest.mark.parametrize("family", families)
 @pytest.mark.parametrize("mode", CHECKPOINTED)
 def test_kept_attention_is_that_computed_again(family, mode, stores):
-    for seed in range(3):
+    for seed in range(2):
         rng = random.Random(f"{family}/{mode}/{seed}")
         lengths, k = [*random_lengths(rng, 70), rng.randint(40, 70)], rng.choice([1, 2, 9])
         groups = build_groups(lengths, rng.randint(5, 30), fill_tails=rng.random() < 0.7)
@@ -104,7 +104,7 @@ def test_kept_attention_is_that_computed_again(family, mode, stores):
             alone = sum(len(group.chunks) == 1 for group in groups)
             assert len(rows) == LAYERS * chunks + CHECKPOINTED[mode] * alone
             assert len(rows) < again or k == 9 and not CHECKPOINTED[mode]
-    assert len(stores) == 6 and not any(store.device_bytes or store.host_bytes for store in stores)
+    assert len(stores) == 4 and not any(store.device_bytes or store.host_bytes for store in stores)
 
 
 @pytest.mark.quick
@@ -250,7 +250,7 @@ def test_copies_on_a_stream_of_their_own_are_waited_for(mode):
     # Each of the three results leaves once, and comes back for each of the later forwards.
     discarded = sum(max(0, len(group.chunks) - 2) for group in groups)
     live = sum(len(group.chunks) for group in groups if len(group.chunks) > 1) - discarded
-    out = discarded * (LAYERS - 1) + live * CHECKPOINTED[mode] + (discarded if 0 < CHECKPOINTED[mode] else 0)
+    out = discarded * (LAYERS - 1) + live * CHECKPOINTED[mode] + (discarded if CHECKPOINTED[mode] > 0 else 0)
     again = (discarded + live) * CHECKPOINTED[mode]
     assert len(stream.pinned) == 3 * out
     assert len(stream.copies) == 3 * (out + discarded * (LAYERS - 1) + again)

@@ -76,7 +76,8 @@ def _once(compute: Callable[..., Results], q_THD, k_TGD, v_TGD, chunk: ChunkTens
         if again:
             kept.put(layer, results)
     out_THD, *extras = results
-    return out_THD.detach() if again else out_THD, extras  # what is kept must not get a graph
+    # What is kept must not get a graph; and to torch.compile a view and what is none are two kinds of inputs.
+    return out_THD.detach(), extras
 
 
 class _ChunkAttention(torch.autograd.Function):
