@@ -205,7 +205,7 @@ def test_values_that_json_does_not_have_are_null(tmp_path):
 
 
 SCALARS = """chunkflow/groups chunkflow/recomputed(%) chunkflow/live_chunks_peak chunkflow/kv_state(GiB)
-    chunkflow/tokens_per_supervised_token chunkflow/bad_steps data/longest_sequence data/epoch
+    chunkflow/kept_attention(GiB) chunkflow/tokens_per_supervised_token chunkflow/bad_steps data/longest_sequence data/epoch
     data/read_tokens data/dropped_tokens"""
 
 
@@ -227,7 +227,10 @@ def scalars_of(figures: list[RankFigures], replicas: int, targets: int = 14) -> 
 
 
 def test_scalars_without_a_pipeline(tmp_path):
-    figures = [RankFigures(4.0, 3.0, 5.0, 0.5, 2, 7, 0.25), RankFigures(3.0, 3.0, 5.0, 0.5, 1, 7, 0.5)]
+    figures = [
+        RankFigures(4.0, 3.0, 5.0, 0.5, 2, 7, 0.25, 0.125),
+        RankFigures(3.0, 3.0, 5.0, 0.5, 1, 7, 0.5, 0.75),
+    ]
     scalars = scalars_of(figures, replicas=2)
     waiting = {f"chunkflow/waiting(%)/rank_{rank}": share for rank, share in enumerate((0.0, 25.0))}
     assert scalars.keys() == {*SCALARS.split(), *waiting, "chunkflow/template_overhead(%)"}
@@ -236,6 +239,7 @@ def test_scalars_without_a_pipeline(tmp_path):
         "chunkflow/recomputed(%)": 100 * PLAN.recomputed_chunks / PLAN.chunks,
         "chunkflow/live_chunks_peak": 2,
         "chunkflow/kv_state(GiB)": 0.5,
+        "chunkflow/kept_attention(GiB)": 0.75,
         "chunkflow/tokens_per_supervised_token": 17 / 14,
         "chunkflow/template_overhead(%)": 12.5,
         "chunkflow/bad_steps": 2,

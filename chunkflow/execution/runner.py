@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from chunkflow.execution.kept_attention import AttentionStore, KeptAttention
 from chunkflow.execution.loss import loss_sum, token_losses
 from chunkflow.execution.shared_state import SharedKeyValueState
 from chunkflow.execution.stage import WholeModel
@@ -45,6 +46,7 @@ class StepResult:
         self.stage_inputs = [0] * stages  # inputs received, or to be received, before their chunk's backward
         self.receive_buffers = 0  # posted receives that no action had taken
         self.state_bytes = 0  # K/V and their gradients
+        self.kept_attention_bytes = (0, 0)  # results of attention kept on the device, in host memory
         self.clock = Clock(device)
 
 
@@ -97,6 +99,8 @@ class Runner:
     `loss(hidden_TC, weight_VC, chunk)` is the sum of a chunk's token losses, each times its
     `chunk.loss_weights`, 0-dim, as `loss.loss_sum`.
     `blocks`: the ranks of this stage in each block of replicas that may share a sequence.
+    `keep_attention`: "device" or "host" is where chunks that are computed again keep results of attention;
+    with "none" they compute attention again, too.
     """
 
     def __init__(
@@ -105,8 +109,10 @@ class Runner:
         device: torch.device,
         loss: End = loss_sum,
         blocks: Mapping[range, dist.ProcessGroup] | None = None,
+        keep_attention: str = "none",
     ):
         self.stages, self.device, self.loss, self.blocks = stages, device, loss, blocks or {}
+        self.keep_attention = keep_attention
 
     def step(
         self,
@@ -176,6 +182,9 @@ class _Run:
         self.arriving: dict[tuple[bool, int, tuple[int, int]], dist.Work] = {}  # (gradient, stage, key)
         self.leaving: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self.result = StepResult(runner.device, len(runner.stages), sequences)
+        self.kept: AttentionStore | None = None
+        if runner.keep_attention != "none" and take is None:
+            self.kept = AttentionStore(runner.device, host=runner.keep_attention == "host")
 
     def run(self, program: Program) -> StepResult:
         for stage in self.stages.values():
@@ -192,6 +201,8 @@ class _Run:
                 self._transfer(entry)
         for work, _ in self.leaving:
             work.wait()
+        if self.kept:
+            self.result.kept_attention_bytes = self.kept.peaks
         return self.result
 
     def _transfer(self, transfer: Transfer) -> None:
@@ -289,6 +300,7 @@ class _Run:
                 if (index, group) not in self.states:
                     self.states[index, group] = self._state(self.groups[group])
                 chunk.state = self.states[index, group]
+                chunk.kept = KeptAttention(self.kept) if self.kept else None
         return self.in_flight[index, key]
 
     def _state(self, group: Group) -> KeyValueState | SharedKeyValueState:

@@ -17,6 +17,7 @@ import torch
 from chunkflow.planning.chunks import IGNORE, ONE_TOKEN, Chunk, Group
 
 if TYPE_CHECKING:
+    from chunkflow.execution.kept_attention import KeptAttention
     from chunkflow.execution.shared_state import SharedKeyValueState
 
 
@@ -33,7 +34,8 @@ class ChunkTensors:
     in the chunk, and its tokens here. `index`: of the chunk in its group. `parts`: this rank's two of a chunk
     that ranks share, as chunks without tensors; of other chunks none.
 
-    The runner sets, before each forward: `state` (None for a standalone chunk); `end`, the function of the
+    The runner sets, before each forward: `state` (None for a standalone chunk); `kept`, where results of
+    attention are kept for later forwards (None: nowhere); `end`, the function of the
     last hidden states, the head's weight and this chunk that returns the model's result (None: only keys and
     values are stored); `loss_gradient`, the gradient of the chunk's loss if its backward is the very next
     action, else None; `loss_weights`, `weights` times the weight of each token's sequence, None where all are
@@ -64,6 +66,7 @@ class ChunkTensors:
             none = None, None, None
             self.parts = [ChunkTensors(Chunk((segment,)), index, *none) for segment in chunk.segments]
         self.state: KeyValueState | SharedKeyValueState | None = None
+        self.kept: KeptAttention | None = None
         self.end: End | None = None
         self.loss_gradient: float | None = None
         self.loss_weights: torch.Tensor | None = None
