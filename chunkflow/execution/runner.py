@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from chunkflow.execution.host_state import HostMemory, Use
 from chunkflow.execution.loss import loss_sum, token_losses
 from chunkflow.execution.shared_state import SharedKeyValueState
 from chunkflow.execution.stage import WholeModel
@@ -44,7 +45,8 @@ class StepResult:
         self.live_chunks = [0] * stages  # chunks that held activations
         self.stage_inputs = [0] * stages  # inputs received, or to be received, before their chunk's backward
         self.receive_buffers = 0  # posted receives that no action had taken
-        self.state_bytes = 0  # K/V and their gradients
+        self.state_bytes = 0  # K/V and their gradients, on the device or in host memory
+        self.device_state_bytes = 0  # those on the device; of what is in host memory, the copies there
         self.clock = Clock(device)
 
 
@@ -97,6 +99,7 @@ class Runner:
     `loss(hidden_TC, weight_VC, chunk)` is the sum of a chunk's token losses, each times its
     `chunk.loss_weights`, 0-dim, as `loss.loss_sum`.
     `blocks`: the ranks of this stage in each block of replicas that may share a sequence.
+    `kv_offload`: K/V of groups of several chunks, and their gradients, live in host memory.
     """
 
     def __init__(
@@ -105,8 +108,10 @@ class Runner:
         device: torch.device,
         loss: End = loss_sum,
         blocks: Mapping[range, dist.ProcessGroup] | None = None,
+        kv_offload: bool = False,
     ):
         self.stages, self.device, self.loss, self.blocks = stages, device, loss, blocks or {}
+        self.host = HostMemory(device) if kv_offload else None
 
     def step(
         self,
@@ -164,7 +169,7 @@ class _Run:
     ):
         self.groups, self.chunks, self.device = groups, chunks, runner.device
         self.loss, self.loss_gradient, self.take = runner.loss, loss_gradient, take
-        self.sequence_weights, self.blocks = sequence_weights, runner.blocks
+        self.sequence_weights, self.blocks, self.host = sequence_weights, runner.blocks, runner.host
         self.stages = {stage.stage_index: stage for stage in runner.stages}
         self.places = {index: place for place, index in enumerate(self.stages)}
         self.states: dict[tuple[int, int], KeyValueState | SharedKeyValueState] = {}  # (stage, group)
@@ -191,6 +196,7 @@ class _Run:
                 self._transfer(entry)
         for work, _ in self.leaving:
             work.wait()
+        self.result.device_state_bytes = self.host.end() if self.host else self.result.state_bytes
         return self.result
 
     def _transfer(self, transfer: Transfer) -> None:
@@ -216,6 +222,9 @@ class _Run:
             work = self.arriving.pop((kind is Kind.BACKWARD, index, key), None)
             if work:
                 work.wait()
+        if self.host:
+            self._chunk(index, key)  # the first one of a group makes the state
+            self.host.begin(self._use(action), self._use(following))
         start = self.result.clock.now()
         if kind is Kind.BACKWARD:
             self._backward(index, key)
@@ -223,6 +232,13 @@ class _Run:
             backward_follows = following == action._replace(kind=Kind.BACKWARD)
             self._forward(kind, index, key, self.loss_gradient if backward_follows else None)
         self.result.clock.marks.append((action, start, self.result.clock.now()))
+
+    def _use(self, action: Action | None) -> Use | None:
+        """What an action does with a K/V state that there is already."""
+        if action is None or (action.stage, action.group) not in self.states:
+            return None
+        state = self.states[action.stage, action.group]
+        return Use(state, action.chunk, action.kind is Kind.BACKWARD)
 
     def _forward(self, kind: Kind, index: int, key: tuple[int, int], loss_gradient: float | None) -> None:
         stage, chunk, result = self.stages[index], self._chunk(index, key), self.result
@@ -291,8 +307,8 @@ class _Run:
 
     def _state(self, group: Group) -> KeyValueState | SharedKeyValueState:
         if group.spread is None:
-            return KeyValueState(group)
-        return SharedKeyValueState(group, self.blocks[group.spread.replicas])
+            return KeyValueState(group, self.host)
+        return SharedKeyValueState(group, self.blocks[group.spread.replicas], self.host)
 
     def _count_state_bytes(self) -> None:
         if self.states:

@@ -116,9 +116,11 @@ def whole_sequence_gradients(model, sequences, weights=None, denominator=None):
     return total, gradients(model)
 
 
-def runner_of(model, before_last_backward=lambda model: None, loss=loss_sum, blocks=None) -> Runner:
+def runner_of(
+    model, before_last_backward=lambda model: None, loss=loss_sum, blocks=None, kv_offload=False
+) -> Runner:
     """Runs the whole model on this process."""
-    return Runner([WholeModel(model, before_last_backward)], torch.device("cpu"), loss, blocks)
+    return Runner([WholeModel(model, before_last_backward)], torch.device("cpu"), loss, blocks, kv_offload)
 
 
 def chunked_gradients(
@@ -131,6 +133,7 @@ def chunked_gradients(
     sequence_weights=None,
     denominator=None,
     by_sequence=False,
+    kv_offload=False,
 ):
     """The same by the plan's groups and schedule; returns loss, gradients and the runner's counters. `weights`
     are without the sequences' own. `by_sequence`: asks for the loss of each."""
@@ -139,7 +142,7 @@ def chunked_gradients(
     model.zero_grad()
     actions = actions or linear_schedule([len(group.chunks) for group in groups], k)
     chunks, count = chunk_tensors(groups, sequences, weights), len(sequences) if by_sequence else None
-    runner = runner_of(model)
+    runner = runner_of(model, kv_offload=kv_offload)
     result = runner.step(actions, groups, chunks, denominator, sequence_weights, sequences=count)
     return result.loss_sum.item() / denominator, gradients(model), result
 
