@@ -56,8 +56,8 @@ class HostMemory:
         2 x tokens x n_kv_heads x head_dim x bytes of the compute dtype               keys and values
         2 x prefix x n_kv_heads x head_dim x bytes of at least fp32, in a backward    gradients
 
-    bytes, whatever the number of layers and of chunks; `end` tells the most of both. All windows of a group are
-    equally large, so that the allocator gives the memory of one to the next but one.
+    bytes, whatever the number of layers and of chunks; `end` tells the most of all windows. Those of a group
+    are equally large, so that the allocator gives the memory of one to the next but one.
 
     On CUDA a stream of its own allocates windows, fills them, and copies back what was written, all in order.
     Before each of these it waits for what was computed so far, and the computation waits for a window before
@@ -117,7 +117,7 @@ class HostMemory:
         self._copy_back(state, state.gradients[layer], self.windows[state, layer].gradients, 0, end)
 
     def _move(self, here: Layer) -> None:
-        """The computation comes to a layer. Its window is full, or is being filled; the next one's is next."""
+        """The computation comes to a layer, whose window is full or being filled; the next one's is next."""
         self.at, use, next_use = here, self.use, self.use
         assert use is not None and use.state is here[0], "a state is used by an action that did not begin"
         following = use.after(here[1])
