@@ -8,6 +8,7 @@ FILE writes them whole, into a page for a browser. Piped, or with NO_COLOR set, 
 
 import argparse
 import html
+import logging
 import os
 import sys
 from collections import defaultdict
@@ -54,6 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     config = main_config(rest, planned=True, check=build.model_spec)
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     colours = colours and not config.metrics.disable_color_printing
+
+    # What the log says of the data, such as keys that are not read.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
     # ---- The first step, for as many replicas as there would be.
     with user_errors():

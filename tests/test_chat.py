@@ -342,7 +342,7 @@ def test_earlier_reasoning_that_the_template_drops(folders, references, read):
         read(tokenizer, say("a", "b"), say("a", "b", "c", "d", system="s"))
     message = str(error.value)
     assert re.match(
-        r"\S+data.jsonl:2: messages\[2\]: the chat template of \S+ renders the messages up to here otherwise",
+        r"\S+data.jsonl:2: messages\[2\]: the chat template of \S+ renders the chat up to here in another way",
         message,
     )
     assert '(a shipped one, "qwen3"), or training.multi_turn = "expand"' in message and "\n" not in message

@@ -402,8 +402,8 @@ def test_a_template_that_rewrites_turns_is_refused_with_both_remedies():
         with pytest.raises(ValueError) as error:
             template(text).turns(chat_of(say("a", "b", "c", "d")))
         assert str(error.value) == (
-            "messages[1]: the chat template x.jinja renders the messages up to here otherwise once more follow (it"
-            " changes or drops earlier text): set training.chat_template to a template that keeps every turn"
+            "messages[1]: the chat template x.jinja renders the chat up to here in another way once more"
+            " messages follow (it changes or drops earlier text, such as reasoning): set training.chat_template to a template that keeps every turn"
             ' (a shipped one, "qwen3"), or training.multi_turn = "expand"'
         )
     counts = "{{ messages | length }}{% for m in messages %}{{ m.role + m.content }}{% endfor %}"

@@ -55,6 +55,7 @@ CONTRACT = {
     "chunkflow.fill_tails": True,
     "chunkflow.balance": "cost",
     "chunkflow.keep_attention": "none",
+    "chunkflow.kv_offload": "none",
     "chunkflow.memory_budget_gib": None,
     "optimizer.name": "AdamW",
     "optimizer.lr": 8e-4,
@@ -113,6 +114,7 @@ CONTRACT = {
     "debug.deterministic": False,
 }
 CONTRACT_LATER = ["chunkflow.kv_offload"]
+CONTRACT_LATER = ["chunkflow.keep_attention"]
 
 # torchtitan's keys, section by section, and older spellings of them.
 TORCHTITAN = {

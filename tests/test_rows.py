@@ -177,7 +177,7 @@ SHAPES = {
     "OpenHermes": (turns(("human", "a"), ("gpt", "b"), system_prompt="s", source="x", views=3.0, idx=None), [system("s"), user("a"), assistant("b")], ["not read: source, views"]),
     # tools
     "an agent": ({"messages": AGENT, "tools": [ADD]}, (AGENT, [ADD])),
-    "CoderForge": ({"messages": json.dumps(agent()["messages"]), "tools": json.dumps([ADD]), "trajectory_id": "t", "reward": 1.0}, (AGENT, [ADD]), ["not read: reward, trajectory_id"]),
+    "CoderForge": ({"messages": json.dumps(agent()["messages"]), "tools": json.dumps([ADD]), "trajectory_id": "t", "finish_reason": "finish", "image": "docker.io/u/repo_x.1776-y:1f.0", "reward": 1.0, "license": "MIT"}, (AGENT, [ADD]), ["not read: finish_reason, image, license, reward, trajectory_id"]),
     "SWE-Zero": (agent("trajectory", instance_id="i"), AGENT, ["not read: instance_id"]),
     "OpenHands": (agent("trajectory", tools=[ADD | {"x": None}], model_patch="p", exit_status="submit", resolved=1), (AGENT, [ADD]), ["not read: exit_status, model_patch, resolved"]),
     "arguments as an object": (agent(stringify=dict), AGENT),
@@ -408,7 +408,7 @@ BAD_COLUMNS = [
     ({"prompt": "q"}, {"prompt": "x", "completion": "y"}, 'training.columns names "q" for "prompt", and the row has ["prompt", "completion"]: write the name of one'),
     ({"prompt": "q", "text": "q"}, {"q": "x"}, 'training.columns names "q" for "text", and for another key too: write'),
     ({"prompt": "q"}, {"q": "x", "prompt": "z", "completion": "y"}, 'has both "prompt" and "q", which training.columns names for it: remove one'),
-    ({"completion": "chosen"}, {"prompt": "x", "chosen": "y", "rejected": "z"}, 'the row has "rejected" beside "prompt", which is not read: pairs of answers'),
+    ({"completion": "chosen"}, {"prompt": "x", "chosen": "y", "rejected": "z"}, 'the row has "rejected" beside "prompt", which is not read: judged answers'),
 ]  # fmt: skip
 
 
@@ -441,15 +441,21 @@ REFUSED = [
     ({"loss_mask": [1]}, 'has "loss_mask" without "input_ids"'),
     ({"prompt": "a", "completion": None}, "completion is null: it must be a string, write it"),
     ({"messages": None}, "messages is null: it must be a list, write it"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c"}, 'has "chosen", which is not read: pairs of answers are for preference training'),
-    ({"chosen": QA, "rejected": QA}, 'has "chosen", which is not read: pairs of answers'),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, 'has "chosen", which is not read: judged answers are for preference training'),
+    ({"prompt": "a", "completion": "b", "label": False}, 'has "label" beside "prompt", true or false: judged answers are for preference'),
+    ({"chosen": QA, "rejected": QA}, 'has "chosen", which is not read: judged answers'),
     ({"messages": QA, "input_ids": [1]}, 'has both "messages" and "input_ids": a row is'),
     # keys with a meaning
-    (chat(chosen="b"), 'has "chosen" beside "messages", which is not read: pairs of answers'),
+    (chat(chosen="b"), 'has "chosen" beside "messages", which is not read: judged answers'),
     (chat(rejected=[user("b")]), 'has "rejected" beside "messages", which is not read'),
     (chat(chat_template_kwargs={"enable_thinking": False}), 'has "chat_template_kwargs" beside "messages", which is not read: templates get no arguments'),
     (chat(images=["x.png"]), 'has "images" beside "messages", which is not read: only text is trained'),
     ({"text": "a", "image": {"bytes": "x"}}, 'has "image" beside "text"'),
+    (chat(image="coco/train2017/000000033471.jpg"), 'has "image" beside "messages", which is not read: only text is trained'),
+    (chat(image="iVBORw0KGgo/AAAA" + 99 * "+/9j"), 'has "image" beside "messages"'),
+    (chat(image="data:image/png;base64,iVBO"), 'has "image" beside "messages"'),
+    (chat(image="000000033471"), 'has "image" beside "messages"'),
+    ({"messages": [user("<image>\nWhat is it?"), assistant("A cat.")], "image": "coco/000000033471"}, 'has "image" beside "messages"'),
     ({"text": "a", "audio": "x"}, 'has "audio" beside "text"'),
     (chat(videos=["x"]), 'has "videos" beside'),
     (chat(documents=[{"text": "d"}]), 'has "documents" beside "messages", which is not read: write them into the messages'),

@@ -10,9 +10,9 @@ whole rendered chat.
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from os.path import commonprefix
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from chunkflow.data.messages import Messages, checked_text, show
 from chunkflow.data.shipped_templates import any_of, fitting_template
 from chunkflow.planning.chunks import IGNORE
 
+DICT_ATTRIBUTES = frozenset(dir(dict))
 SPACE = re.compile(r"\s*")
 
 
@@ -53,9 +54,15 @@ def check_keys(chat: Messages, template: str, origin: str) -> None:
         others = {"role", "content", "tool_call_id"} | ({"name"} if message["role"] == "tool" else set())
         for key in sorted(message.keys() - others):
             if not _mentions(template, key):
-                raise ValueError(f'{chat.form}[{index}] has "{key}", which {origin} does not read: remove it')
+                raise ValueError(
+                    f'{chat.form}[{index}] has "{key}", which {origin} does not read: remove it, or set'
+                    " training.chat_template to one that does"
+                )
     if chat.tools and "tools" not in template:
-        raise ValueError(f'the row has "tools", which {origin} does not read: remove them')
+        raise ValueError(
+            f'the row has "tools", which {origin} does not read: remove them, or set'
+            " training.chat_template to one that does"
+        )
 
 
 @lru_cache(maxsize=1024)
@@ -118,6 +125,17 @@ class Generation(Extension):
         return text, [(start, start + len(written)) for start, written in self._spans]
 
 
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja2's, faster where templates spend their time: reading keys of messages."""
+
+    def getattr(self, obj, attribute: str):
+        if (
+            type(obj) is dict and attribute not in DICT_ATTRIBUTES
+        ):  # jinja2 would catch an AttributeError first
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
+
+
 class ChatTemplate:
     """A Hugging Face chat template (Jinja): untrusted code, so it runs in jinja2's immutable sandbox.
 
@@ -143,9 +161,7 @@ class ChatTemplate:
             f'a shipped one, "{fitting}"' if fitting and not keeps_turns else "a file, or a shipped one"
         )
         now = datetime.now()  # once, since all renderings of a chat must show the same time
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-        )
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
         environment.filters["tojson"] = _tojson
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": now.strftime}
         self._generation: Generation = environment.extensions[Generation.identifier]
@@ -161,16 +177,13 @@ class ChatTemplate:
     ) -> str:
         """The text of a chat, as transformers renders it. `add_generation_prompt`: append the prompt that
         asks for an answer."""
-        return self._render(messages, tools, add_generation_prompt)[0]
+        return self._render(self._compiled[self._name(tools)].render, messages, tools, add_generation_prompt)
 
-    def _render(
-        self, messages: list[dict], tools: list[dict] | None, add_generation_prompt: bool = False
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and where what the template marks as the model's is in it."""
-        values = {"messages": messages, "tools": tools, "documents": None, **self._tokens}
-        values["add_generation_prompt"] = add_generation_prompt
+    def _render(self, way: Callable, messages: list[dict], tools: list[dict] | None, ask: bool = False):
+        """What `way` makes of the template's variables. ValueError for what the template's code raises."""
+        values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": ask}
         try:
-            return self._generation.render(self._compiled[self._name(tools)], values)
+            return way(values | self._tokens)
         except Exception as error:  # whatever the template's code does
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
@@ -190,8 +203,10 @@ class ChatTemplate:
         """The text of a chat and the turns with loss in it. ValueError if the template renders a turn
         otherwise when more messages follow (some drop earlier reasoning), since the loss would be on a text
         that the model is never to write; and if it leaves something out."""
-        check_keys(chat, self.sources[self._name(chat.tools)], self._origin)
-        text, spans = self._render(chat.messages, chat.tools)
+        name = self._name(chat.tools)
+        check_keys(chat, self.sources[name], self._origin)
+        marking = partial(self._generation.render, self._compiled[name])
+        text, spans = self._render(marking, chat.messages, chat.tools)
         checked_text(text, "the rendered chat")
         answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
         marked = dict(zip(answers, spans)) if len(spans) == len(answers) else {}
@@ -236,9 +251,10 @@ class ChatTemplate:
         after = text if end == len(chat.messages) else self._up_to(chat, index, end)
         if not text.startswith(after):
             raise ValueError(
-                f"{chat.form}[{index}]: {self._origin} renders the messages up to here otherwise once more"
-                " follow (it changes or drops earlier text): set training.chat_template to a template that"
-                f' keeps every turn ({self._other}), or training.multi_turn = "expand"'
+                f"{chat.form}[{index}]: {self._origin} renders the chat up to here in another way once"
+                " more messages follow (it changes or drops earlier text, such as reasoning): set"
+                f" training.chat_template to a template that keeps every turn ({self._other}), or"
+                ' training.multi_turn = "expand"'
             )
         return after
 

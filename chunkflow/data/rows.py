@@ -1,5 +1,6 @@
 """Records, the objects of data files, -> rows: sequences before they are tokenised, parsed and checked."""
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -54,7 +55,7 @@ CONTEXT = ("input", "context")
 REASONING = ("reasoning", "thinking", "reasoning_content")
 
 # Keys that say what is to be trained, and how: an error wherever they are not read. All others are metadata.
-_PREFERENCE = "pairs of answers are for preference training, which this is not, remove them"
+_PREFERENCE = "judged answers are for preference training, which is not done here, remove it or the row"
 _TEXT_ONLY = "only text is trained, remove it or the row"
 _OTHER_WEIGHT = 'write "weight", or name it in training.columns'
 _OTHER_MASK = 'write "loss_mask", or name it in training.columns'
@@ -77,6 +78,9 @@ MEANING = {
 }
 # in a row of a question and its answer these have a meaning too
 MEANING_BESIDE = {1: frozenset(MEANING), 2: frozenset((*MEANING, *CONTEXT, *REASONING))}
+# a container that an agent worked in, such as docker.io/user/name:tag, which data sets call "image", too
+CONTAINER = re.compile(r"[\w.-]+(?=[/:])(?:/[\w.-]+)*(?:[:@][\w.:-]+)?")
+PICTURE = re.compile(r"\.(?:png|jpe?g|gif|webp|bmp|tiff?|svg)\Z", re.IGNORECASE)
 ID_RULES = {"input_ids": "a token id is at least 0", "labels": "a label is a token id, or -100 for no loss"}
 NOT_READ = "not read: "
 Span = tuple[str | list[int], float]  # text or token ids, and the weight of the loss on them; 0: no loss
@@ -200,10 +204,19 @@ def _check_others(row: dict, form: tuple[str, ...], read: set[str], notes: set[s
     meaning = others & MEANING_BESIDE[len(form)]
     if "prompt" in others:  # a whole form beside the one that is read
         meaning.discard("completion")
+    if "image" in meaning and _names_a_container(row):
+        meaning.discard("image")
     _refuse_meaning(row, meaning, f' beside "{form[0]}"')
     for key in others - meaning:
         beside = f'"{form[0]}" is read, and "{key}" beside it is not'
         notes.add(beside if key in FORM_KEYS else f"{NOT_READ}{key}")
+
+
+def _names_a_container(row: dict) -> bool:
+    """Whether "image" is the name of a container and not a picture, or a path of one."""
+    image = row["image"]
+    named = isinstance(image, str) and len(image) < 256 and CONTAINER.fullmatch(image)
+    return bool(named) and not PICTURE.search(image) and "<image>" not in str(row)
 
 
 def _refuse_meaning(row: dict, keys: set[str], beside: str) -> None:
@@ -229,6 +242,8 @@ def _read_pair(
 ) -> list[Row]:
     """A question and its answer: of strings, or of lists of messages."""
     question, answer = form
+    if isinstance(row.get("label"), bool):  # KTO's: whether the answer is a good one
+        raise ValueError(f'the row has "label" beside "{question}", true or false: {_PREFERENCE}')
     lists = isinstance(row[question], list) or isinstance(row[answer], list)
     if lists:
         _check_others(row, form, {*form, "tools", *SYSTEM}, notes)

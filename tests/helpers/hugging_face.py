@@ -34,9 +34,11 @@ WORDS = [
 ] * 4
 
 
-def raw_tokenizer(kind: str, special: list[str], added: list[str]) -> RawTokenizer:
+def raw_tokenizer(
+    kind: str, special: list[str], added: list[str], texts: list[str] = WORDS, vocab_size: int = 700
+) -> RawTokenizer:
     """Made as Qwen's and Llama 3's are ("bytes"), or as Llama 2's and Mistral's are ("metaspace"); both have
-    all bytes."""
+    all bytes. Trained on `texts`."""
     if kind == "bytes":
         raw = RawTokenizer(models.BPE())
         raw.normalizer = normalizers.NFC()
@@ -60,9 +62,12 @@ def raw_tokenizer(kind: str, special: list[str], added: list[str]) -> RawTokeniz
         )
         alphabet, pieces = [], [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=special + pieces, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=special + pieces,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
-    raw.train_from_iterator(WORDS, trainer)
+    raw.train_from_iterator(texts, trainer)
     saved = json.loads(raw.to_str())  # bytes are no special tokens
     saved["added_tokens"] = [token for token in saved["added_tokens"] if token["content"] in special]
     raw = RawTokenizer.from_str(json.dumps(saved))
