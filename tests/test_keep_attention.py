@@ -185,18 +185,20 @@ class LateStream:
     nobody but its users keeps its tensors alive, as on CUDA."""
 
     def __init__(self):
-        self.copies, self.done, self.entered, self.pinned = [], 0, False, []
+        self.copies, self.done, self.pinned = [], 0, []
+        self.entered = self.waited = False
 
     def record_event(self):
         return len(self.copies)
 
     def wait_stream(self, stream):
         assert stream is self.of_kernels and not self.entered
+        self.waited = True
 
     @contextmanager
     def enter(self, stream):
-        assert stream is self
-        self.entered = True
+        assert stream is self and self.waited, "kernels may still write what is copied, or use its place"
+        self.entered, self.waited = True, False
         yield
         self.entered = False
 
