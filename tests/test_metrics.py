@@ -227,7 +227,7 @@ def scalars_of(figures: list[RankFigures], replicas: int, targets: int = 14) -> 
 
 
 def test_scalars_without_a_pipeline(tmp_path):
-    figures = [RankFigures(4.0, 3.0, 5.0, 0.5, 2, 7, 0.25, 0.2), RankFigures(3.0, 3.0, 5.0, 0.5, 1, 7, 0.5)]
+    figures = [RankFigures(4.0, 3.0, 5.0, 0.5, 2, 7, 0.25, 0.2), RankFigures(3.0, 3.0, 5.0, 0.5, 1, 7, 0.5, 0.1)]
     scalars = scalars_of(figures, replicas=2)
     waiting = {f"chunkflow/waiting(%)/rank_{rank}": share for rank, share in enumerate((0.0, 25.0))}
     assert scalars.keys() == {*SCALARS.split(), *waiting, "chunkflow/template_overhead(%)"}
@@ -326,7 +326,7 @@ def _rank(rank: int, folder: str) -> None:
     assert loss == 1.5
     assert (run.rows is None) == (rank == 1)
     run.close()
-    own = RankFigures(1.5 + rank, 0, 0, 0, 2, 0, 0.25)
+    own = RankFigures(1.5 + rank, 0, 0, 0, 2, 0, 0.25, 0.25)
     assert gather_over_ranks(own, CPU) == [own._replace(busy_seconds=1.5 + other) for other in range(2)]
     assert gather_timeline([Timed(Action(Kind.FORWARD, rank, 0, 0), 1, 2)], dist.group.WORLD) == [
         [(Action(Kind.FORWARD, other, 0, 0), 1e6, 2e6)] for other in range(2)
