@@ -227,7 +227,10 @@ def scalars_of(figures: list[RankFigures], replicas: int, targets: int = 14) -> 
 
 
 def test_scalars_without_a_pipeline(tmp_path):
-    figures = [RankFigures(4.0, 3.0, 5.0, 0.5, 2, 7, 0.25, 0.2), RankFigures(3.0, 3.0, 5.0, 0.5, 1, 7, 0.5, 0.1)]
+    figures = [
+        RankFigures(4.0, 3.0, 5.0, 0.5, 2, 7, 0.25, 0.2),
+        RankFigures(3.0, 3.0, 5.0, 0.5, 1, 7, 0.5, 0.1),
+    ]
     scalars = scalars_of(figures, replicas=2)
     waiting = {f"chunkflow/waiting(%)/rank_{rank}": share for rank, share in enumerate((0.0, 25.0))}
     assert scalars.keys() == {*SCALARS.split(), *waiting, "chunkflow/template_overhead(%)"}

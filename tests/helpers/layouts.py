@@ -72,7 +72,17 @@ class Weighed(NamedTuple):
 
 
 def sharded_gradients(
-    model, lengths, sequences, config, k=1, balance="cost", chunk_size=16, blocks=None, weighed=None, **more
+    model,
+    lengths,
+    sequences,
+    config,
+    k=1,
+    balance="cost",
+    chunk_size=16,
+    blocks=None,
+    weighed=None,
+    kv_offload=False,
+    **more,
 ):
     """One step of this rank; returns the global loss and whole gradients, with `weighed` (a Weighed) also the
     loss of each sequence."""
@@ -84,7 +94,7 @@ def sharded_gradients(
     parallel.begin_step(model, reshard)
     ((program,),) = plan.programs.values()
     groups = plan.groups[rank]
-    runner = runner_of(model, parallel.before_last_backward, blocks=blocks)
+    runner = runner_of(model, parallel.before_last_backward, blocks=blocks, kv_offload=kv_offload)
     result, denominator = run_step(runner, program, groups, sequences, targets, weighed)
     dist.all_reduce(result.loss_sum)
     whole = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
