@@ -1,257 +1,208 @@
 """The paper's comparison by simulation: steps of whole sequences as Megatron-LM runs them, the paper's chunks
 and schedule, and ours, on the paper's models, layouts and contexts. No GPU.
 
-    python benchmarks/paper.py                       # the table, and what each part of a step costs
-    python benchmarks/paper.py --replicas 8          # the same with data parallelism, and shared sequences
-    python benchmarks/paper.py --sensitivity         # the speedup under other assumptions
+    python benchmarks/paper.py                  # the table, and what each part of a step costs
+    python benchmarks/paper.py --checks         # what the paper prints of itself against the simulation
+    python benchmarks/paper.py --sensitivity    # the speedups of 7B at 256K under other assumptions
+    python benchmarks/paper.py --replicas 8 --setups 1      # with data parallelism, and shared sequences
     python benchmarks/paper.py --picture docs/pictures/paper.svg
 
-docs/paper.md says what is assumed and why, and what follows. A group of tensor-parallel GPUs, which this
-project does not have, counts as one device that computes that many times as fast, with so much more memory,
-and pays for its collectives. Seconds are means over batches of 256 sequences of LMSys-Chat-1M's lengths, cut
-to the context; each is a sum of parts: useful work; small micro-batches (weights read, and kernels launched,
-for few tokens); forward run again; waiting in the pipeline; waiting for the slowest replica.
+docs/paper.md says what is assumed, why, and what follows; benchmarks/paper_model.py prices a step. Seconds are
+of batches of 256 sequences with LMSys-Chat-1M's lengths, cut to the context. Batches with 0, 1, 2 ...
+sequences above 32K are simulated apart and weighed by how often they occur. A step is a sum of parts, the
+mean over devices: useful work; what small micro-batches add (weights are read, and kernels launched, for few
+tokens); forward run again; waiting in the pipeline; waiting for other replicas.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Sequence
-from functools import cache
-from math import prod
-from typing import NamedTuple
+import random
+from math import exp, log
 
-import torch
+from paper_model import DEVICES, NAMES, SETUPS, Device, Parts, Setup, System, weighed
 
 from chunkflow.data.synthetic import synthetic_lengths
-from chunkflow.planning.balance import split_layers
-from chunkflow.planning.chunks import Group, build_groups, whole_sequences
-from chunkflow.planning.cost import Cost
-from chunkflow.planning.memory import Layout, StageSizes, peak_parts
-from chunkflow.planning.pipeline_schedule import Costs, Schedule, paper_schedule
-from chunkflow.planning.planner import PlanSettings, plan_step
-from chunkflow.planning.schedule import Action, Kind
-from chunkflow.planning.simulate import in_given_order, simulate
-from models import qwen2
 
-BATCH, K_TOKENS = 256, 32 * 1024  # sequences a step; chunk_size x k at most, as in the paper's table 6
-
-
-class Device(NamedTuple):
-    """What one GPU reaches, not its peak: FLOP/s of large matrix products, of attention forward and backward;
-    bytes/s of memory, to the others of a tensor-parallel group, to another replica; seconds a kernel."""
-
-    products: float
-    attention: float
-    attention_backward: float
-    memory: float
-    link: float
-    network: float
-    launch: float
+BATCH = 256  # sequences of a step
+LONG, LONGEST, LONG_SHARE = 32_768, 300_000, 0.00013  # tokens; share of LMSys-Chat-1M's above LONG
+GPU_GIB = 79.2  # of 80 GB
+# At most 32K tokens keep their activations, as in the paper's table 6.
+GRID = [(size, k) for size in (2048, 4096, 8192, 16384, 32768) for k in (1, 2, 4, 8, 16) if size * k <= LONG]
+TITLES = {"whole": "whole sequences", "paper": "the paper's", "ours": "ours", "shared": "ours, shared"}
+PAPER = {  # what it prints of Qwen2.5-7B
+    "short sequences' speed lost on 16 GPUs against 4": 0.65,
+    "peak GiB, whole sequences, 32K": 75,
+    "seconds, (2K, 16), 256K": 29.81, "seconds, (8K, 4), 256K": 23.77, "seconds, (32K, 1), 256K": 28.94,
+    "peak GiB, chunks of 2K, 32K": 41.6, "peak GiB, chunks of 4K, 32K": 47.5,
+    "peak GiB, chunks of 8K, 32K": 59.3, "peak GiB, chunks of 2K, 256K": 45.6,
+    "peak GiB, chunks of 4K, 256K": 50.8, "peak GiB, chunks of 8K, 256K": 63.8,
+}  # fmt: skip
 
 
-DEVICES = {
-    "A100": Device(220e12, 200e12, 180e12, 1.7e12, 230e9, 20e9, 10e-6),
-    "H100": Device(620e12, 400e12, 350e12, 2.8e12, 350e9, 40e9, 10e-6),
-}
-KERNELS = 30  # of a layer's forward, collectives included; its backward has twice as many
-GRID = [(size, k) for size in (2048, 4096, 8192, 16384, 32768) for k in (1, 2, 4, 8, 16)]
+class Data:
+    """Batches by how many of their sequences are long, with the share of steps that have so many."""
+
+    def __init__(self, share: float, batches: int, seed: int = 0):
+        generator, expected = random.Random(seed), BATCH * share
+        self.batches, self.weights = [], []
+        left, weight = 1.0, exp(-expected)
+        for count in range(BATCH):  # Poisson's distribution; the last stratum has the rest
+            rest = left - weight < 0.002
+            short = [min(x, LONG) for x in synthetic_lengths("lmsys", BATCH * batches, seed + count)]
+            for batch in range(batches):
+                lengths = short[batch * BATCH : (batch + 1) * BATCH]
+                for index in range(count):  # between 32K and the longest their logarithms are even
+                    part = (batch + index * batches + generator.random()) / (count * batches)
+                    lengths[index] = round(exp(log(LONG) + part * log(LONGEST / LONG)))
+                generator.shuffle(lengths)
+                self.batches.append(lengths)
+                self.weights.append((left if rest else weight) / batches)
+            if rest:
+                break
+            left, weight = left - weight, weight * expected / (count + 1)
+
+    def mean(self, system: System, replicas: int = 1) -> Parts:
+        context = system.setup.context
+        rows = [system.step([min(x, context) for x in batch], replicas) for batch in self.batches]
+        return weighed(rows, self.weights)
+
+    def peak_gib(self, system: System) -> float:
+        """With a sequence as long as the context."""
+        context = system.setup.context
+        return system.peak_gib([context, *(min(x, LONG) for x in self.batches[0][1:])])
 
 
-class Setup(NamedTuple):
-    """A row of the paper's table: Qwen2.5 of this size, context (tokens), degrees, and whether whole
-    sequences are recomputed layer by layer ("full") or in attention only ("selective")."""
-
-    model: str
-    context: int
-    tensor: int
-    stages: int
-    full: bool
-
-    def __str__(self) -> str:
-        return f"{self.model:>3} {self.context // 1024:>4}K <{self.tensor},{self.tensor},{self.stages}>"
+def best(kind: str, setup: Setup, device: Device, data: Data, replicas: int = 1) -> System:
+    """The fastest of GRID that fits into a GPU; whole sequences have nothing to choose."""
+    if kind == "whole":
+        return System(kind, setup, device)
+    systems = [System(kind, setup, device, *choice) for choice in GRID]
+    systems.sort(key=lambda system: sum(data.mean(system, replicas)))
+    return next(system for system in systems if data.peak_gib(system) <= GPU_GIB)
 
 
-SETUPS = [
-    *(Setup("7B", 32768, 4, 1, False), Setup("7B", 262_144, 4, 4, True)),
-    *(Setup("14B", 32768, 4, 4, False), Setup("14B", 262_144, 4, 4, True)),
-    *(Setup("32B", 32768, 4, 4, False), Setup("32B", 262_144, 4, 4, True)),
-    *(Setup("72B", 32768, 8, 4, False), Setup("72B", 262_144, 8, 4, False)),
-]
+def compare(setup: Setup, device: Device, share: float, batches: int, replicas: int = 1) -> dict:
+    """Of each system: chunk size and k, seconds by part, speedup over whole sequences, peak memory."""
+    few, data, rows = Data(share, 1), Data(share, batches), {}
+    for kind in ("whole", "paper", "ours", "shared") if replicas > 1 else ("whole", "paper", "ours"):
+        system = best(kind, setup, device, few, replicas)
+        parts = data.mean(system, replicas)
+        seconds = sum(parts)
+        rows[kind] = {
+            "chunk_size": system.chunk_size, "k": system.k, "seconds": seconds, **parts._asdict(),
+            "speedup": rows["whole"]["seconds"] / seconds if rows else 1.0, "gib": data.peak_gib(system),
+        }  # fmt: skip
+    return rows
 
 
-class Parts(NamedTuple):
-    """Seconds of a step, the mean over its devices; they add up to the step."""
-
-    work: float = 0.0
-    small: float = 0.0
-    again: float = 0.0
-    pipeline: float = 0.0
-    replicas: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return sum(self)
-
-
-NAMES = ("useful work", "small micro-batches", "forward again", "pipeline", "other replicas")
-
-
-def mean(rows: Sequence[Parts]) -> Parts:
-    return Parts(*map(statistics.mean, zip(*rows)))
+def table(options: argparse.Namespace) -> dict:
+    device, found = DEVICES[options.device], {}
+    names = "".join(f"{name.split()[0]:>10}" for name in NAMES)
+    print(f"{options.device}, {options.replicas} replica(s), {options.share:.3%} of sequences above 32K;"
+          f" seconds a step: {', '.join(NAMES)}")  # fmt: skip
+    print(f"{'':28}{'':18}{'chunk, k':>10}{'seconds':>9}{names}{'speedup':>9}{'GiB':>7}")
+    for setup in [SETUPS[index] for index in options.setups]:
+        rows = found[str(setup)] = compare(setup, device, options.share, options.batches, options.replicas)
+        for kind, row in rows.items():
+            choice = f"{row['chunk_size'] // 1024}K, {row['k']}" if kind != "whole" else ""
+            parts = "".join(f"{row[part]:10.2f}" for part in Parts._fields)
+            start = f"{str(setup) if kind == 'whole' else '':28}{TITLES[kind]:18}{choice:>10}{row['seconds']:9.2f}"
+            print(f"{start}{parts}{row['speedup']:9.2f}{row['gib']:7.1f}", flush=True)
+    return found
 
 
-class System:
-    """Whole sequences, the paper's chunks, or ours, in one setup on one kind of device."""
-
-    def __init__(self, kind: str, setup: Setup, device: Device, chunk_size: int = 0, k: int = 1):
-        self.kind, self.setup, self.device, self.chunk_size, self.k = kind, setup, device, chunk_size, k
-        args = self.args = qwen2.flavors[setup.model]
-        layers = [args.n_layers // setup.stages] * setup.stages
-        if kind.startswith("ours"):  # the head counts: the last stage has fewer layers
-            layer, head = Cost.of_layers(args, 1, head=False), Cost.of_layers(args, 0, head=True)
-            layers = split_layers(args.n_layers, head.per_token / layer.per_token, setup.stages)
-        self.layers = layers
-        last = setup.stages - 1
-        self.stages = [Cost.of_layers(args, count, stage == last) for stage, count in enumerate(layers)]
-
-    # ---- time
-
-    def action(self, stage: int, tokens: float, pairs: float, backward: bool, head: bool = True):
-        """Seconds of a forward or backward, and how many of them are its arithmetic and collectives."""
-        device, tensor, layers = self.device, self.setup.tensor, self.layers[stage]
-        cost = self.stages[stage] if head else Cost.of_layers(self.args, layers, head=False)
-        attention = 2.5 / device.attention_backward if backward else 1 / device.attention
-        work = tokens * cost.per_token * (1 + backward) / device.products
-        work = (work + pairs * cost.per_pair * attention) / tensor
-        # Forward gathers and scatters hidden states twice a layer; backward gathers inputs once more.
-        passed = (6 if backward else 4) * (tensor - 1) / tensor * tokens * self.args.dim * 2
-        work += layers * passed / device.link
-        # Weights are read, in backward also their fp32 gradients, which are written: 2 and 10 bytes each.
-        weights = cost.per_token / 2 / tensor * (10 if backward else 2) / device.memory
-        return max(work + weights, layers * KERNELS * (1 + backward) * device.launch), work
-
-    def costs(self, groups: list[Group]) -> tuple[Costs, Costs, Costs]:
-        """Of each stage, group and chunk: whole actions; their useful work; of backwards, what is forward
-        again (in the third's `backward`)."""
-        recompute = "" if self.kind.startswith("ours") else "attention"
-        if self.kind == "whole" and self.setup.full:
-            recompute = "layers"
-
-        @cache
-        def figures(stage: int, tokens: float, pairs: float) -> tuple[float, ...]:
-            forward, work = self.action(stage, tokens, pairs, backward=False)
-            backward, work_back = self.action(stage, tokens, pairs, backward=True)
-            again = 0.0
-            if recompute == "layers":
-                again = self.action(stage, tokens, pairs, backward=False, head=False)[0]
-            elif recompute == "attention":
-                again = pairs * self.stages[stage].per_pair / self.device.attention / self.setup.tensor
-            return forward, work, backward + again, work_back, again
-
-        def shared(group: Group, chunk: int) -> float:  # K/V of other replicas: gathered, gradients returned
-            if group.spread is None:
-                return 0.0
-            each = 4 * self.args.n_kv_heads * self.args.head_dim / self.setup.tensor
-            return group.spread.ends[chunk] * each / self.device.network
-
-        everything = [[], [], [], [], []]
-        for stage, layers in enumerate(self.layers):
-            rows = [
-                [
-                    (figures(stage, *tokens_and_pairs(group, chunk)), layers * shared(group, chunk))
-                    for chunk in range(len(group.chunks))
-                ]
-                for group in groups
-            ]
-            for index, traffic in enumerate((1, 0, 4, 0, 0)):
-                everything[index].append([[f[index] + traffic * s for f, s in row] for row in rows])
-        forward, work, backward, work_back, again = everything
-        return Costs(forward, backward), Costs(work, work_back), Costs(again, again)
-
-    # ---- plan
-
-    def plans(self, lengths: list[int], replicas: int) -> list[tuple[list[Group], Schedule]]:
-        """Of each replica its groups, and what each of its pipeline ranks runs."""
-        stages = self.setup.stages
-        if self.kind.startswith("ours"):
-            settings = PlanSettings(
-                Cost.of_model(self.args), replicas=replicas, chunk_size=self.chunk_size, k=self.k,
-                stages=tuple(self.stages), pipeline_ranks=stages,
-                spread_over=replicas if self.kind == "ours, shared" else 1,
-            )  # fmt: skip
-            plan = plan_step(lengths, settings)
-            actions = [
-                [[entry for entry in program if isinstance(entry, Action)] for program in plan.programs[own]]
-                for own in range(replicas)
-            ]
-            return [*zip(plan.groups, actions)]
-        found = []
-        for own in range(replicas):  # as a distributed sampler deals sequences out
-            dealt = list(range(own, len(lengths), replicas))
-            groups = whole_sequences(lengths, dealt)
-            if self.kind == "paper":
-                groups = in_given_order(build_groups(lengths, self.chunk_size, False, dealt))
-            found.append((groups, paper_schedule(self.costs(groups)[0], self.k, stages)))
-        return found
-
-    def step(self, lengths: list[int], replicas: int = 1) -> Parts:
-        rows = []
-        for groups, schedule in self.plans(lengths, replicas):
-            costs, work, again = self.costs(groups)
-            real = [[action for action in actions if action.group >= 0] for actions in schedule]
-            run = simulate(real, costs, [group.tokens for group in groups])
-            sums = [0.0, 0.0, 0.0]
-            for kind, group, chunk, stage in (timed.action for rank in run.timeline for timed in rank):
-                time = (costs.backward if kind is Kind.BACKWARD else costs.forward)[stage][group][chunk]
-                useful = (work.backward if kind is Kind.BACKWARD else work.forward)[stage][group][chunk]
-                twice = again.backward[stage][group][chunk] if kind is Kind.BACKWARD else 0.0
-                if kind is Kind.RECOMPUTE:
-                    useful, twice = 0.0, time
-                for index, amount in enumerate((useful, time - useful - twice, twice)):
-                    sums[index] += amount / len(real)
-            rows.append((run.makespan, Parts(*sums, run.makespan - sum(sums))))
-        slowest = max(makespan for makespan, _ in rows)
-        return mean([parts._replace(replicas=slowest - makespan) for makespan, parts in rows])
-
-    # ---- memory
-
-    def peak_gib(self, lengths: list[int]) -> float:
-        """Of one GPU on the fullest stage, by this project's accounting, on one replica."""
-        full = self.kind == "whole" and self.setup.full
-        layout = Layout(checkpoint_every=int(full), sends_in_flight=4 if self.setup.stages > 1 else 0)
-        shapes, first, peaks = shapes_of(self.setup.model), 0, []
-        ((groups, schedule),) = self.plans(lengths, 1)
-        for stage, count in enumerate(self.layers):
-            own, ends = range(first, first + count), []
-            first += count
-            ends += ["tok_embeddings.weight"] if stage == 0 else []
-            ends += ["norm.weight", "output.weight"] if stage == self.setup.stages - 1 else []
-            mine = {name: shape for name, shape in shapes.items() if name in ends or layer_of(name) in own}
-            sizes = {stage: StageSizes(self.args, mine, layout)}
-            real = [action for action in schedule[stage] if action.group >= 0]
-            peaks.append(sum(peak_parts(sizes, groups, real).values()))
-        return max(peaks) / self.setup.tensor / 2**30
+def checks(options: argparse.Namespace) -> dict:
+    """What the paper prints of its own measurements, and the same simulated."""
+    device, (short_context, long_context) = DEVICES[options.device], SETUPS[:2]
+    data, short = Data(options.share, options.batches), Data(0.0, options.batches)
+    few_gpus = sum(short.mean(System("whole", short_context, device))) * 4
+    many_gpus = sum(short.mean(System("whole", long_context, device))) * 16
+    figures = [1 - few_gpus / many_gpus, data.peak_gib(System("whole", short_context, device))]
+    for choice in ((2048, 16), (8192, 4), (32768, 1)):
+        figures.append(sum(data.mean(System("paper", long_context, device, *choice))))
+    for context in (LONG, 262_144):  # on four GPUs: only there are they the paper's at 32K
+        for chunk_size in (2048, 4096, 8192):
+            setup = short_context._replace(context=context)
+            figures.append(data.peak_gib(System("paper", setup, device, chunk_size, 1)))
+    print(f"{f'{options.device}, {options.share:.3%} above 32K':50}{'paper':>8}{'simulated':>11}")
+    for (name, printed), figure in zip(PAPER.items(), figures):
+        print(f"{name:50}{printed:8.4g}{figure:11.3g}")
+    return dict(zip(PAPER, figures))
 
 
-def layer_of(name: str) -> int:
-    return int(name.split(".")[1]) if name.startswith("layers.") else -1
+def sensitivity(options: argparse.Namespace) -> dict:
+    """Speedups of 7B at 256K (the row that the paper's 4.53 is said to be), one assumption changed at a
+    time."""
+    setup, base, found = SETUPS[1], DEVICES[options.device], {}
+    cases = {"as assumed": (setup, base, options.share)}
+    cases |= {
+        f"{name} instead": (setup, DEVICES[name], options.share) for name in DEVICES if DEVICES[name] != base
+    }
+    cases |= {
+        f"{us} us a kernel": (setup, base._replace(launch=us * 1e-6), options.share) for us in (0, 5, 20, 40)
+    }
+    cases |= {f"{share:.2%} above 32K": (setup, base, share) for share in (0.0, 0.0005, 0.001, 0.002)}
+    cases["whole sequences without recomputation"] = setup._replace(full=False), base, options.share
+    print(f"{setup}, {options.device}: {'':10}{'whole':>9}{'paper':>9}{'ours':>9}  speedup: paper, ours")
+    for name, case in cases.items():
+        rows = found[name] = compare(*case, options.batches)
+        seconds = "".join(f"{rows[kind]['seconds']:9.2f}" for kind in rows)
+        print(f"{name:40}{seconds}{rows['paper']['speedup']:9.2f}{rows['ours']['speedup']:9.2f}", flush=True)
+    return found
 
 
-@cache
-def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        transformer = qwen2.Transformer(qwen2.flavors[model])
-    return {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
+def picture(found: dict, path: str) -> None:
+    """Each setup's systems as bars, whole sequences = 1, cut into the parts of a step."""
+    from matplotlib.figure import Figure
+
+    colours = ("#5b8fd1", "#c9c9c9", "#f0b357", "#d98880", "#b59bd0")
+    count = sum(map(len, found.values()))
+    figure = Figure(figsize=(11, 1 + 0.27 * count), layout="constrained")
+    axes, place, ticks = figure.subplots(), 0.0, []
+    for setup, rows in found.items():
+        for kind, row in rows.items():
+            left, whole = 0.0, rows["whole"]["seconds"]
+            for part, name, colour in zip(Parts._fields, NAMES, colours):
+                label = name if not ticks else None
+                axes.barh(place, row[part] / whole, left=left, height=0.85, color=colour, label=label)
+                left += row[part] / whole
+            text = f"{row['seconds']:.3g} s" + ("" if kind == "whole" else f", {row['speedup']:.2f} x")
+            axes.text(left + 0.005, place, text, va="center", fontsize=8)
+            ticks.append((place, f"{setup}   {TITLES[kind]}" if kind == "whole" else TITLES[kind]))
+            place += 1
+        place += 0.6
+    axes.set_yticks(*zip(*ticks), fontsize=8)
+    axes.set(xlim=(0, 1.12), ylim=(place - 1, -0.8), xlabel="time of a step, whole sequences = 1 (simulated)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(NAMES), fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)
 
 
-def tokens_and_pairs(group: Group, index: int) -> tuple[float, float]:
-    """Tokens of a chunk, and pairs of a query and a key that attend; of a shared one, a replica's part."""
-    if group.spread is None:
-        chunk = group.chunks[index]
-        return chunk.tokens, sum(s.length * (s.start + (s.length + 1) / 2) for s in chunk.segments)
-    start, replicas = group.spread.start(index), len(group.spread.replicas)
-    tokens = group.spread.ends[index] - start
-    return tokens / replicas, tokens * (start + (tokens + 1) / 2) / replicas
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=DEVICES, default="A100")
+    parser.add_argument(
+        "--setups", type=int, nargs="+", choices=range(len(SETUPS)), default=range(len(SETUPS))
+    )
+    parser.add_argument("--replicas", type=int, default=1, help="that share the 256 sequences (1)")
+    parser.add_argument("--share", type=float, default=LONG_SHARE, help="of sequences above 32K (0.00013)")
+    parser.add_argument("--batches", type=int, default=6, help="of each number of long sequences (6)")
+    parser.add_argument("--checks", action="store_true")
+    parser.add_argument("--sensitivity", action="store_true")
+    parser.add_argument("--picture", metavar="FILE")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    options = parser.parse_args()
+    task = checks if options.checks else sensitivity if options.sensitivity else table
+    found = task(options)
+    if options.picture and task is table:
+        picture(found, options.picture)
+    if options.json:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
