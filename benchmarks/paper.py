@@ -7,8 +7,8 @@ and schedule, and ours, on the paper's models, layouts and contexts. No GPU.
     python benchmarks/paper.py --replicas 8 --setups 1      # with data parallelism, and shared sequences
     python benchmarks/paper.py --picture docs/pictures/paper.svg
 
-docs/paper.md says what is assumed, why, and what follows; benchmarks/paper_model.py prices a step. Seconds are
-of batches of 256 sequences with LMSys-Chat-1M's lengths, cut to the context. Batches with 0, 1, 2 ...
+docs/paper.md says what is assumed, why, and what follows; benchmarks/paper_model.py prices a step. Seconds
+are of batches of 256 sequences with LMSys-Chat-1M's lengths, cut to the context. Batches with 0, 1, 2 ...
 sequences above 32K are simulated apart and weighed by how often they occur. A step is a sum of parts, the
 mean over devices: useful work; what small micro-batches add (weights are read, and kernels launched, for few
 tokens); forward run again; waiting in the pipeline; waiting for other replicas.
@@ -108,8 +108,8 @@ def table(options: argparse.Namespace) -> dict:
         for kind, row in rows.items():
             choice = f"{row['chunk_size'] // 1024}K, {row['k']}" if kind != "whole" else ""
             parts = "".join(f"{row[part]:10.2f}" for part in Parts._fields)
-            start = f"{str(setup) if kind == 'whole' else '':28}{TITLES[kind]:18}{choice:>10}{row['seconds']:9.2f}"
-            print(f"{start}{parts}{row['speedup']:9.2f}{row['gib']:7.1f}", flush=True)
+            start = f"{str(setup) if kind == 'whole' else '':28}{TITLES[kind]:18}{choice:>10}"
+            print(f"{start}{row['seconds']:9.2f}{parts}{row['speedup']:9.2f}{row['gib']:7.1f}", flush=True)
     return found
 
 

@@ -85,8 +85,8 @@ def weighed(rows: Sequence[Parts], weights: Sequence[float]) -> Parts:
 
 
 class System:
-    """One way to train, in one setup on one kind of device: "whole" sequences, the "paper"'s chunks, or "ours"
-    ("shared": long sequences over several replicas)."""
+    """One way to train, in one setup on one kind of device: "whole" sequences, the "paper"'s chunks, or
+    "ours" ("shared": long sequences over several replicas)."""
 
     def __init__(self, kind: str, setup: Setup, device: Device, chunk_size: int = 0, k: int = 1):
         self.kind, self.setup, self.device, self.chunk_size, self.k = kind, setup, device, chunk_size, k
