@@ -74,12 +74,12 @@ class Data:
         return system.peak_gib([context, *(min(x, LONG) for x in self.batches[0][1:])])
 
 
-def best(kind: str, setup: Setup, device: Device, data: Data, replicas: int = 1) -> System:
-    """The fastest of GRID that fits into a GPU; whole sequences have nothing to choose."""
+def best(kind: str, setup: Setup, device: Device, few: Data, data: Data, replicas: int) -> System:
+    """The fastest of GRID, on a few batches, that fits into a GPU; whole sequences have nothing to choose."""
     if kind == "whole":
         return System(kind, setup, device)
     systems = [System(kind, setup, device, *choice) for choice in GRID]
-    systems.sort(key=lambda system: sum(data.mean(system, replicas)))
+    systems.sort(key=lambda system: sum(few.mean(system, replicas)))
     return next(system for system in systems if data.peak_gib(system) <= GPU_GIB)
 
 
@@ -87,7 +87,7 @@ def compare(setup: Setup, device: Device, share: float, batches: int, replicas: 
     """Of each system: chunk size and k, seconds by part, speedup over whole sequences, peak memory."""
     few, data, rows = Data(share, 1), Data(share, batches), {}
     for kind in ("whole", "paper", "ours", "shared") if replicas > 1 else ("whole", "paper", "ours"):
-        system = best(kind, setup, device, few, replicas)
+        system = best(kind, setup, device, few, data, replicas)
         parts = data.mean(system, replicas)
         seconds = sum(parts)
         rows[kind] = {
