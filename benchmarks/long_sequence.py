@@ -26,7 +26,7 @@ from itertools import product
 import torch
 from step import CPU, make_model, sizes, tensors
 
-from chunkflow.execution.runner import Runner, StepResult
+from chunkflow.execution.runner import Runner
 from chunkflow.execution.stage import WholeModel
 from chunkflow.planning.chunks import build_groups
 from chunkflow.planning.cost import Cost
@@ -34,6 +34,8 @@ from chunkflow.planning.schedule import linear_schedule
 from chunkflow.reporting.device import peak_memory, reset_peak_memory
 from chunkflow.settings.options import ChunkFlow
 from models.llama import ModelArgs
+
+CLOCKS = time.perf_counter, time.process_time
 
 
 def admitted(key: str, value: str) -> bool:
@@ -46,13 +48,28 @@ def admitted(key: str, value: str) -> bool:
 def flops(args: ModelArgs, length: int, chunk_size: int, k: int, keeps_attention: bool) -> float:
     """Of a step with one sequence, cut into chunks."""
     whole, but_one = Cost.of_model(args), Cost.of_layers(args, args.n_layers - 1, head=False)
-    discarded = chunk_size * max(0, -(-length // chunk_size) - k)
+    chunks = -(-length // chunk_size)
+    discarded = chunk_size * max(0, chunks - k)
     pairs, again = length * (length + 1) / 2, discarded * (discarded + 1) / 2
     total = 3 * length * whole.per_token + 3.5 * pairs * whole.per_pair
+    # A chunk whose backward does not follow its forward at once makes its logits twice.
+    total += 2.0 * args.dim * args.vocab_size * chunk_size * (min(k, chunks) - 1)
     # The forward that keeps K/V only goes up to the last layer's K and V.
     last_layer = 2.0 * args.dim * 2 * args.n_kv_heads * args.head_dim
     total += discarded * (but_one.per_token + last_layer)
     return total + (0 if keeps_attention else again * but_one.per_pair)
+
+
+def sequence_step(runner: Runner, length: int, chunk_size: int, k: int, vocabulary: int):
+    """(result, wall and CPU seconds, the peak of memory above what there was before in MiB)."""
+    groups = build_groups([length], chunk_size)
+    actions = linear_schedule([len(group.chunks) for group in groups], k)
+    data = tensors(groups, vocabulary)
+    reset_peak_memory(CPU)
+    before, starts = peak_memory(CPU).active_gib, [clock() for clock in CLOCKS]
+    result = runner.step(actions, groups, data, length)
+    seconds = [clock() - start for clock, start in zip(CLOCKS, starts)]
+    return result, seconds, 1024 * (peak_memory(CPU).active_gib - before)
 
 
 def measure(arguments: argparse.Namespace, length: int, offload: str, keep: str, results) -> None:
@@ -64,28 +81,16 @@ def measure(arguments: argparse.Namespace, length: int, offload: str, keep: str,
     torch.set_num_threads(arguments.threads)
     model = make_model(arguments.precision, **sizes(arguments.dim, arguments.layers, arguments.vocab))
     runner = Runner([WholeModel(model, lambda model: None)], CPU, **settings)
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-
-    def step(tokens: int) -> tuple[StepResult, float, float]:
-        """Result, seconds, and the peak of memory above what there was before, in MiB."""
-        groups = build_groups([tokens], arguments.chunk_size)
-        actions = linear_schedule([len(group.chunks) for group in groups], arguments.k)
-        data = tensors(groups, arguments.vocab)
-        reset_peak_memory(CPU)
-        before, start = peak_memory(CPU).active_gib, clock()
-        result = runner.step(actions, groups, data, tokens)
-        return result, clock() - start, 1024 * (peak_memory(CPU).active_gib - before)
-
-    step(
-        min(length, (arguments.k + 1) * arguments.chunk_size)
-    )  # warms up: gradients exist, kernels are chosen
-    runs = [step(length) for _ in range(arguments.runs)]
+    chunks = arguments.chunk_size, arguments.k, arguments.vocab
+    warm_up = min(length, (arguments.k + 1) * arguments.chunk_size)
+    sequence_step(runner, warm_up, *chunks)  # gradients exist, kernels are chosen
+    runs = [sequence_step(runner, length, *chunks) for _ in range(arguments.runs)]
     result = runs[0][0]
     on_device = getattr(result, "device_state_bytes", result.state_bytes)
     kept = getattr(result, "kept_attention_bytes", (0, 0))
     results.put({
         "length": length, "kv_offload": offload, "keep_attention": keep,
-        "seconds": statistics.median(seconds for _, seconds, _ in runs),
+        "seconds": statistics.median(seconds[arguments.cpu_time] for _, seconds, _ in runs),
         "peak_mib": max(peak for *_, peak in runs),
         "kv_mib": result.state_bytes / 2**20, "kv_on_device_mib": on_device / 2**20,
         "kept_on_device_mib": kept[0] / 2**20, "kept_in_host_mib": kept[1] / 2**20,
