@@ -121,7 +121,9 @@ def main() -> None:
             if not fake:
                 model.to_empty(device="cpu" if offload else device)
         chunk_stages = stages.make_stages(models, len(spec.layers), processes, compute_dtype)
-        runner = Runner(chunk_stages, device, loss_sum, processes.blocks)
+        memory = {"keep_attention": config.chunkflow.keep_attention}
+        memory["kv_offload"] = config.chunkflow.kv_offload == "host"
+        runner = Runner(chunk_stages, device, loss_sum, processes.blocks, **memory)
         optimizer = build_optimizer(nn.ModuleList(models.values()), config.optimizer)
         progress = Progress()
         if not fake:

@@ -64,7 +64,9 @@ def main() -> None:
         fail(error)
 
     times = [time.perf_counter()]
-    ids = generate(model, prompt, cli, config.chunkflow.chunk_size, tokenizer.vocab_size)
+    chunkflow, vocab_size = config.chunkflow, tokenizer.vocab_size
+    offload = chunkflow.kv_offload == "host"
+    ids = generate(model, prompt, cli, chunkflow.chunk_size, vocab_size, kv_offload=offload)
     for text in tokenizer.stream(until_stop(clocked(ids, times), stops), prompt[-1:]):
         print(text, end="", flush=True)
     print()
@@ -138,11 +140,16 @@ def load_model(
 
 
 def generate(
-    model: nn.Module, prompt: list[int], cli: argparse.Namespace, chunk_size: int, vocab_size: int
+    model: nn.Module,
+    prompt: list[int],
+    cli: argparse.Namespace,
+    chunk_size: int,
+    vocab_size: int,
+    kv_offload: bool = False,
 ) -> Iterator[int]:
     """Yields --max-new-tokens ids, each from the model's logits after all before it. Ids from `vocab_size`
     on, which pad the embeddings of some models, are never chosen."""
-    context = Context(model, len(prompt) + cli.max_new_tokens - 1, chunk_size)
+    context = Context(model, len(prompt) + cli.max_new_tokens - 1, chunk_size, kv_offload)
     generator, short = torch.Generator().manual_seed(cli.seed), len(prompt) <= chunk_size
 
     def choose(logits_V: torch.Tensor) -> int:

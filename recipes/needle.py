@@ -109,7 +109,7 @@ def main() -> None:
 
     # ---- The answers. Trials of one length begin alike, up to the needle that stands first: those tokens are
     # read once. So the deepest needles come first, and each trial reads what differs from the one before.
-    context = Context(model, lengths[-1], config.chunkflow.chunk_size)
+    context = Context(model, lengths[-1], config.chunkflow.chunk_size, config.chunkflow.kv_offload == "host")
     total = sum(len(trial.prompt) for trial in trials)
     with tqdm(total=total, unit="token", desc="reading", mininterval=1) as bar:
         rows = [ask(context, trial, tokenizer, bar) for trial in trials]

@@ -54,6 +54,8 @@ CONTRACT = {
     "chunkflow.k": 1,
     "chunkflow.fill_tails": True,
     "chunkflow.balance": "cost",
+    "chunkflow.keep_attention": "none",
+    "chunkflow.kv_offload": "none",
     "chunkflow.memory_budget_gib": None,
     "optimizer.name": "AdamW",
     "optimizer.lr": 8e-4,
@@ -111,7 +113,8 @@ CONTRACT = {
     "debug.seed": None,
     "debug.deterministic": False,
 }
-CONTRACT_LATER = ["chunkflow.kv_offload", "chunkflow.keep_attention"]
+CONTRACT_LATER = ["chunkflow.kv_offload"]
+CONTRACT_LATER = ["chunkflow.keep_attention"]
 
 # torchtitan's keys, section by section, and older spellings of them.
 TORCHTITAN = {

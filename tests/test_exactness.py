@@ -121,7 +121,7 @@ def test_memory_follows_k(k, monkeypatch):
     """Counted from outside: graphs that are alive, and K/V states after the step."""
     states = []
     monkeypatch.setattr(
-        runner, "KeyValueState", lambda group: states.append(KeyValueState(group)) or states[-1]
+        runner, "KeyValueState", lambda *given: states.append(KeyValueState(*given)) or states[-1]
     )
     model = small_model("qwen3")
     sequences = random_sequences([95, 50, 10], 96, 0)

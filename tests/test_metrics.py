@@ -205,8 +205,8 @@ def test_values_that_json_does_not_have_are_null(tmp_path):
 
 
 SCALARS = """chunkflow/groups chunkflow/recomputed(%) chunkflow/live_chunks_peak chunkflow/kv_state(GiB)
-    chunkflow/tokens_per_supervised_token chunkflow/bad_steps data/longest_sequence data/epoch
-    data/read_tokens data/dropped_tokens"""
+    chunkflow/kv_on_device(GiB) chunkflow/kept_attention(GiB) chunkflow/tokens_per_supervised_token chunkflow/bad_steps
+    data/longest_sequence data/epoch data/read_tokens data/dropped_tokens"""
 
 
 def scalars_of(figures: list[RankFigures], replicas: int, targets: int = 14) -> dict[str, float]:
@@ -227,7 +227,10 @@ def scalars_of(figures: list[RankFigures], replicas: int, targets: int = 14) -> 
 
 
 def test_scalars_without_a_pipeline(tmp_path):
-    figures = [RankFigures(4.0, 3.0, 5.0, 0.5, 2, 7, 0.25), RankFigures(3.0, 3.0, 5.0, 0.5, 1, 7, 0.5)]
+    figures = [
+        RankFigures(4.0, 3.0, 5.0, 0.5, 2, 7, 0.25, 0.2, 0.125),
+        RankFigures(3.0, 3.0, 5.0, 0.5, 1, 7, 0.5, 0.1, 0.75),
+    ]
     scalars = scalars_of(figures, replicas=2)
     waiting = {f"chunkflow/waiting(%)/rank_{rank}": share for rank, share in enumerate((0.0, 25.0))}
     assert scalars.keys() == {*SCALARS.split(), *waiting, "chunkflow/template_overhead(%)"}
@@ -236,6 +239,8 @@ def test_scalars_without_a_pipeline(tmp_path):
         "chunkflow/recomputed(%)": 100 * PLAN.recomputed_chunks / PLAN.chunks,
         "chunkflow/live_chunks_peak": 2,
         "chunkflow/kv_state(GiB)": 0.5,
+        "chunkflow/kept_attention(GiB)": 0.75,
+        "chunkflow/kv_on_device(GiB)": 0.2,
         "chunkflow/tokens_per_supervised_token": 17 / 14,
         "chunkflow/template_overhead(%)": 12.5,
         "chunkflow/bad_steps": 2,
@@ -258,7 +263,7 @@ def test_scalars_of_pipeline_stages():
     """Two stages of two replicas: ranks 0 and 1 are the first stage's."""
     useful = (6.0, 8.0, 4.0, 4.0)
     figures = [
-        RankFigures(1.0, seconds, 9.0, bubble, rank, 3 - rank, 0.1 * rank)
+        RankFigures(1.0, seconds, 9.0, bubble, rank, 3 - rank, 0.1 * rank, 0.0)
         for rank, (seconds, bubble) in enumerate(zip(useful, (0.2, 0.4, 0.2, 0.4)))
     ]
     figures[3] = figures[3]._replace(end_seconds=10.0)
@@ -325,7 +330,7 @@ def _rank(rank: int, folder: str) -> None:
     assert loss == 1.5
     assert (run.rows is None) == (rank == 1)
     run.close()
-    own = RankFigures(1.5 + rank, 0, 0, 0, 2, 0, 0.25)
+    own = RankFigures(1.5 + rank, 0, 0, 0, 2, 0, 0.25, 0.25)
     assert gather_over_ranks(own, CPU) == [own._replace(busy_seconds=1.5 + other) for other in range(2)]
     assert gather_timeline([Timed(Action(Kind.FORWARD, rank, 0, 0), 1, 2)], dist.group.WORLD) == [
         [(Action(Kind.FORWARD, other, 0, 0), 1e6, 2e6)] for other in range(2)

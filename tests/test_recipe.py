@@ -130,7 +130,7 @@ def test_what_a_run_leaves(tmp_path, data):
     } <= set(tags["scalars"])
     assert {
         "chunkflow/chunks", "chunkflow/groups", "chunkflow/padding(%)", "chunkflow/recomputed(%)", "chunkflow/live_chunks_peak",
-        "chunkflow/kv_state(GiB)", "chunkflow/tokens_per_supervised_token", "chunkflow/waiting(%)/rank_0",
+        "chunkflow/kv_state(GiB)", "chunkflow/kv_on_device(GiB)", "chunkflow/tokens_per_supervised_token", "chunkflow/waiting(%)/rank_0",
         "chunkflow/template_overhead(%)", "chunkflow/dp_imbalance(%)", "time_metrics/data_loading(%)", "data/dropped_tokens",
     } <= set(tags["scalars"])  # fmt: skip
     assert [event.value for event in events.Scalars("loss_metrics/global_avg_loss")] == pytest.approx(

@@ -91,7 +91,7 @@ def test_each_token_counts_its_weight(branches, at_once, dtype, tolerance, monke
     labels[::3] = -100
     chunk = whole_sequence(labels, labels, loss.loss_sum)
     chunk.loss_weights = torch.randn(300, dtype=torch.float64).clamp(min=-1)
-    chunk.loss_gradient = 0.3 if at_once else None
+    chunk.loss_gradient, chunk.wants_losses = 0.3 if at_once else None, True
     with branches():
         ours = loss.loss_sum(hidden, weight, chunk)
         gradients = torch.autograd.grad(0.3 * ours, (hidden, weight))

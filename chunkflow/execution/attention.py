@@ -9,11 +9,15 @@ to the bottom right covers prefix and chunk at once.
 Shape suffixes: T tokens, P prefix tokens, H query heads, G key/value heads, D head dimension.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import varlen  # noqa: F401  registers torch.ops.torch_attn
 
+from chunkflow.execution.kept_attention import Results
 from chunkflow.execution.linear import pad, padded_rows, widen
+from chunkflow.execution.recompute import runs_again
 from chunkflow.execution.state import ChunkTensors
 
 _flash_forward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -27,9 +31,12 @@ def activate_flash_attention_3() -> None:
 
 @torch.compiler.disable
 def begin_attention(chunk: ChunkTensors, layer: int) -> None:
-    """Call before a layer makes a chunk's queries, keys and values: what other ranks have of its prefix comes
-    meanwhile. `chunk_attention` follows."""
-    if chunk.parts:
+    """Call before a layer makes a chunk's queries, keys and values: what other ranks have of its prefix, or
+    the host of its results, comes meanwhile. `chunk_attention` follows."""
+    kept = chunk.kept
+    if kept is not None and torch.is_grad_enabled():
+        kept.begin(layer)
+    if chunk.parts and (kept is None or layer not in kept):
         chunk.state.begin(layer, chunk.index)
 
 
@@ -41,10 +48,12 @@ def chunk_attention(
 
     Forward stores the chunk's keys and values in `chunk.state`. Backward adds gradients of the prefix's keys
     and values to the state, and the gradients that later chunks added there to the chunk's. Keys and values
-    of the prefix are not autograd inputs.
+    of the prefix are not autograd inputs. With `chunk.kept` a forward that will come again keeps its results,
+    and the next one takes them: it computes and stores nothing.
     """
     function = _SharedAttention if chunk.parts else _ChunkAttention
-    return function.apply(q_THD, k_TGD, v_TGD, chunk, layer)
+    again = chunk.kept is not None and (not torch.is_grad_enabled() or runs_again())
+    return function.apply(q_THD, k_TGD, v_TGD, chunk, layer, again)
 
 
 @torch.compiler.disable
@@ -58,13 +67,23 @@ def _kernels(q_THD: torch.Tensor):
     return (_forward_cuda, _backward_cuda) if q_THD.is_cuda else (_forward_cpu, _backward_cpu)
 
 
+def _once(compute: Callable[..., Results], q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int, again: bool):
+    """The output and what else backward needs: computed, or kept since an earlier forward."""
+    kept = chunk.kept
+    results = None if kept is None else kept.take(layer, again)
+    if results is None:
+        results = compute(q_THD, k_TGD, v_TGD, chunk, layer)
+        if again:
+            kept.put(layer, results)
+    out_THD, *extras = results
+    # What is kept must not get a graph; and to torch.compile a view and what is none are two kinds of inputs.
+    return out_THD.detach(), extras
+
+
 class _ChunkAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
-        if chunk.state is not None:
-            chunk.state.write(layer, chunk.index, k_TGD, v_TGD)
-        forward, _ = _kernels(q_THD)
-        out_THD, extra = forward(q_THD, k_TGD, v_TGD, chunk, layer)
+    def forward(ctx, q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int, again: bool):
+        out_THD, extra = _once(_attend, q_THD, k_TGD, v_TGD, chunk, layer, again)
         ctx.chunk, ctx.layer = chunk, layer
         # With a state, keys and values are in its buffer already: saving them too would hold them twice.
         # Views of that buffer must not be saved, since later chunks write into it.
@@ -77,6 +96,8 @@ class _ChunkAttention(torch.autograd.Function):
     def backward(ctx, dout_THD):
         chunk, layer, state = ctx.chunk, ctx.layer, ctx.chunk.state
         q_THD, out_THD, *rest = ctx.saved_tensors
+        if chunk.kept is not None:
+            chunk.kept.drop(layer)
         extra, keys_values = rest[: ctx.extras], rest[ctx.extras :]
         if state is not None:
             keys_values = state.read(layer, chunk.prefix, chunk.prefix + q_THD.size(0))
@@ -89,25 +110,22 @@ class _ChunkAttention(torch.autograd.Function):
             if later is not None:  # summed in the wider dtype, rounded once, in one kernel each
                 dk.add_(later[0])
                 dv.add_(later[1])
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
+
+
+def _attend(q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int) -> Results:
+    if chunk.state is not None:
+        chunk.state.write(layer, chunk.index, k_TGD, v_TGD)
+    forward, _ = _kernels(q_THD)
+    return forward(q_THD, k_TGD, v_TGD, chunk, layer)
 
 
 class _SharedAttention(torch.autograd.Function):
     """Of a chunk that ranks share: this rank's two parts, each after all tokens before it in the sequence."""
 
     @staticmethod
-    def forward(ctx, q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
-        chunk.state.write(layer, chunk.index, k_TGD, v_TGD)
-        gathered = chunk.state.gathered(layer, chunk.index)
-        forward, _ = _kernels(q_THD)
-        outs, extras = [], []
-        for part, piece in zip(chunk.parts, _pieces(chunk)):
-            part.state = gathered
-            out_THD, extra = forward(q_THD[piece], k_TGD[piece], v_TGD[piece], part, layer)
-            part.state = None
-            outs.append(out_THD)
-            extras += extra
-        out_THD = torch.cat(outs)
+    def forward(ctx, q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int, again: bool):
+        out_THD, extras = _once(_attend_shared, q_THD, k_TGD, v_TGD, chunk, layer, again)
         ctx.chunk, ctx.layer = chunk, layer
         ctx.save_for_backward(q_THD, out_THD, *extras)
         return out_THD
@@ -116,6 +134,8 @@ class _SharedAttention(torch.autograd.Function):
     def backward(ctx, dout_THD):
         chunk, layer, state = ctx.chunk, ctx.layer, ctx.chunk.state
         q_THD, out_THD, *extras = ctx.saved_tensors
+        if chunk.kept is not None:
+            chunk.kept.drop(layer)
         gathered = state.gathered(layer, chunk.index)
         wide = torch.promote_types(q_THD.dtype, torch.float32)
         sums = torch.zeros_like(gathered.rows, dtype=wide)  # gradients of all keys and values
@@ -126,7 +146,21 @@ class _SharedAttention(torch.autograd.Function):
             dqs.append(_backward_of_part(*tensors, part, layer, gathered, sums))
         del gathered  # what is sent on is as large again
         dk, dv = state.exchange_gradients(layer, chunk.index, sums)
-        return torch.cat(dqs), dk.to(q_THD.dtype), dv.to(q_THD.dtype), None, None
+        return torch.cat(dqs), dk.to(q_THD.dtype), dv.to(q_THD.dtype), None, None, None
+
+
+def _attend_shared(q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int) -> Results:
+    chunk.state.write(layer, chunk.index, k_TGD, v_TGD)
+    gathered = chunk.state.gathered(layer, chunk.index)
+    forward, _ = _kernels(q_THD)
+    outs, extras = [], []
+    for part, piece in zip(chunk.parts, _pieces(chunk)):
+        part.state = gathered
+        out_THD, *extra = forward(q_THD[piece], k_TGD[piece], v_TGD[piece], part, layer)
+        part.state = None
+        outs.append(out_THD)
+        extras += extra
+    return torch.cat(outs), *extras
 
 
 def _backward_of_part(dout_THD, q_THD, out_THD, extra, part: ChunkTensors, layer: int, gathered, sums):
@@ -196,7 +230,7 @@ def _forward_cpu(q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
     else:
         out = _heads_first(torch.cat([_tokens_first(out) for out, _ in results]))
         lse = torch.cat([lse for _, lse in results], dim=2)
-    return _tokens_first(out).contiguous(), (lse,)  # one layout: torch.compile makes graphs for each
+    return _tokens_first(out).contiguous(), lse  # one layout: torch.compile makes graphs for each
 
 
 def _backward_cpu(dout_THD, q_THD, k_TGD, v_TGD, out_THD, extra, chunk: ChunkTensors, layer: int):
@@ -244,7 +278,7 @@ def _forward_cuda(q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
     out, lse, random_state = torch.ops.torch_attn._varlen_attn(
         q_THD, keys, values, *limits, window_size=window
     )
-    return out, (lse, random_state)
+    return out, lse, random_state
 
 
 def _backward_cuda(dout_THD, q_THD, k_TGD, v_TGD, out_THD, extra, chunk: ChunkTensors, layer: int):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from chunkflow.execution.host_state import HostMemory, Use
 from chunkflow.execution.loss import last_logits, token_losses
 from chunkflow.execution.state import ChunkTensors, End, KeyValueState
 from chunkflow.planning.chunks import Chunk, Group, Segment
@@ -17,14 +18,17 @@ class Context:
     """The tokens that a model has read, with their keys and values: at most `capacity` of them.
 
     They run through the model in chunks of at most `chunk_size`, which keep nothing else: a long text takes
-    the memory of one chunk, and of keys and values, which are allocated for `capacity` tokens.
+    the memory of one chunk, and of keys and values, which are allocated for `capacity` tokens. With
+    `kv_offload` those are in host memory, on the device two layers' only: each chunk copies all that were
+    read before it, also one of a single token.
     """
 
-    def __init__(self, model: nn.Module, capacity: int, chunk_size: int):
+    def __init__(self, model: nn.Module, capacity: int, chunk_size: int, kv_offload: bool = False):
         self.tokens: list[int] = []
         self._model, self._chunk_size = model, chunk_size
         self._device = model.tok_embeddings.weight.device
-        self._state = KeyValueState(Group((Chunk((Segment(0, 0, capacity),)),)))
+        self._host = HostMemory(self._device) if kv_offload else None
+        self._state = KeyValueState(Group((Chunk((Segment(0, 0, capacity),)),)), self._host)
         self._state.chunk_starts = range(capacity)  # here a chunk's index is where it starts
 
     def forget(self, start: int) -> None:
@@ -58,6 +62,8 @@ class Context:
         chunk = chunk.to(self._device)
         chunk.state, chunk.end = self._state, end
         self.tokens += ids
+        if self._host:
+            self._host.begin(*(Use(self._state, index, False) for index in (start, len(self.tokens))))
         return self._model(chunk.tokens, chunk)
 
 

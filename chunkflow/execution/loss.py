@@ -28,7 +28,7 @@ _LEAST_TOKENS = 512
 def loss_sum(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor:
     """The SUM of the cross-entropies of all positions that have a target, each times its weight: 0-dim;
     logits and sum in at least fp32. Gradients are computed here if `chunk.loss_gradient` is set, else in
-    backward. `chunk.losses` are then the cross-entropies themselves."""
+    backward. Leaves the cross-entropies themselves in `chunk.losses` if `chunk.wants_losses`."""
     return _SlicedCrossEntropy.apply(hidden_TC, weight_VC, chunk)
 
 
@@ -59,7 +59,8 @@ class _SlicedCrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(*gradients.result())
         else:
             ctx.save_for_backward(hidden_TC, weight_VC, labels_T, weights_T, lse_T1)
-        chunk.losses = losses_T
+        if chunk.wants_losses:
+            chunk.losses = losses_T
         return losses_T.sum() if weights_T is None else (losses_T * weights_T.to(losses_T.dtype)).sum()
 
     @staticmethod

@@ -1,6 +1,7 @@
-"""Selective recomputation in backward: what is cheap to compute again is not kept.
+"""Recomputation in backward: of whole layers, or of what is cheap to compute again.
 
-A result is kept because those who use it save it for their backward. Here they save how it was made.
+A result is kept because those who use it save it for their backward. Of a whole layer nobody saves any; of
+what is cheap they save how it was made.
 """
 
 from __future__ import annotations
@@ -16,6 +17,28 @@ from torch.utils.checkpoint import checkpoint
 # held so that no other tensor gets one of them.
 _recomputing = False
 _results: dict[int, tuple[torch.Tensor, _Recipe]] = {}
+# While the forward of a layer runs, in a forward or a backward, of which backward keeps nothing: True.
+_whole = False
+
+
+def recompute_whole(forward: Callable, *args: Any) -> Any:
+    """forward(*args), a layer's, of which only the inputs are kept: backward runs it again."""
+    # Nothing in a layer is random.
+    return checkpoint(_run_whole, forward, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _run_whole(forward: Callable, *args: Any) -> Any:
+    global _whole
+    _whole = True
+    try:
+        return forward(*args)
+    finally:
+        _whole = False
+
+
+def runs_again() -> bool:
+    """Whether the layer whose forward runs is one of `recompute_whole`."""
+    return _whole
 
 
 def cheap(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from chunkflow.execution.host_state import HostMemory, Use
+from chunkflow.execution.kept_attention import AttentionStore, KeptAttention
 from chunkflow.execution.loss import loss_sum, token_losses
 from chunkflow.execution.shared_state import SharedKeyValueState
 from chunkflow.execution.stage import WholeModel
@@ -44,7 +46,9 @@ class StepResult:
         self.live_chunks = [0] * stages  # chunks that held activations
         self.stage_inputs = [0] * stages  # inputs received, or to be received, before their chunk's backward
         self.receive_buffers = 0  # posted receives that no action had taken
-        self.state_bytes = 0  # K/V and their gradients
+        self.state_bytes = 0  # K/V and their gradients, on the device or in host memory
+        self.device_state_bytes = 0  # those on the device; of what is in host memory, the copies there
+        self.kept_attention_bytes = (0, 0)  # results of attention kept on the device, in host memory
         self.clock = Clock(device)
 
 
@@ -97,6 +101,9 @@ class Runner:
     `loss(hidden_TC, weight_VC, chunk)` is the sum of a chunk's token losses, each times its
     `chunk.loss_weights`, 0-dim, as `loss.loss_sum`.
     `blocks`: the ranks of this stage in each block of replicas that may share a sequence.
+    `keep_attention`: "device" or "host" is where chunks that are computed again keep results of attention;
+    with "none" they compute attention again, too.
+    `kv_offload`: K/V of groups of several chunks, and their gradients, live in host memory.
     """
 
     def __init__(
@@ -105,8 +112,12 @@ class Runner:
         device: torch.device,
         loss: End = loss_sum,
         blocks: Mapping[range, dist.ProcessGroup] | None = None,
+        keep_attention: str = "none",
+        kv_offload: bool = False,
     ):
         self.stages, self.device, self.loss, self.blocks = stages, device, loss, blocks or {}
+        self.keep_attention = keep_attention
+        self.host = HostMemory(device) if kv_offload else None
 
     def step(
         self,
@@ -165,7 +176,7 @@ class _Run:
     ):
         self.groups, self.chunks, self.device = groups, chunks, runner.device
         self.loss, self.loss_gradient, self.take = runner.loss, loss_gradient, take
-        self.sequence_weights, self.blocks = sequence_weights, runner.blocks
+        self.sequence_weights, self.blocks, self.host = sequence_weights, runner.blocks, runner.host
         self.stages = {stage.stage_index: stage for stage in runner.stages}
         self.places = {index: place for place, index in enumerate(self.stages)}
         self.states: dict[tuple[int, int], KeyValueState | SharedKeyValueState] = {}  # (stage, group)
@@ -176,6 +187,9 @@ class _Run:
         self.arriving: dict[tuple[bool, int, tuple[int, int]], dist.Work] = {}  # (gradient, stage, key)
         self.leaving: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self.result = StepResult(runner.device, len(runner.stages), sequences)
+        self.kept: AttentionStore | None = None
+        if runner.keep_attention != "none" and take is None:
+            self.kept = AttentionStore(runner.device, host=runner.keep_attention == "host")
 
     def run(self, program: Program) -> StepResult:
         for stage in self.stages.values():
@@ -192,6 +206,9 @@ class _Run:
                 self._transfer(entry)
         for work, _ in self.leaving:
             work.wait()
+        if self.kept:
+            self.result.kept_attention_bytes = self.kept.peaks
+        self.result.device_state_bytes = self.host.end() if self.host else self.result.state_bytes
         return self.result
 
     def _transfer(self, transfer: Transfer) -> None:
@@ -217,6 +234,9 @@ class _Run:
             work = self.arriving.pop((kind is Kind.BACKWARD, index, key), None)
             if work:
                 work.wait()
+        if self.host:
+            self._chunk(index, key)  # the first one of a group makes the state
+            self.host.begin(self._use(action), self._use(following))
         start = self.result.clock.now()
         if kind is Kind.BACKWARD:
             self._backward(index, key)
@@ -225,12 +245,20 @@ class _Run:
             self._forward(kind, index, key, self.loss_gradient if backward_follows else None)
         self.result.clock.marks.append((action, start, self.result.clock.now()))
 
+    def _use(self, action: Action | None) -> Use | None:
+        """What an action does with a K/V state that there is already."""
+        if action is None or (action.stage, action.group) not in self.states:
+            return None
+        state = self.states[action.stage, action.group]
+        return Use(state, action.chunk, action.kind is Kind.BACKWARD)
+
     def _forward(self, kind: Kind, index: int, key: tuple[int, int], loss_gradient: float | None) -> None:
         stage, chunk, result = self.stages[index], self._chunk(index, key), self.result
         chunk.end = {Kind.FORWARD_STATE: None, Kind.EVALUATE: token_losses}.get(kind, self.loss)
         chunk.loss_gradient = loss_gradient
         if stage.is_last and chunk.end and key[0] != DUMMY:
             chunk.loss_weights = chunk.weighed(self.sequence_weights)
+            chunk.wants_losses = result.loss_of_sequences is not None
         keeps_activations = kind in (Kind.FORWARD, Kind.RECOMPUTE)
         with torch.set_grad_enabled(keeps_activations):
             output = stage.forward(key, chunk)
@@ -252,11 +280,11 @@ class _Run:
             result.live_chunks[place] = max(result.live_chunks[place], self.live[index])
         if stage.is_last:
             result.loss_sum += output.detach()
-            if result.loss_of_sequences is not None and key[0] != DUMMY:
+            if chunk.wants_losses:
                 assert chunk.losses is not None, "loss_of_sequences needs a loss that leaves chunk.losses"
                 losses_T = chunk.losses if chunk.weights is None else chunk.losses * chunk.weights
                 chunk.add_to_sequences(result.loss_of_sequences, losses_T)
-            chunk.losses = None
+                chunk.losses = None
 
     def _backward(self, index: int, key: tuple[int, int]) -> None:
         if self.backwards_left.total() == 1:
@@ -288,12 +316,13 @@ class _Run:
                 if (index, group) not in self.states:
                     self.states[index, group] = self._state(self.groups[group])
                 chunk.state = self.states[index, group]
+                chunk.kept = KeptAttention(self.kept) if self.kept else None
         return self.in_flight[index, key]
 
     def _state(self, group: Group) -> KeyValueState | SharedKeyValueState:
         if group.spread is None:
-            return KeyValueState(group)
-        return SharedKeyValueState(group, self.blocks[group.spread.replicas])
+            return KeyValueState(group, self.host)
+        return SharedKeyValueState(group, self.blocks[group.spread.replicas], self.host)
 
     def _count_state_bytes(self) -> None:
         if self.states:

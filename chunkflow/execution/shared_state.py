@@ -11,12 +11,16 @@ Shape suffixes: P tokens before the chunk, G key/value heads, D head dimension.
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from chunkflow.execution.state import expect_descending
+from chunkflow.execution.state import DeviceMemory, expect_descending
 from chunkflow.planning.chunks import Group
+
+if TYPE_CHECKING:
+    from chunkflow.execution.host_state import HostMemory
 
 # Their names since torch 2.13, and before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -27,9 +31,13 @@ class SharedKeyValueState:
     """For each layer, keys and values of this rank's tokens of a group, and gradients of them.
 
     `ranks`: the process group of those that share the sequence, in the order of `group.spread.replicas`.
+    `memory`: where the tensors live; what is gathered is on the device.
     """
 
-    def __init__(self, group: Group, ranks: dist.ProcessGroup):
+    def __init__(
+        self, group: Group, ranks: dist.ProcessGroup, memory: DeviceMemory | HostMemory | None = None
+    ):
+        self.memory = memory or DeviceMemory()
         self.spread, self.ranks, self.count = group.spread, ranks, len(group.spread.replicas)
         sizes = [chunk.tokens for chunk in group.chunks]
         self.starts = list(accumulate(sizes, initial=0))  # of each chunk, among this rank's tokens
@@ -48,18 +56,21 @@ class SharedKeyValueState:
         start = self.starts[index]
         if layer not in self.buffers:
             tokens = self.starts[-2] + self.widths[-1]
-            self.buffers[layer] = k_TGD.new_empty(tokens, 2, *k_TGD.shape[1:])
-        buffer = self.buffers[layer][start : start + k_TGD.size(0)]
+            self.buffers[layer] = self.memory.empty(k_TGD, (tokens, 2, *k_TGD.shape[1:]), k_TGD.dtype)
+        end = start + k_TGD.size(0)
+        buffer = self.memory.keys_values(self, layer)[start:end]
         buffer[:, 0].copy_(k_TGD)
         buffer[:, 1].copy_(v_TGD)
+        self.memory.written(self, layer, start, end)
 
     def begin(self, layer: int, index: int) -> None:
         """Begins to gather the keys and values of a chunk's prefix, if that was not done. All ranks that
         share the sequence call this and `gathered` in the same order."""
         if layer in self.arriving:
             return
-        before, end, buffer = self.spread.start(index), self.spread.ends[index], self.buffers.get(layer)
-        if buffer is not None:
+        before, end = self.spread.start(index), self.spread.ends[index]
+        if layer in self.buffers:
+            buffer = self.memory.keys_values(self, layer)
             rows = buffer.new_empty(end, *buffer.shape[1:])
             prefix = buffer[: self.starts[index]]
             self.arriving[layer] = rows, self._gather(rows[:before], prefix) if before else None
@@ -68,7 +79,7 @@ class SharedKeyValueState:
         """Keys and values of all tokens up to the chunk's end, when its own are written."""
         self.begin(layer, index)
         rows, prefix = self.arriving.pop(layer)
-        start, width, buffer = self.starts[index], self.widths[index], self.buffers[layer]
+        start, width, buffer = self.starts[index], self.widths[index], self.memory.keys_values(self, layer)
         current = buffer.new_empty(self.count * width, *buffer.shape[1:])
         self._gather(current, buffer[start : start + width]).wait()
         tokens = rows[self.spread.start(index) :]
@@ -96,18 +107,30 @@ class SharedKeyValueState:
         own = sums.new_empty(width, *sums.shape[1:])
         _reduce_scatter(own, by_rank, group=self.ranks)
         own = own[: self.starts[index + 1] - start]
-        if before:
-            prefix = sums.new_empty(start, *sums.shape[1:])
-            _reduce_scatter(prefix, sums[:before], group=self.ranks)
+        shape = start, *sums.shape[1:]
         if index < last:
-            own.add_(self.gradients[layer][start : start + width])
-            if before:
-                self.gradients[layer][:start].add_(prefix)
-            else:
-                del self.gradients[layer]
+            gradient = self.memory.gradients(self, layer)
+            own.add_(gradient[start : start + width])
+            prefix = sums.new_empty(shape)
         elif before:
-            self.gradients[layer] = prefix
+            self.gradients[layer] = self.memory.empty(sums, shape, sums.dtype)
+            gradient = prefix = self.memory.gradients(self, layer)
+        if before:
+            _reduce_scatter(prefix, sums[:before], group=self.ranks)
+            if index < last:
+                gradient[:start].add_(prefix)
+            self.memory.added(self, layer, start)
+        else:
+            self.gradients.pop(layer, None)  # of a group of one chunk there are none
         return own[:, 0], own[:, 1]
+
+    def span(self, index: int) -> tuple[int, int]:
+        """A chunk's tokens begin and end there, among this rank's."""
+        return self.starts[index], self.starts[index + 1]
+
+    def by_token(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Views of one of the tensors that live in the memory, each contiguous, with a row for each token."""
+        return (tensor,)
 
     def _order(self, index: int, device: torch.device) -> torch.Tensor:
         """For each position of a chunk, its row in what is gathered of it, rank after rank."""

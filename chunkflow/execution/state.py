@@ -17,6 +17,8 @@ import torch
 from chunkflow.planning.chunks import IGNORE, ONE_TOKEN, Chunk, Group
 
 if TYPE_CHECKING:
+    from chunkflow.execution.host_state import HostMemory
+    from chunkflow.execution.kept_attention import KeptAttention
     from chunkflow.execution.shared_state import SharedKeyValueState
 
 
@@ -33,11 +35,12 @@ class ChunkTensors:
     in the chunk, and its tokens here. `index`: of the chunk in its group. `parts`: this rank's two of a chunk
     that ranks share, as chunks without tensors; of other chunks none.
 
-    The runner sets, before each forward: `state` (None for a standalone chunk); `end`, the function of the
+    The runner sets, before each forward: `state` (None for a standalone chunk); `kept`, where results of
+    attention are kept for later forwards (None: nowhere); `end`, the function of the
     last hidden states, the head's weight and this chunk that returns the model's result (None: only keys and
     values are stored); `loss_gradient`, the gradient of the chunk's loss if its backward is the very next
     action, else None; `loss_weights`, `weights` times the weight of each token's sequence, None where all are
-    1. A loss may leave the loss of each token, (T,), not weighted, in `losses`.
+    1; `wants_losses`: whether the loss is to leave that of each token, (T,), not weighted, in `losses`.
     """
 
     def __init__(
@@ -64,10 +67,11 @@ class ChunkTensors:
             none = None, None, None
             self.parts = [ChunkTensors(Chunk((segment,)), index, *none) for segment in chunk.segments]
         self.state: KeyValueState | SharedKeyValueState | None = None
+        self.kept: KeptAttention | None = None
         self.end: End | None = None
         self.loss_gradient: float | None = None
         self.loss_weights: torch.Tensor | None = None
-        self.losses: torch.Tensor | None = None
+        self.wants_losses, self.losses = False, None
         # Cumulative lengths of queries and of keys, for variable-length attention on CUDA.
         self.ends = list(accumulate(self.lengths, initial=0))
         self.query_ends = torch.tensor(self.ends, dtype=torch.int32)
@@ -131,17 +135,41 @@ def expect_descending(following: dict[int, int], layer: int, index: int, last: i
     following[layer] = index - 1
 
 
+class DeviceMemory:
+    """The memory of states whose tensors live on the device. `HostMemory` has the same methods."""
+
+    def empty(self, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of a state, for what is computed on the device of `like`."""
+        return like.new_empty(shape, dtype=dtype)
+
+    def keys_values(self, state: KeyValueState | SharedKeyValueState, layer: int) -> torch.Tensor:
+        """`state.buffers[layer]`, on the device."""
+        return state.buffers[layer]
+
+    def gradients(self, state: KeyValueState | SharedKeyValueState, layer: int) -> torch.Tensor:
+        """`state.gradients[layer]`, on the device."""
+        return state.gradients[layer]
+
+    def written(self, state: KeyValueState | SharedKeyValueState, layer: int, start: int, end: int) -> None:
+        """Call when keys and values of tokens `start .. end - 1` were written into `keys_values`."""
+
+    def added(self, state: KeyValueState | SharedKeyValueState, layer: int, end: int) -> None:
+        """Call when gradients of tokens `0 .. end - 1` in `gradients` were changed."""
+
+
 class KeyValueState:
     """For each layer, keys and values of a group's tokens so far, and gradients that later chunks added.
 
     A layer has one buffer for the whole group: a chunk reads its prefix without a copy. Gradients are in
-    another, in at least fp32, which is there from the last chunk's backward to the first chunk's.
+    another, in at least fp32, which is there from the last chunk's backward to the first chunk's. `memory`:
+    where both live.
     """
 
-    def __init__(self, group: Group):
+    def __init__(self, group: Group, memory: DeviceMemory | HostMemory | None = None):
         self.chunk_starts = [chunk.prefix for chunk in group.chunks]
         # With the segments packed behind the sequence's end: on CUDA one call reads the prefix and them.
         self.tokens = group.tokens
+        self.memory = memory or DeviceMemory()
         self.buffers: dict[int, torch.Tensor] = {}  # layer -> (2, tokens, G, D): keys and values
         self.gradients: dict[int, torch.Tensor] = {}  # layer -> (2, prefix of the last chunk, G, D)
         self.next_backward: dict[int, int] = {}  # layer -> index of the chunk whose backward comes next
@@ -149,15 +177,18 @@ class KeyValueState:
     def write(self, layer: int, index: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> None:
         """Stores a chunk's keys and values. Recomputation writes the same values again."""
         start = self.chunk_starts[index]
+        end = start + k_TGD.size(0)
         if layer not in self.buffers:
-            self.buffers[layer] = k_TGD.new_empty(2, self.tokens, *k_TGD.shape[1:])
-        keys, values = self.read(layer, start, start + k_TGD.size(0))
+            shape = 2, self.tokens, *k_TGD.shape[1:]
+            self.buffers[layer] = self.memory.empty(k_TGD, shape, k_TGD.dtype)
+        keys, values = self.read(layer, start, end)
         keys.copy_(k_TGD)
         values.copy_(v_TGD)
+        self.memory.written(self, layer, start, end)
 
     def read(self, layer: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of tokens `start .. end - 1`: two views, each (end - start, G, D)."""
-        buffer = self.buffers[layer]
+        buffer = self.memory.keys_values(self, layer)
         return buffer[0, start:end], buffer[1, start:end]
 
     def exchange_gradients(
@@ -171,18 +202,28 @@ class KeyValueState:
         expect_descending(self.next_backward, layer, index, len(self.chunk_starts) - 1)
         prefix, last = self.chunk_starts[index], index == len(self.chunk_starts) - 1
         if last:  # the first backward: nobody adds to the last chunk's own keys and values
-            wide = torch.promote_types(self.buffers[layer].dtype, torch.float32)
-            self.gradients[layer] = torch.empty_like(self.buffers[layer][:, :prefix], dtype=wide)
-        gradient = self.gradients[layer]
+            buffer = self.buffers[layer]
+            shape, wide = (2, prefix, *buffer.shape[2:]), torch.promote_types(buffer.dtype, torch.float32)
+            self.gradients[layer] = self.memory.empty(buffer, shape, wide)
+        gradient = self.memory.gradients(self, layer)
         if prefix:  # two kernels, however many chunks it has
             for sum_PGD, part_PGD in zip(gradient[:, :prefix], (dk_PGD, dv_PGD)):
                 if last:
                     sum_PGD.copy_(part_PGD)
                 else:
                     sum_PGD.add_(part_PGD)
+            self.memory.added(self, layer, prefix)
         else:
             del self.gradients[layer]
         return None if last else gradient[:, prefix : self.chunk_starts[index + 1]]
+
+    def span(self, index: int) -> tuple[int, int]:
+        """A chunk's tokens begin and end there, among the state's."""
+        return [*self.chunk_starts[index : index + 2], self.tokens][:2]
+
+    def by_token(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Views of one of the tensors that live in the memory, each contiguous, with a row for each token."""
+        return tensor.unbind()
 
     def bytes(self) -> int:
         """Bytes of the tensors held now."""

@@ -22,7 +22,9 @@ class RankFigures(NamedTuple):
     simulated_bubble: float  # of its replica's plan: a share, 0 to 1
     live_chunks: float  # the most chunks of a stage that held activations at once
     stage_inputs: float  # the most inputs of a stage that were kept at once
-    state_gib: float  # K/V and their gradients, at their peak
+    state_gib: float  # K/V and their gradients, on the device and in host memory, at their peak
+    device_state_gib: float  # what the device holds of them, copies included, at its peak
+    kept_attention_gib: float = 0.0  # results of attention kept for later forwards, likewise
     loss_of_sources: tuple[float, ...] = ()  # weighted sums of its token losses
 
 
@@ -52,6 +54,8 @@ def rank_figures(
         live_chunks=max(result.live_chunks),
         stage_inputs=max(result.stage_inputs),
         state_gib=result.state_bytes / 2**30,
+        device_state_gib=result.device_state_bytes / 2**30,
+        kept_attention_gib=max(result.kept_attention_bytes) / 2**30,
         loss_of_sources=tuple(loss_of_sources),
     )
 
@@ -97,6 +101,8 @@ def step_scalars(
         "chunkflow/recomputed(%)": 100 * plan.recomputed_chunks / plan.chunks,
         "chunkflow/live_chunks_peak": max(rank.live_chunks for rank in figures),
         "chunkflow/kv_state(GiB)": max(rank.state_gib for rank in figures),
+        "chunkflow/kept_attention(GiB)": max(rank.kept_attention_gib for rank in figures),
+        "chunkflow/kv_on_device(GiB)": max(rank.device_state_gib for rank in figures),
         "chunkflow/tokens_per_supervised_token": plan.tokens / max(targets, 1),
         "chunkflow/bad_steps": bad_steps,
         "data/longest_sequence": longest,

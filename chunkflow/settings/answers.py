@@ -6,9 +6,6 @@ of its keys that have none. Keys with the same answer are in one string, with sp
 
 _ANSWERS = {
     # Keys and sections that are planned but not in this version: delete an entry when its key arrives.
-    "chunkflow.kv_offload": "is not available in this version: K/V state stays on the device, remove the key",
-    "chunkflow.keep_attention": "is not available in this version: a recomputed chunk repeats its attention,"
-    " remove the key",
     "lora peft": "is not available in this version: all parameters are trained, remove the section",
     # Keys and sections of torchtitan that are not used here.
     "job.use_for_integration_test model.print_after_conversion training.gc_debug training.enable_fp8_linear"

@@ -143,6 +143,17 @@ class ChunkFlow:
     k: int = option(1, "chunks of a group that keep their activations", AT_LEAST_1)
     fill_tails: bool = option(True, "top up the last chunk of a long sequence with short ones")
     balance: str = option("cost", "what is evened out over data-parallel ranks", ("cost", "tokens"))
+    kv_offload: str = option(
+        "none",
+        "K/V of sequences longer than a chunk, and their gradients, live on the device, or in host memory",
+        ("none", "host"),
+    )
+    keep_attention: str = option(
+        "none",
+        "where chunks that are computed again keep what attention gave, so that it is computed once (with"
+        " enable = false there are none)",
+        ("none", "device", "host"),
+    )
     memory_budget_gib: float | None = option(
         None, "what a rank may hold, for how many ranks share a sequence; unset: its GPU's memory", POSITIVE
     )

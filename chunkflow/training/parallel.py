@@ -16,9 +16,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
-from chunkflow.execution.recompute import recompute_cheap
+from chunkflow.execution.recompute import recompute_cheap, recompute_whole
 from chunkflow.execution.rotary import Rotary
 from chunkflow.planning.balance import block_sizes
 from chunkflow.settings import options
@@ -184,10 +183,11 @@ def apply_activation_checkpoint(model: nn.Module, settings: options.ActivationCh
     if settings.mode == "selective":
         how = settings.selective_ac_option
         every = 1 if how == "op" else int(how)
-    whole = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing is random
     for index, layer in enumerate(model.layers.values()):
         if index % every == 0:
-            layer.forward = functools.partial(recompute_cheap if how == "op" else whole, layer.forward)
+            layer.forward = functools.partial(
+                recompute_cheap if how == "op" else recompute_whole, layer.forward
+            )
     logger.info(f"Applied {settings.mode} activation checkpointing ({how}) to the model")
 
 

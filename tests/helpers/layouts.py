@@ -72,7 +72,18 @@ class Weighed(NamedTuple):
 
 
 def sharded_gradients(
-    model, lengths, sequences, config, k=1, balance="cost", chunk_size=16, blocks=None, weighed=None, **more
+    model,
+    lengths,
+    sequences,
+    config,
+    k=1,
+    balance="cost",
+    chunk_size=16,
+    blocks=None,
+    weighed=None,
+    keep_attention="none",
+    kv_offload=False,
+    **more,
 ):
     """One step of this rank; returns the global loss and whole gradients, with `weighed` (a Weighed) also the
     loss of each sequence."""
@@ -84,7 +95,8 @@ def sharded_gradients(
     parallel.begin_step(model, reshard)
     ((program,),) = plan.programs.values()
     groups = plan.groups[rank]
-    runner = runner_of(model, parallel.before_last_backward, blocks=blocks)
+    arguments = {"blocks": blocks, "keep_attention": keep_attention, "kv_offload": kv_offload}
+    runner = runner_of(model, parallel.before_last_backward, **arguments)
     result, denominator = run_step(runner, program, groups, sequences, targets, weighed)
     dist.all_reduce(result.loss_sum)
     whole = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
@@ -108,7 +120,8 @@ def run_step(runner, program, groups, sequences, targets, weighed=None):
 class Pipeline:
     """This rank's stages of a small model, with the weights of `whole`, on a ("pp", "dp_shard") mesh."""
 
-    def __init__(self, family, mesh, virtual, whole, dtype=torch.float64, blocks=None):
+    def __init__(self, family, mesh, virtual, whole, dtype=torch.float64, blocks=None, **more):
+        """`more`: of the runner."""
         self.mesh, self.whole = mesh, whole
         self.rank, self.ranks = mesh.get_local_rank("pp"), mesh.size(0)
         self.replica, self.replicas = mesh.get_local_rank("dp_shard"), mesh.size(1)
@@ -125,7 +138,7 @@ class Pipeline:
             model.load_state_dict({name: weights[name] for name in model.state_dict()})
             parallel.apply_fsdp(model, mesh["dp_shard"], layout_config().training, False)
         self.stages = stages.make_stages(self.models, count, self.processes, dtype)
-        self.runner = Runner(self.stages, device, blocks=self.processes.blocks)
+        self.runner = Runner(self.stages, device, blocks=self.processes.blocks, **more)
 
     def plan(self, lengths, k, enable=True, balance="cost", chunk_size=16, forward_only=False, **more):
         last = len(self.layers) - 1

@@ -116,9 +116,9 @@ def whole_sequence_gradients(model, sequences, weights=None, denominator=None):
     return total, gradients(model)
 
 
-def runner_of(model, before_last_backward=lambda model: None, loss=loss_sum, blocks=None) -> Runner:
+def runner_of(model, before_last_backward=lambda model: None, loss=loss_sum, blocks=None, **more) -> Runner:
     """Runs the whole model on this process."""
-    return Runner([WholeModel(model, before_last_backward)], torch.device("cpu"), loss, blocks)
+    return Runner([WholeModel(model, before_last_backward)], torch.device("cpu"), loss, blocks, **more)
 
 
 def chunked_gradients(
@@ -131,15 +131,16 @@ def chunked_gradients(
     sequence_weights=None,
     denominator=None,
     by_sequence=False,
+    **more,
 ):
     """The same by the plan's groups and schedule; returns loss, gradients and the runner's counters. `weights`
-    are without the sequences' own. `by_sequence`: asks for the loss of each."""
+    are without the sequences' own. `by_sequence`: asks for the loss of each. `more`: of the runner."""
     targets = sum(int((labels != -100).sum()) for _, labels in sequences)
     denominator = denominator or max(targets, 1)
     model.zero_grad()
     actions = actions or linear_schedule([len(group.chunks) for group in groups], k)
     chunks, count = chunk_tensors(groups, sequences, weights), len(sequences) if by_sequence else None
-    runner = runner_of(model)
+    runner = runner_of(model, **more)
     result = runner.step(actions, groups, chunks, denominator, sequence_weights, sequences=count)
     return result.loss_sum.item() / denominator, gradients(model), result
 
