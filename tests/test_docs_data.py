@@ -205,10 +205,13 @@ def test_all_that_is_read_is_named():
 
 
 def test_the_picture_is_drawn(tmp_path, monkeypatch):
-    assert "](masks.png)" in DOCUMENT
+    assert "](pictures/masks.png)" in DOCUMENT
     monkeypatch.setattr(sys, "argv", ["draw_masks.py", str(tmp_path / "masks.png")])
     drawn = runpy.run_path(str(REPO / "docs" / "draw_masks.py"), run_name="__main__")
-    with Image.open(tmp_path / "masks.png") as image, Image.open(REPO / "docs" / "masks.png") as committed:
+    with (
+        Image.open(tmp_path / "masks.png") as image,
+        Image.open(REPO / "docs" / "pictures" / "masks.png") as committed,
+    ):
         assert image.size == committed.size
     assert [{"messages": drawn["CHAT"]}] in [example.rows for example in examples()]
 
