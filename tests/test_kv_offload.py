@@ -22,7 +22,7 @@ from chunkflow.execution.state import KeyValueState
 from chunkflow.planning.chunks import build_groups
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings, plan_step
-from chunkflow.planning.schedule import linear_schedule
+from chunkflow.planning.schedule import Action, Kind, linear_schedule
 from chunkflow.training import parallel
 from models import families
 from tests.helpers.cuda_kernels import cuda_attention_on_cpu
@@ -125,6 +125,20 @@ def test_the_next_window_is_always_on_its_way():
             runner.step(actions, groups, chunks, 100)
             assert late(runner) == 0
             assert not runner.host.windows, "nothing is held after the step"
+
+
+@quick
+def test_a_recomputation_may_come_early():
+    """As stages of a pipeline do it: then a window lacks what a later chunk wrote, and is completed."""
+    kinds = {"S": Kind.FORWARD_STATE, "F": Kind.FORWARD, "R": Kind.RECOMPUTE, "B": Kind.BACKWARD}
+    actions = [Action(kinds[a[0]], 0, int(a[1])) for a in "S0 S1 S2 F3 B3 R2 R1 B2 R0 B1 B0".split()]
+    for layers in (1, 2, 4):
+        model, sequences = small_model("qwen3", n_layers=layers), random_sequences([40], 96, 0)
+        groups = build_groups([40], 10)
+        _, plain, _ = chunked_gradients(model, sequences, groups, 2, actions)
+        _, got, result = chunked_gradients(model, sequences, groups, 2, actions, kv_offload=True)
+        assert all(torch.equal(got[name], plain[name]) for name in plain)
+        assert result.device_state_bytes == min(layers, 2) * window_bytes(groups) / 2
 
 
 @quick
@@ -278,7 +292,7 @@ def test_late_copies_change_nothing(seed):
         with simulated_gpu() as gpu:
             result = runner_of(model, kv_offload=True).step(actions, groups, chunks, 100)
     got = gradients(model)
-    assert gpu.copies > 50 and gpu.delayed > 10
+    assert gpu.copies > 50 and gpu.delayed > 5
     targets = sum(int((labels != -100).sum()) for _, labels in sequences)
     assert result.loss_sum / targets == pytest.approx(loss, rel=1e-12)
     assert_same_gradients(got, {name: g * targets / 100 for name, g in plain.items()}, 1e-12)
@@ -309,8 +323,8 @@ def test_windows_are_filled_while_the_layer_before_computes():
                 state.write(layer, index, rows, rows)
                 copies.append(gpu.copies - before)
     # Two copies, of keys and of values: into the next window (also an action's first one, in the action before),
-    # and back to the host. The first chunk needs no window filled.
-    assert copies == [2, 4, 2] + 2 * [4, 4, 4]
+    # and back to the host. The first chunk needs no window filled, and leaves that of the first layer.
+    assert copies == [2, 2, 2] + 2 * [4, 4, 4]
     assert host.late == 0
 
 
@@ -431,7 +445,7 @@ def test_the_recipe_shares_validates_and_tells_what_the_device_holds(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     data = write_rows(tmp_path / "rows.jsonl", [700, 20, 64, 5, 430, 31, 7, 90])
-    sizes = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 8}
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 8, "num_hidden_layers": 4}
     options = [small_assets(tmp_path / "model", **sizes), "--training.dtype=float64", "--training.steps=2"]
     options += ["--validation.enable", "--validation.dataset=jsonl", "--validation.freq=2"]
     options += [f"--validation.dataset_path={tmp_path / 'rows.jsonl'}"]
@@ -446,7 +460,7 @@ def test_the_recipe_shares_validates_and_tells_what_the_device_holds(tmp_path):
         events = EventAccumulator(str(tmp_path / name / "tb"))
         events.Reload()
         tags = [f"chunkflow/{tag}(GiB)" for tag in ("kv_state", "kv_on_device")]
-        tags.append("validation_metrics/global_avg_loss")
+        tags.append("validation_metrics/loss")
         scalars.append([[event.value for event in events.Scalars(tag)] for tag in tags])
     (state, on_device, loss), (host_state_, windows, host_loss) = scalars
     assert state == on_device == host_state_ and loss == host_loss

@@ -135,14 +135,15 @@ class HostMemory:
         if key is None:
             return
         (state, layer), tokens, window = key, use.tokens(), self.windows.get(key)
-        if key == self.at:
-            # For a later use it will have what the action at hand writes: that is not on the host yet.
-            lacks = window is None or (use is self.use and window.tokens < tokens)
-            self.late += bool(lacks and tokens)
-        else:
-            lacks = window is None and tokens > 0
-        if lacks:
-            self.windows[key] = window = _Window(self._copy(state, state.buffers[layer], tokens), tokens)
+        host, here = state.buffers[layer], key == self.at
+        if window is None and (tokens or here):
+            self.windows[key] = window = _Window(self._copy(state, host, tokens), tokens)
+            self.late += bool(tokens and here)
+        elif window and window.tokens < tokens and (use is self.use or not here):
+            # It is from an earlier chunk's recomputation. (The window at hand is left alone for a later use:
+            # what this action is about to write is not on the host yet.)
+            window.keys_values = self._copy(state, host, tokens, window.tokens, window.keys_values.tensor)
+            window.tokens = tokens
         if window and use.backward and window.gradients is None and layer in state.gradients:
             window.gradients = self._copy(state, state.gradients[layer], tokens)
         self._count()
@@ -150,12 +151,15 @@ class HostMemory:
     def _count(self) -> None:
         self.peak_bytes = max(self.peak_bytes, sum(window.bytes() for window in self.windows.values()))
 
-    def _copy(self, state: State, host: torch.Tensor, tokens: int) -> _Copy:
-        """A tensor like `host` on the device, with a copy of the first `tokens`."""
+    def _copy(
+        self, state: State, host: torch.Tensor, end: int, start: int = 0, tensor: torch.Tensor | None = None
+    ) -> _Copy:
+        """Tokens `start .. end - 1` of `host`, in a tensor like it on the device: a new one unless given."""
         with self._in_order():
-            tensor = torch.empty(host.shape, dtype=host.dtype, device=self.device)
+            if tensor is None:
+                tensor = torch.empty(host.shape, dtype=host.dtype, device=self.device)
             for to, source in zip(state.by_token(tensor), state.by_token(host)):
-                to[:tokens].copy_(source[:tokens], non_blocking=True)
+                to[start:end].copy_(source[start:end], non_blocking=True)
         return _Copy(tensor, self.stream.record_event() if self.stream else None)
 
     def _copy_back(self, state: State, host: torch.Tensor, copy: _Copy, start: int, end: int) -> None:
