@@ -1,4 +1,4 @@
-"""Draws masks.png of data.md: a chat of two turns as chat templates write it, coloured by loss.
+"""Draws pictures/masks.png of data.md: a chat of two turns as chat templates write it, coloured by loss.
 
 python docs/draw_masks.py [FILE]
 """
@@ -40,7 +40,7 @@ Token = tuple[str, tuple[str, str]]  # its text and colours
 
 
 def main() -> None:
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("masks.png")
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("pictures") / "masks.png"
     with tempfile.TemporaryDirectory() as folder:
         raw = raw_tokenizer("bytes", SPECIAL, ["<think>", "</think>"], [WORDS] * 2, 2000)
         raw.save(f"{folder}/tokenizer.json")

@@ -18,6 +18,9 @@ COMMANDS = {
     "gpu": "gpu.py --cpu --only 1 3 4 7",
     "gpu's attention": "gpu_kernels.py attention --cpu --one",
     "kill_loop": "kill_loop.py --kills 1 --steps 4 --layouts 'one process'",
+    "long_sequence": "long_sequence.py --lengths 48 --chunk-size 16 --k 2 --layers 1 --vocab 64",
+    "paper's checks": "paper.py --checks --batches 1",
+    "paper, other assumptions": "paper.py --sensitivity --batches 1 --launches --shares",
     "pipeline simulated": "pipeline.py --train-steps 0 --steps 1 --stages 4",
     "pipeline measured": "pipeline.py --steps 0 --train-steps 2 --seq-len 64 --sequences 2 --kinds 'whole sequences'",
     "tokenising": "tokenising.py --rows 40 --workers 0",
@@ -46,7 +49,7 @@ def test_benchmark(name, tmp_path):
 
 def test_no_benchmark_is_left_out():
     scripts = {path.name for path in (REPO / "benchmarks").glob("*.py")}
-    assert scripts == {command.split()[0] for command in COMMANDS.values()} | {"versus.py"}
+    assert scripts == {command.split()[0] for command in COMMANDS.values()} | {"versus.py", "paper_model.py"}
 
 
 def test_usual_loops_and_ours_have_the_same_losses(tmp_path):
@@ -60,6 +63,45 @@ def test_usual_loops_and_ours_have_the_same_losses(tmp_path):
     column = table[0].index("all steps")
     assert [line[0].removeprefix("| ") for line in table[2:]] == rows
     assert all(float(line[column]) <= 1e-5 for line in table[3:]), done.stdout
+
+
+def test_the_parts_of_a_simulated_step_add_up_and_ours_is_not_slower_than_the_papers(tmp_path):
+    options = shlex.split("--setups 1 --replicas 2 --batches 1 --json --picture paper.png")
+    done = benchmark(tmp_path, "paper.py", *options, seconds=240)
+    assert done.returncode == 0 and (tmp_path / "paper.png").stat().st_size > 10_000, done.stderr
+    (rows,) = json.loads(done.stdout.splitlines()[-1]).values()
+    assert list(rows) == ["whole", "paper", "ours", "shared"]
+    parts = ("work", "small", "again", "pipeline", "replicas")
+    for name, row in rows.items():
+        assert row["seconds"] == pytest.approx(sum(row[part] for part in parts)), name
+        assert row["speedup"] == pytest.approx(rows["whole"]["seconds"] / row["seconds"]), name
+        assert min(row[part] for part in parts) > -1e-6 and row["gib"] < 80, name
+        # Arithmetic is the same in all, but for the traffic of shared sequences.
+        assert row["work"] == pytest.approx(rows["whole"]["work"], rel=0.02), name
+    assert rows["shared"]["replicas"] < rows["ours"]["replicas"] <= rows["paper"]["replicas"]
+    assert rows["shared"]["seconds"] < rows["ours"]["seconds"] < rows["paper"]["seconds"]
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_flops_of_a_long_sequence_are_those_that_torch_counts(k, monkeypatch):
+    """Its matrix products exactly, of chunks that are kept and of those that are not."""
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks import long_sequence, step
+
+    model = step.make_model("float32", **step.sizes(128, 3, 256))
+    runner = long_sequence.Runner([long_sequence.WholeModel(model, lambda model: None)], step.CPU)
+    with FlopCounterMode(display=False) as counter:
+        long_sequence.sequence_step(runner, 100, 16, k, 256)
+    counted = sum(count for name, count in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
+    discarded = 16 * (7 - k)
+    of_layer = 4.0 * 128 * discarded * (discarded + 1) / 2  # queries of 2 x 64, attention of one layer
+    saved = long_sequence.flops(model.args, 100, 16, k, False) - (
+        kept := long_sequence.flops(model.args, 100, 16, k, True)
+    )
+    assert saved == 2 * of_layer  # of the first two; the last layer's attention is run once in any case
+    assert kept - 3.5 * 3 * 4.0 * 128 * 100 * 101 / 2 == counted
 
 
 @pytest.mark.parametrize("precision", ["recipe", "float32"])

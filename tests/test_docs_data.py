@@ -5,14 +5,17 @@ import html
 import json
 import logging
 import re
+import runpy
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from chunkflow.data.files import SUFFIXES, find_files
 from chunkflow.data.messages import ROLES
@@ -199,6 +202,18 @@ def test_all_that_is_read_is_named():
     ]
     table = {other: role.partition(",")[0] for role, others in roles for other in others.split(", ")}
     assert table == {other: role for other, role in ROLES.items() if other != role}
+
+
+def test_the_picture_is_drawn(tmp_path, monkeypatch):
+    assert "](pictures/masks.png)" in DOCUMENT
+    monkeypatch.setattr(sys, "argv", ["draw_masks.py", str(tmp_path / "masks.png")])
+    drawn = runpy.run_path(str(REPO / "docs" / "draw_masks.py"), run_name="__main__")
+    with (
+        Image.open(tmp_path / "masks.png") as image,
+        Image.open(REPO / "docs" / "pictures" / "masks.png") as committed,
+    ):
+        assert image.size == committed.size
+    assert [{"messages": drawn["CHAT"]}] in [example.rows for example in examples()]
 
 
 def test_downloads_lie_where_the_configs_look(tmp_path, monkeypatch):

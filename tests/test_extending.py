@@ -115,14 +115,17 @@ import torch.nn.functional as F
 
 def z_loss_sum(hidden_TC, weight_VC, chunk):
     logits_TV = hidden_TC @ weight_VC.t()
-    loss = F.cross_entropy(logits_TV, chunk.labels, reduction="sum", ignore_index=-100)
-    return loss + 1e-2 * logits_TV.logsumexp(-1)[chunk.labels != -100].square().sum()
+    losses_T = F.cross_entropy(logits_TV, chunk.labels, reduction="none", ignore_index=-100)
+    losses_T = losses_T + 1e-2 * torch.where(chunk.labels == -100, 0, logits_TV.logsumexp(-1).square())
+    return losses_T.sum() if chunk.loss_weights is None else (losses_T * chunk.loss_weights).sum()
 """
 
 
 def test_a_recipe_with_another_loss_is_exact_in_chunks(tmp_path):
     environ = edited_recipe(tmp_path, "z_loss_recipe", LOSS, {"loss_sum": "z_loss_sum"})
     data = write_rows(tmp_path / "rows.jsonl", [300, 20, 64, 5, 130, 31, 7, 90, 12])
+    rows = [json.loads(line) | {"weight": 0.5 + n} for n, line in enumerate(data.read_text().splitlines())]
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     options = ["--training.dtype=float64", "--training.steps=2"]
     plain = train(tmp_path, "plain", data, *options)
     whole = train(tmp_path, "whole", data, *options, "--chunkflow.enable=false", **environ)

@@ -163,7 +163,7 @@ def test_the_loss_of_a_source_is_that_of_its_sequences_on_all_ranks():
         assert [rank.loss_of_sources for rank in figures] == [(9.0, 4.0, 0.0), (0.0, 4.0, 0.0)]
         losses = losses_by_source(figures, ["a", "b", "none"], [0, 1, 1, 0], [3.0, 1.0, 4.0, 0.0])
         assert losses == {"a": 9 / 3, "b": 8 / 5}
-    assert losses_by_source([RankFigures(*[0.0] * 7)], [], [], [1.0]) == {}
+    assert losses_by_source([RankFigures(*[0.0] * 8)], [], [], [1.0]) == {}
 
 
 @pytest.mark.parametrize("weighting", ["token", "sequence"])

@@ -48,7 +48,7 @@ NOT_READ_IN_MESSAGES = "not read in messages: "
 
 FORMS_SENTENCE = (
     'a row is {"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"}'
-    ' or {"input_ids"[, "labels" or "loss_mask"]}'
+    ' or {"input_ids"[, "labels" or "loss_mask"]} (docs/data.md has all forms)'
 )
 MESSAGE_RULE = 'it must be an object with "role" and "content", or "from" and "value"'
 
@@ -175,7 +175,8 @@ def _read_other(message: dict, key: str, name: str, notes: set[str]) -> None:
     elif key in ("reasoning_content", "tool_call_id") or (key == "name" and role == "tool"):
         checked_text(value, f"{name}.{key}")
     elif key in UNREAD:
-        raise ValueError(f'{name} has "{key}", which is not read in a message: remove it')
+        remedy = 'write "tool_calls" in its place' if key.startswith("function_call") else "remove it"
+        raise ValueError(f'{name} has "{key}", which is not read in a message: {remedy}')
     elif key in METADATA or _repeats(message, key):
         del message[key]
         notes.add(f"{NOT_READ_IN_MESSAGES}{key}")
@@ -226,7 +227,7 @@ def read_tools(row: dict) -> list[dict] | None:
         raise ValueError(
             f"tools is {show(tools)}: it must be a list of objects, as the model's chat template reads them"
         )
-    tools = [parsed(tool, "tools", "objects") if isinstance(tool, str) else tool for tool in tools]
+    tools = [parsed(tool, "a tool", "an object") if isinstance(tool, str) else tool for tool in tools]
     if wrong := [tool for tool in tools if not isinstance(tool, dict)]:
         raise ValueError(
             f"tools has {show(wrong[0])}: it must be a list of objects, as the model's chat template reads"
@@ -301,7 +302,7 @@ def parsed(text: str, name: str, rule: str):
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
         raise ValueError(
-            f"{name} is {show(text)}: it must be {rule}, or a string that is that as JSON ({reason}),"
+            f"{name} is {show(text)}: it must be {rule}, or that as a JSON string (not valid JSON: {reason}),"
             " correct it"
         ) from None
 
@@ -333,7 +334,7 @@ def show(value) -> str:
 def checked_text(text, name: str) -> str:
     """The text, unless it is not a string that can be encoded: ValueError, which calls it `name`."""
     if not isinstance(text, str):
-        raise ValueError(f"{name} is {show(text)}: it must be a string, write it in quotes")
+        raise ValueError(f"{name} is {show(text)}: it must be a string, write it as one")
     try:
         text.encode()
     except UnicodeEncodeError as error:

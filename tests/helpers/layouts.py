@@ -82,6 +82,7 @@ def sharded_gradients(
     blocks=None,
     weighed=None,
     keep_attention="none",
+    kv_offload=False,
     **more,
 ):
     """One step of this rank; returns the global loss and whole gradients, with `weighed` (a Weighed) also the
@@ -94,7 +95,7 @@ def sharded_gradients(
     parallel.begin_step(model, reshard)
     ((program,),) = plan.programs.values()
     groups = plan.groups[rank]
-    arguments = {"blocks": blocks, "keep_attention": keep_attention}
+    arguments = {"blocks": blocks, "keep_attention": keep_attention, "kv_offload": kv_offload}
     runner = runner_of(model, parallel.before_last_backward, **arguments)
     result, denominator = run_step(runner, program, groups, sequences, targets, weighed)
     dist.all_reduce(result.loss_sum)
