@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from chunkflow.execution import attention, kept_attention, runner, shared_state
 from chunkflow.execution.kept_attention import AttentionStore, KeptAttention
 from chunkflow.planning.chunks import build_groups
-from chunkflow.planning.schedule import forward_only
+from chunkflow.planning.schedule import forward_only, linear_schedule
 from chunkflow.settings.options import ActivationCheckpoint
 from chunkflow.training import parallel
 from models import families
@@ -124,6 +124,33 @@ def test_bytes(place, mode, k):
         assert (device, host) == (kept, 0)
     else:
         assert host == kept and device == 2 * 16 * TOKEN  # two layers of a chunk
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_keys_and_values_on_the_host_stay_there_where_attention_is_kept(mode):
+    """RECOMPUTE fetches them for the last layer only, ahead of it."""
+    lengths, model = [93, 30, 12], model_of("llama3", mode)
+    groups, sequences = build_groups(lengths, 16), random_sequences(lengths, 96, 0)
+    actions, fetched, results = linear_schedule([len(group.chunks) for group in groups], 1), [], []
+    for place in PLACES:
+        offloading, tokens = runner_of(model, keep_attention=place, kv_offload=True), []
+
+        def copy(state, host, count, copy=offloading.host._copy, tokens=tokens):
+            tokens.append(count)
+            return copy(state, host, count)
+
+        model.zero_grad()
+        with mock.patch.object(offloading.host, "_copy", copy):
+            offloading.step(actions, groups, chunk_tensors(groups, sequences), 100)
+        results.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        assert_same_bits(results[-1], results[0])
+        assert offloading.host.late == 0
+        fetched.append(sum(tokens))
+    # Recomputation would have read the prefix of each discarded chunk in all layers; what it fetched of the
+    # first and of the last layer other actions need, too.
+    saved = (LAYERS - 2) * sum(chunk.prefix for group in groups for chunk in group.chunks[:-1])
+    assert fetched[0] - saved == fetched[1] == fetched[2]
 
 
 @pytest.mark.quick
@@ -335,7 +362,7 @@ def on_stages(mode, virtual, k):
     loss, expected = whole_sequence_gradients(whole, sequences)
     counts, results = [], []
     for place in PLACES:
-        more = {"blocks": processes.blocks, "keep_attention": place}
+        more = {"blocks": processes.blocks, "keep_attention": place, "kv_offload": place == "host"}
         pipeline = Pipeline("llama3", processes.mesh, virtual, whole, **more)
         for model in pipeline.models.values():
             parallel.apply_activation_checkpoint(model, ActivationCheckpoint(mode))
@@ -388,7 +415,7 @@ def reference(tmp_path_factory, data, options):
     [
         (1, "host", ["--activation_checkpoint.mode=full"]),
         (2, "device", ["--parallelism.fsdp_reshard_after_forward=never"]),
-        (2, "host", ["--parallelism.fsdp_reshard_after_forward=always", "--activation_checkpoint.mode=full"]),
+        (2, "host", ["--parallelism.fsdp_reshard_after_forward=always", "--chunkflow.kv_offload=host"]),
         (2, "host", ["--parallelism.pipeline_parallel_degree=2", "--activation_checkpoint.mode=selective"]),
     ],
 )

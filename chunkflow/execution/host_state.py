@@ -23,16 +23,18 @@ if TYPE_CHECKING:
 
 class Use(NamedTuple):
     """What an action does with a state: forward it reads the prefix of chunk `index`, layer after layer;
-    backward the chunk's own keys and values too, and gradients, from the last layer to the first."""
+    backward the chunk's own keys and values too, and gradients, from the last layer to the first. With
+    `last_only` it does nothing in other layers than the last."""
 
     state: State
     index: int
     backward: bool
+    last_only: bool = False
 
     def first(self) -> Layer | None:
         """The layer that the action begins with; None if no chunk has written yet."""
         layers = list(self.state.buffers)  # in the order of the first chunk's forward
-        return (self.state, layers[-1 if self.backward else 0]) if layers else None
+        return (self.state, layers[-1 if self.backward or self.last_only else 0]) if layers else None
 
     def after(self, layer: int) -> Layer | None:
         """The layer that follows; None after the last one."""

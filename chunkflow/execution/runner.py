@@ -249,8 +249,12 @@ class _Run:
         """What an action does with a K/V state that there is already."""
         if action is None or (action.stage, action.group) not in self.states:
             return None
+        # Of layers whose attention was kept nothing is read; only a last stage's last one keeps none.
+        from_kept = self.kept is not None and action.kind is Kind.RECOMPUTE
+        if from_kept and not self.stages[action.stage].is_last:
+            return None
         state = self.states[action.stage, action.group]
-        return Use(state, action.chunk, action.kind is Kind.BACKWARD)
+        return Use(state, action.chunk, action.kind is Kind.BACKWARD, last_only=from_kept)
 
     def _forward(self, kind: Kind, index: int, key: tuple[int, int], loss_gradient: float | None) -> None:
         stage, chunk, result = self.stages[index], self._chunk(index, key), self.result
