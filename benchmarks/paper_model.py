@@ -194,7 +194,7 @@ class System:
                 else:
                     useful += work[stage][group][chunk]
             each = [amount / len(schedule) for amount in (useful, busy - useful - twice, twice)]
-            rows.append((run.makespan, Parts(*each, run.makespan - sum(each), 0.0)))
+            rows.append((run.makespan, Parts(*each, max(0.0, run.makespan - sum(each)), 0.0)))
         slowest = max(makespan for makespan, _ in rows)
         waits = [parts._replace(replicas=slowest - makespan) for makespan, parts in rows]
         return weighed(waits, [1] * replicas)

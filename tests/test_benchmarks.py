@@ -75,7 +75,7 @@ def test_the_parts_of_a_simulated_step_add_up_and_ours_is_not_slower_than_the_pa
     for name, row in rows.items():
         assert row["seconds"] == pytest.approx(sum(row[part] for part in parts)), name
         assert row["speedup"] == pytest.approx(rows["whole"]["seconds"] / row["seconds"]), name
-        assert min(row[part] for part in parts) > -1e-6 and row["gib"] < 80, name
+        assert min(row[part] for part in parts) >= 0 and row["gib"] < 80, name
         # Arithmetic is the same in all, but for the traffic of shared sequences.
         assert row["work"] == pytest.approx(rows["whole"]["work"], rel=0.02), name
     assert rows["shared"]["replicas"] < rows["ours"]["replicas"] <= rows["paper"]["replicas"]
