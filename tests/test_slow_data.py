@@ -12,9 +12,9 @@ from tests.helpers.processes import RECIPE, environment, rows_of, run_ranks, sma
 # Rank 1 has a cache of its own, which is empty, and takes its time to fill it.
 SLOW_ON_RANK_1 = f"""
 import os, runpy, time
-from chunkflow.data import dataset
+from chunkflow.data import token_cache
 
-recipe, write = runpy.run_path({str(RECIPE)!r}, run_name="recipe"), dataset._write_cache
+recipe, write = runpy.run_path({str(RECIPE)!r}, run_name="recipe"), token_cache._write_cache
 
 
 def write_slowly(*arguments):
@@ -24,7 +24,7 @@ def write_slowly(*arguments):
 
 if os.environ["RANK"] == "1":
     os.environ["CHUNKFLOW_CACHE"] += " of another machine"
-    dataset._write_cache = write_slowly
+    token_cache._write_cache = write_slowly
 recipe["main"]()
 """
 
