@@ -39,7 +39,7 @@ class PlanSettings(NamedTuple):
     stages: tuple[Cost, ...] = ()  # of each pipeline stage; none: one stage, the whole model
     pipeline_ranks: int = 1
     spread_over: int = 1  # most replicas that may share a sequence
-    kv_tokens: int = 0  # of a sequence, the most whose K/V and gradients a replica can hold; 0: no limit
+    kv_tokens: int = 0  # the most whose K/V and gradients a replica can hold at once; 0: no limit
 
 
 class Plan(NamedTuple):
@@ -83,9 +83,11 @@ def plan_step(lengths: list[int], settings: PlanSettings, replicas: Sequence[int
     templates: Sequence[list[Action] | None] = [None] * settings.replicas
     if settings.lockstep:
         shared = [sum(group.spread is not None for group in of_replica) for of_replica in groups]
-        templates = (
-            forward_only(counts, lockstep=True) if settings.forward_only else lockstep(counts, k, shared)
-        )
+        if settings.forward_only:
+            templates = forward_only(counts, lockstep=True)
+        else:
+            tokens = [[group.tokens for group in of_replica] for of_replica in groups]
+            templates = lockstep(counts, k, shared, tokens, settings.kv_tokens)
         check_slots(templates, groups)
     wanted = range(settings.replicas) if replicas is None else replicas
     planned = {replica: _run(groups[replica], settings, k, templates[replica]) for replica in wanted}

@@ -68,10 +68,12 @@ def budget_gib(config: Config, planned: bool) -> float | None:
 def most_kv_tokens(
     config: Config, family: ModuleType, args: Any, layers: list[range], replicas: int, planned: bool
 ) -> int:
-    """Of a sequence, the most tokens whose K/V and gradients each rank can hold; 0, no limit, without a
-    budget, or where no sequence is shared. `planned` as of `budget_gib`."""
+    """The most tokens whose K/V and gradients each rank can hold at once; 0, no limit, without a budget, or
+    where neither a sequence is shared nor groups' K/V wait for each other (ZeRO-3). `planned` as of
+    `budget_gib`."""
     settings, gib = config.chunkflow, budget_gib(config, planned)
-    if gib is None or not settings.enable or replicas == 1 or config.parallelism.context_parallel_degree == 1:
+    shares = replicas > 1 and config.parallelism.context_parallel_degree != 1
+    if gib is None or not settings.enable or not (shares or reshards(config.parallelism, replicas)):
         return 0
     plan = len(layers), settings.k, settings.chunk_size, config.training.seq_len
     on_cuda = planned or config.comm.mode == "fake_backend" or torch.cuda.is_available()
