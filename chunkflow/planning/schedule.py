@@ -82,9 +82,7 @@ def lockstep(
 class _LockstepRank:
     """How far one rank has come, while the common template is built."""
 
-    def __init__(
-        self, counts: Sequence[int], shared: int, tokens: Sequence[int], k: int, kv_tokens: float
-    ):
+    def __init__(self, counts: Sequence[int], shared: int, tokens: Sequence[int], k: int, kv_tokens: float):
         self.k, self.counts, self.kv_tokens = k, counts, kv_tokens
         self.actions: list[Action] = []
         # The next one is popped from the end of each list.

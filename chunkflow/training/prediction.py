@@ -34,6 +34,8 @@ def stage_sizes(
         recompute_cheap=how == "op",
         slice_tokens=slice_tokens("cuda", args.vocab_size),
         sends_in_flight=SENDS_IN_FLIGHT if pipeline_ranks > 1 else 0,
+        kv_offload=getattr(config.chunkflow, "kv_offload", "none"),
+        keep_attention=getattr(config.chunkflow, "keep_attention", "none"),
     )
     sizes = []
     with torch.device("meta"):
