@@ -22,10 +22,15 @@ class Forecast(NamedTuple):
 
 
 def forecast(
-    lengths: list[int], settings: PlanSettings, sizes: Sequence[dict[int, StageSizes]], rates: Rates
+    lengths: list[int],
+    settings: PlanSettings,
+    sizes: Sequence[dict[int, StageSizes]],
+    rates: Rates,
+    most: int = REPLICAS,
 ) -> Forecast:
-    """Of a global batch of sequences with these lengths. `sizes`: each pipeline rank's stages, by number."""
-    made = plan_step(lengths, settings, most=REPLICAS)
+    """Of a global batch of sequences with these lengths. `sizes`: each pipeline rank's stages, by number;
+    `most`: replicas that are planned, as by `plan_step`."""
+    made = plan_step(lengths, settings, most=most)
     peaks: list[Parts] = [{}] * settings.pipeline_ranks
     kv = []
     for replica, programs in made.programs.items():
@@ -87,9 +92,9 @@ def candidates(
     """Rows of these chunk sizes, from the largest down, each with the values of `ks` from the least up; those
     that cannot be better are left out. `ks`: none: powers of two.
 
-    More than all chunks of the `longest` sequence are never kept, a larger k only takes more memory than one
-    that does not fit, and where two sizes in a row are slower than the best, smaller ones are, too: they
-    have more chunks, and more of them are computed again.
+    More than all chunks of the `longest` sequence are never kept; a larger k only takes more memory than one
+    that does not fit, and is not faster than one that was not; and where two sizes in a row are slower than
+    the best, smaller ones are, too: they have more chunks, and more of them are computed again.
     """
     best, slower = float("inf"), 0
     for chunk_size in sorted(set(chunk_sizes), reverse=True):
@@ -99,9 +104,10 @@ def candidates(
             yield row
             if not row.fits:
                 break
-            fastest = min(fastest, row.step_seconds)
-            if not row.recomputed_percent:
+            if not row.recomputed_percent or row.step_seconds > fastest:
+                fastest = min(fastest, row.step_seconds)
                 break
+            fastest = row.step_seconds
         slower = slower + 1 if best < fastest < float("inf") else 0
         best = min(best, fastest)
         if slower == 2:

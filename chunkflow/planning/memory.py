@@ -277,13 +277,12 @@ def peak_parts(
         for part in () if stage.layout.offload else ("parameters", "optimizer", "gradients"):
             now[part] += getattr(stage, part)
         now["stage_inputs"] += stage.layout.sends_in_flight * longest * stage.hidden_bytes
-    peak = dict(now)
+    peak, most = dict(now), sum(now.values())
 
     def moment(**more: int) -> None:
-        nonlocal peak
-        then = {part: amount + more.get(part, 0) for part, amount in now.items()}
-        if sum(then.values()) > sum(peak.values()):
-            peak = then
+        nonlocal peak, most
+        if (total := sum(now.values()) + sum(more.values())) > most:
+            peak, most = {part: amount + more.get(part, 0) for part, amount in now.items()}, total
 
     entries = [entry for entry in entries if entry.group != DUMMY]
     actions = [entry for entry in entries if isinstance(entry, Action)]

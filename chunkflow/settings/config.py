@@ -235,7 +235,8 @@ def _checked(name: str, value: Any, where: str = "", key: Key | None = None) -> 
 
 
 def _typed(name: str, value: Any, kind: type, where: str, words: tuple[str, ...] = ()) -> Any:
-    """The value; ConfigError if it is neither of this type nor one of `words`. A whole number becomes a float where one is due."""
+    """The value; ConfigError if it is of another type, which with `words` is not all that the key admits. A
+    whole number becomes a float where one is due."""
     if kind is float and type(value) is int and abs(value) < 2**1000:
         value = float(value)
     good = type(value) is kind and (kind is not float or math.isfinite(value))

@@ -10,6 +10,7 @@ import torch
 
 from chunkflow.planning.step_time import Pass, Rates
 from chunkflow.reporting.device import PEAK_FLOPS
+from chunkflow.settings.options import Config
 
 # Shares of the peak that products, and attention, reach in bf16; the backward of attention has 5 products
 # for the forward's 2.
@@ -24,19 +25,35 @@ BANDWIDTHS = {
     "B200": (600e9, 80e9, 50e9, 6.5e12),
 }
 OTHER_BANDWIDTHS = (50e9, 20e9, 22e9, 1e12)
+# GiB that CUDA can use of each; of others that of 80 GB.
+MEMORY_GIB = {"L40S": 44.4, "H100 NVL": 93.0, "H200": 139.8, "B200": 178.3, "MI300X": 191.7, "MI325X": 255.7}
+OTHER_MEMORY_GIB = 79.2
 # Of one thread of a CPU, and of processes that talk through gloo.
 CPU_FLOPS, CPU_ATTENTION_FLOPS, CPU_LAYER_SECONDS = 60e9, 25e9, 500e-6
 CPU_BANDWIDTHS = (1e9, 0.5e9, 5e9, 8e9)
 ASSUMED = "H100"  # where there is no GPU
 
 
-def this_device() -> str:
-    """The name of this machine's GPU, or "cpu"."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+def device_of(config: Config, planned: bool) -> str:
+    """The GPU there is, by its name; else "cpu" or, if plans are for a machine that need not be this one
+    (`planned`, the fake backend), the GPU that is assumed."""
+    if torch.cuda.is_available() and config.comm.mode != "fake_backend":
+        return torch.cuda.get_device_name()
+    return ASSUMED if planned or config.comm.mode == "fake_backend" else "cpu"
+
+
+def memory_gib(device: str) -> float | None:
+    """The memory of a device, whole GiB of this machine's own GPU; None of a CPU."""
+    if device == "cpu":
+        return None
+    if torch.cuda.is_available() and device == torch.cuda.get_device_name():
+        return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory >> 30)
+    return next((gib for name, gib in MEMORY_GIB.items() if name in device), OTHER_MEMORY_GIB)
 
 
 def analytic(device: str) -> Rates:
-    """From data sheets. `device`: a GPU's name, or a part of it; or "cpu", this one. ValueError for others."""
+    """From data sheets. `device`: a GPU's name, with more around it; or "cpu", this one. ValueError for
+    others."""
     if device == "cpu":
         threads = torch.get_num_threads()
         linear, attention = 1 / (CPU_FLOPS * threads), 1 / (CPU_ATTENTION_FLOPS * threads)
