@@ -28,14 +28,22 @@ PIPELINE_RANKS = 8  # at most, of the layouts that are tried
 class Forecaster:
     """Forecasts of one step under changed settings.
 
-    `lengths`: of the step's sequences; `ranks`: how many there are; `device`: by its name.
+    `lengths`: of the step's sequences; `ranks`: how many there are; `device`: by its name; `measured`:
+    whether the rates are calibrated.
     """
 
     def __init__(
-        self, config: Config, spec: build.ModelSpec, lengths: list[int], ranks: int, device: str, rates: Rates
+        self,
+        config: Config,
+        spec: build.ModelSpec,
+        lengths: list[int],
+        ranks: int,
+        device: str,
+        rates: Rates,
+        measured: bool = False,
     ):
         self.config, self.spec, self.lengths, self.ranks = config, spec, lengths, ranks
-        self.device, self.rates = device, rates
+        self.device, self.rates, self.measured = device, rates, measured
         self.budget = prediction.budget_gib(config, device)
 
     def changed(self, chunk_size: int, k: int, pipeline_ranks: int, reshard: str) -> Config:
@@ -62,7 +70,9 @@ class Forecaster:
 
     def row(self, chunk_size: int, k: int, pipeline_ranks: int, reshard: str) -> Row:
         """What these settings would do."""
-        settings, step, cuda = self.of(self.changed(chunk_size, k, pipeline_ranks, reshard), most=2)
+        # A pipeline's replicas do not wait for one another; those with the most work tell the time.
+        most = 2 if pipeline_ranks > 1 else forecast.REPLICAS
+        settings, step, cuda = self.of(self.changed(chunk_size, k, pipeline_ranks, reshard), most)
         gib = max(prediction.total_gib(parts, cuda, self.device) for parts in step.peaks)
         figures = step.figures
         return Row(
@@ -127,8 +137,70 @@ def forecaster(
     _, lengths, _, _ = loader.batch_at(0)
     lengths = list(lengths)
     lengths[lengths.index(max(lengths))] = loader.longest
-    rates, _ = rates_of(spec.name, spec.args, training.mixed_precision_param, device)
-    return Forecaster(config, spec, lengths, ranks, device, rates)
+    rates = rates_of(spec.name, spec.args, training.mixed_precision_param, device)
+    return Forecaster(config, spec, lengths, ranks, device, *rates)
+
+
+def compare(predicted: Forecaster) -> tuple[list[Row], str]:
+    """What all settings that are tried would do: the best that fits first, then the others by time, with the
+    config's own among them; and why the best is. Puts the best in the place of "auto" in the config. Of
+    whole sequences there is no choice."""
+    config = predicted.config
+    chunkflow, degrees = config.chunkflow, config.parallelism
+    if not chunkflow.enable:
+        return [], ""
+    rows = list(predicted.rows())
+    settled = {name: getattr(chunkflow, name) for name in ("chunk_size", "k")}
+    if "auto" in settled.values():
+        given = [row for row in rows if settled["chunk_size"] in ("auto", row.chunk_size)]
+        given = [row for row in given if settled["k"] in ("auto", row.k)] or list(predicted.rows(**settled))
+        best = (ranked(given) or sorted(given, key=lambda row: row.peak_gib))[0]
+        chunkflow.chunk_size, chunkflow.k = best[:2]
+    layout = degrees.pipeline_parallel_degree, degrees.fsdp_reshard_after_forward
+    if (chunkflow.chunk_size, chunkflow.k) not in [row[:2] for row in rows]:
+        rows.append(predicted.row(chunkflow.chunk_size, chunkflow.k, *layout))
+    own = ranked(rows)
+    best = own[0] if own else min(rows, key=lambda row: row.peak_gib)
+    rows += predicted.other_layouts(best.chunk_size, best.k)
+    found = ranked(rows)
+    others = sorted((row for row in rows if not row.fits), key=lambda row: row.peak_gib)
+    if not found:
+        return others, "nothing that was tried fits"
+    return [found[0]._replace(best=True), *found[1:], *others], reason(found, predicted.budget)
+
+
+def hint(config: Config, recomputed_percent: float) -> str:
+    """What to know about the config's recomputation; "" if nothing."""
+    full = config.activation_checkpoint.mode == "full"
+    if not full or not config.chunkflow.enable or not recomputed_percent:
+        return ""
+    return (
+        'activation_checkpoint.mode = "full" recomputes what k recomputes already: chunks beyond k take three'
+        " forwards"
+    )
+
+
+def table_lines(report: dict, most: int = 6) -> list[str]:
+    """The first rows of a report's table, the config's own among them, and why the best is, as text."""
+    if not report["table"]:
+        return []
+    own = report["chunk_size"], report["k"], len(report["memory"]["pipeline_ranks_gib"])
+    own = (*own, report["reshard_after_forward"])
+    rows = [Row(**row) for row in report["table"]]
+    shown = [row for number, row in enumerate(rows) if number < most or row[:4] == own]
+    heads = "chunk_size", "k", "pipeline", "ZeRO-3", "s a step", "tokens/s", "GiB", "recomputed %", "bubble %"
+    lines = ["", "other settings, with that sequence: the fastest that fit first"]
+    lines.append("".join(f"{head:>{len(head) + 3}}" for head in heads))
+    for row in shown:
+        zero = "yes" if row.fsdp_reshard_after_forward else "no"
+        texts = [f"{row.chunk_size:,}", f"{row.k}", f"{row.pipeline_parallel_degree}", zero]
+        texts += [f"{row.step_seconds:,.3g}", f"{row.tps:,.0f}", f"{row.peak_gib:,.1f}"]
+        texts += [f"{row.recomputed_percent:.1f}", f"{row.bubble_percent:.1f}"]
+        line = "".join(f"{text:>{len(head) + 3}}" for text, head in zip(texts, heads))
+        marks = ["best"] * row.best + ["this config"] * (row[:4] == own) + ["too large"] * (not row.fits)
+        lines.append(line + (f"  <- {', '.join(marks)}" if marks else ""))
+    lines += [report["why"]] if report["why"] else []
+    return lines + ([report["hint"]] if report["hint"] else [])
 
 
 def settle(
