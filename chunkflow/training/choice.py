@@ -199,7 +199,7 @@ def table_lines(report: dict, most: int = 6) -> list[str]:
         line = "".join(f"{text:>{len(head) + 3}}" for text, head in zip(texts, heads))
         marks = ["best"] * row.best + ["this config"] * (row[:4] == own) + ["too large"] * (not row.fits)
         lines.append(line + (f"  <- {', '.join(marks)}" if marks else ""))
-    lines += [report["why"]] if report["why"] else []
+    lines += report["why"].split("; ")
     return lines + ([report["hint"]] if report["hint"] else [])
 
 
