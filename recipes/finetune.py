@@ -34,7 +34,7 @@ from chunkflow.storage import hf_weights as hf
 from chunkflow.storage import manifest
 from chunkflow.storage.checkpoint import Checkpoints
 from chunkflow.storage.files import claim_folder
-from chunkflow.training import build, parallel, stages
+from chunkflow.training import build, choice, parallel, stages
 from chunkflow.training.converters import convert_model
 from chunkflow.training.optimizer import build_optimizer, set_learning_rate
 from chunkflow.training.preemption import StopRequest
@@ -53,7 +53,7 @@ def check(config) -> None:
 
 
 def main() -> None:
-    config = main_config(check=check)
+    config = main_config(check=check, chooses=True)
     init_logger()
     if manifest.finished(config.checkpoint, config.job.dump_folder, config.training.steps):
         logger.info(
@@ -80,6 +80,10 @@ def main() -> None:
     offload = training.enable_cpu_offload
     processes = parallel.init_processes(config.comm, config.parallelism, offload)
     device, replica, pipeline_rank = processes.device, processes.replica, processes.pipeline_rank
+    with user_errors():
+        # "auto" becomes numbers, and what would not fit into memory is refused.
+        saved = manifest.saved_settings(config.checkpoint, config.job.dump_folder)
+        choice.settle(config, spec, dataset, seed, processes, saved)
     if processes.rank == 0:
         with user_errors():
             claim_folder(config.job.dump_folder, to_toml(config), locked=not fake)

@@ -261,6 +261,11 @@ def test_tables():
             "training.steps = 1.5 is not a whole number: write it like training.steps = 10",
         ),
         (["--training.steps=1e3"], "is not a whole number"),
+        (
+            ["--chunkflow.k=autto"],
+            'chunkflow.k = autto is neither a whole number nor "auto": write it like chunkflow.k = 10',
+        ),
+        (["--chunkflow.chunk_size=0"], "chunkflow.chunk_size = 0 is out of range"),
         (["--training.steps=0"], "training.steps = 0 is out of range: choose a value of at least 1"),
         (["--training.global_batch_size", "-1"], "of at least 1"),
         (["--chunkflow.chunk_size=0"], "of at least 1"),
@@ -317,6 +322,7 @@ def test_refusals_on_the_command_line(argv, words):
 @pytest.mark.parametrize(
     "text, line, words",
     [
+        ("[chunkflow]\nk = 'many'\n", 2, 'chunkflow.k = "many" is neither a whole number nor "auto"'),
         ("[training]\nsteps = 'many'\n", 2, 'training.steps = "many" is not a whole number'),
         ("[training]\nsteps = true\n", 2, "training.steps = true is not a whole number"),
         ("[training]\nsteps = 1.0\n", 2, "training.steps = 1.0 is not a whole number"),
@@ -604,3 +610,16 @@ def test_shipped_configs_load():
     assert files
     for file in files:
         assert load_config([f"--job.config_file={file}"]).job.config_file == str(file)
+
+
+@pytest.mark.parametrize("key", ["chunk_size", "k"])
+def test_auto_or_a_number(key, tmp_path):
+    for text, value in (("auto", "auto"), ("3", 3)):
+        assert getattr(load_config([f"--chunkflow.{key}={text}"]).chunkflow, key) == value
+    file = tmp_path / "my.toml"
+    file.write_text(f'[chunkflow]\n{key} = "auto"\n')
+    config = load_config(["--job.config_file", str(file)])
+    assert getattr(config.chunkflow, key) == "auto"
+    file.write_text(to_toml(config))
+    assert load_config(["--job.config_file", str(file)]) == config
+    assert f"--chunkflow.{key}" in help_text() and 'of at least 1 or "auto"]' in help_text()

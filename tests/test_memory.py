@@ -380,11 +380,11 @@ def test_temporaries_of_a_shared_chunk(kv_heads):
 
 # (sequence, budget in GiB, chunk size, activation checkpointing, ranks) -> ranks that must share it on Qwen2.5-7B
 BUDGETS = [
-    ((262144, 60, 4096, "none", 8), 8),
-    ((262144, 63, 4096, "none", 8), 8),
-    ((262144, 48, 2048, "none", 16), 4),
-    ((262144, 62, 8192, "full", 8), 2),
-    ((262144, 79.2, 8192, "full", 8), 1),
+    ((262144, 64, 4096, "none", 8), 8),
+    ((262144, 67, 4096, "none", 8), 8),
+    ((262144, 52, 2048, "none", 16), 4),
+    ((262144, 66, 8192, "full", 8), 2),
+    ((262144, 85, 8192, "full", 8), 1),
 ]
 
 
@@ -412,7 +412,8 @@ def test_sequences_are_spread_until_they_fit(case, expected):
     assert expected == min(size for size in block_sizes(ranks, ranks) if size * limit >= length)
 
     def peak(groups, program):
-        return sum(peak_parts(stages, groups, program).values()) + cuda
+        total = sum(peak_parts(stages, groups, program).values())
+        return total + prediction.beside(total, cuda)
 
     for replica, (program,) in plan.programs.items():
         assert peak(plan.groups[replica], program) <= budget

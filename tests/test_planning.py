@@ -136,6 +136,36 @@ def test_lockstep_templates(seed):
         )
 
 
+@pytest.mark.parametrize("seed", range(150))
+def test_lockstep_templates_hold_the_kv_of_so_many_tokens(seed):
+    rng = random.Random(seed)
+    ranks, k, limit = rng.choice([1, 2, 8]), rng.choice([1, 2, 4]), rng.choice([1, 30, 60, 10_000])
+    tokens = [
+        sorted((rng.choice([3, 9, 25, 50]) for _ in range(rng.randint(0, 9))), reverse=True)
+        for _ in range(ranks)
+    ]
+    counts = [[-(-count // 10) for count in own] for own in tokens]
+    for own, chunks, lengths in zip(lockstep(counts, k, None, tokens, limit), counts, tokens):
+        check_actions(own, chunks, k)
+        held = set()
+        for action in own:
+            if action.group != DUMMY and chunks[action.group] > 1:
+                ended = action.kind is Kind.BACKWARD and action.chunk == 0
+                (held.discard if ended else held.add)(action.group)
+                assert sum(lengths[group] for group in held) <= max(limit, max(lengths))
+
+
+@pytest.mark.parametrize("spread_over", [1, 8])
+@pytest.mark.parametrize("limit", [40_000, 160_000])
+def test_a_step_in_lockstep_holds_what_a_rank_can(limit, spread_over):
+    """Of 512 agent trajectories eight ranks have 64 each: the K/V of all would be of 2.6 million tokens."""
+    lengths = [min(length, 131072) for length in synthetic_lengths("agent", 512, 0)]
+    settings = PlanSettings(COST, replicas=8, chunk_size=4096, lockstep=True, spread_over=spread_over)
+    plan = plan_step(lengths, settings._replace(kv_tokens=limit))
+    held = max(max(simulation.peak_kv_tokens) for simulation in plan.simulations.values())
+    assert held <= (limit if spread_over > 1 else max(limit, max(lengths)))
+
+
 @pytest.mark.parametrize("ranks", [8, 64, 512])
 def test_slowest_rank_is_within_2_percent_of_the_bound(ranks):
     for seed in range(20):

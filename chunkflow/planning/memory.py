@@ -26,6 +26,7 @@ PARTS = {
     "stage_inputs": "stage inputs, outputs and messages",
     "kv": "K/V of groups under way",
     "kv_gradients": "their gradients, fp32",
+    "kept_attention": "attention's results of discarded chunks",
     "logits": "logits, their and the head's gradient",
     "temporaries": "temporaries of a layer's backward",
 }
@@ -47,6 +48,8 @@ class Layout(NamedTuple):
     recompute_cheap: bool = False  # results of norms and of the gate are not kept
     slice_tokens: int = 512  # of the head's logits
     sends_in_flight: int = 0  # messages between pipeline ranks that may wait for the other end
+    kv_offload: str = "none"  # "host": K/V of chunks not in use live in host memory
+    keep_attention: str = "none"  # "device", "host": where discarded chunks keep attention's results
 
 
 def _moment_8bit(elements: int) -> int:
@@ -83,8 +86,8 @@ class StageSizes:
         # last backward. ZeRO-3 does that with the root's; it gathers the layer in use while the next one
         # arrives, and reduces a layer's gradients at once.
         self.root_gathered = sum(map(shard, root_shapes)) * layout.shards * layout.compute
-        layer_gathered = sum(map(shard, layer_shapes)) * layout.shards * layout.compute
-        self.gathered = self.root_gathered + (2 if layout.reshard else self.layers) * layer_gathered
+        self.layer_gathered = sum(map(shard, layer_shapes)) * layout.shards * layout.compute
+        self.gathered = self.root_gathered + (2 if layout.reshard else self.layers) * self.layer_gathered
         self.accumulated = (root + (0 if layout.reshard else self.layers * layer)) * layout.reduce
         self.layer_gradient, self.layer_reduced = layer * layout.compute, layer * layout.reduce
         self.root_gradient, self.root_reduced = root * layout.compute, root * layout.reduce
@@ -119,8 +122,7 @@ class StageSizes:
 
     def activations(self, tokens: int, standalone: bool) -> int:
         """Bytes that autograd keeps of a chunk's forward, without the input from another stage."""
-        every = self.layout.checkpoint_every
-        checkpointed = len(range(0, self.layers, every)) if every else 0
+        checkpointed = self.checkpointed_layers
         kept = (self.layers - checkpointed) * self.layer_activations(tokens, standalone)
         kept += checkpointed * self.layer_activations(tokens, standalone, checkpointed=True)
         kept += tokens * self.head_dim * self.wide  # cosines and sines, for all layers
@@ -131,6 +133,17 @@ class StageSizes:
         if self.last:  # the last norm's input, result and factor; labels and log-sum-exp of the loss
             kept += tokens * (2 * self.hidden_bytes + 2 * self.wide + 8)
         return kept
+
+    def kept_attention(self, tokens: int, layers: int | None = None) -> int:
+        """Bytes that a chunk keeps with `keep_attention`: output and log-sum-exp of attention in so many
+        layers; None: in those of FORWARD_STATE, all but the model's last."""
+        layers = self.layers - self.last if layers is None else layers
+        return layers * tokens * (self.queries * self.compute + self.heads * self.wide)
+
+    @property
+    def checkpointed_layers(self) -> int:
+        """Layers that keep their input only."""
+        return len(range(0, self.layers, self.layout.checkpoint_every)) if self.layout.checkpoint_every else 0
 
     def head_temporaries(self, tokens: int) -> int:
         """The most bytes in the loss's backward: a block's gradients of logits, with either a slice's logits
@@ -181,6 +194,8 @@ def communicators(pipeline_ranks: int, replicated: int, shards: int, spread_over
     return groups + min(pipeline_ranks - 1, 2) + len(block_sizes(replicated * shards, spread_over)) - 1
 
 
+WINDOWS = 2  # layers whose K/V, and their gradients, are on the device, if all live in host memory
+FRAGMENTATION = 0.08  # of what PyTorch counts: what its allocator holds and cannot use again
 CUDA_CONTEXT = 600 << 20  # bytes of a process: context, cuBLAS's workspaces
 COMMUNICATOR = 512 << 20  # bytes of NCCL's buffers
 
@@ -215,6 +230,35 @@ def kv_tokens(
     return max(chunk_size, (budget - beside) // each) if each else longest
 
 
+class _KeptAttention(NamedTuple):
+    """What the chunks of long sequences keep on the device, with `keep_attention` = `where`."""
+
+    where: str
+
+    def made(self, kind: Kind, stage: StageSizes, tokens: int) -> int:
+        """Bytes that a forward of this kind adds."""
+        if kind is Kind.FORWARD_STATE:
+            return stage.kept_attention(tokens) if self.where == "device" else 0
+        if kind is Kind.RECOMPUTE and self.where == "device":  # the last layer's, if it is to be kept
+            return self.of_checkpointed(stage, tokens) - self._stays(stage, tokens)
+        return self.of_checkpointed(stage, tokens)
+
+    def taken(self, stage: StageSizes, tokens: int) -> int:
+        """Bytes that RECOMPUTE takes: they are among its activations."""
+        if self.where != "device":
+            return 0
+        return stage.kept_attention(tokens) - self._stays(stage, tokens)
+
+    def of_checkpointed(self, stage: StageSizes, tokens: int) -> int:
+        """Bytes until the backward, in which layers that keep their input only are run again."""
+        return stage.kept_attention(tokens, stage.checkpointed_layers) if self.where == "device" else 0
+
+    def _stays(self, stage: StageSizes, tokens: int) -> int:
+        """Of what FORWARD_STATE kept, what stays until the backward."""
+        both = min(stage.checkpointed_layers, stage.layers - stage.last)
+        return stage.kept_attention(tokens, both)
+
+
 def host_bytes(stages: Iterable[StageSizes]) -> int:
     """Bytes of the shards and optimizer state that offloading keeps in host memory."""
     return sum(s.parameters + s.optimizer + s.gradients for s in stages if s.layout.offload)
@@ -233,19 +277,29 @@ def peak_parts(
         for part in () if stage.layout.offload else ("parameters", "optimizer", "gradients"):
             now[part] += getattr(stage, part)
         now["stage_inputs"] += stage.layout.sends_in_flight * longest * stage.hidden_bytes
-    peak = dict(now)
+    peak, most = dict(now), sum(now.values())
 
     def moment(**more: int) -> None:
-        nonlocal peak
-        then = {part: amount + more.get(part, 0) for part, amount in now.items()}
-        if sum(then.values()) > sum(peak.values()):
-            peak = then
+        nonlocal peak, most
+        if (total := sum(now.values()) + sum(more.values())) > most:
+            peak, most = {part: amount + more.get(part, 0) for part, amount in now.items()}, total
 
     entries = [entry for entry in entries if entry.group != DUMMY]
     actions = [entry for entry in entries if isinstance(entry, Action)]
     backwards = Counter(action.stage for action in actions if action.kind is Kind.BACKWARD)
     remaining = Counter(backwards)
     gradient_tokens: dict[tuple[int, int], int] = {}  # (stage, group) -> tokens with K/V gradients
+    some = next(iter(stages.values()))
+    keeps = _KeptAttention(some.layout.keep_attention)
+    if keeps.where == "host":  # two layers' on their way back, one's on its way out
+        now["kept_attention"] += some.kept_attention(longest, 3)
+    held: dict[str, dict[tuple[int, int], int]] = {"kv": {}, "kv_gradients": {}}  # of (stage, group): bytes
+
+    def hold(part: str, key: tuple[int, int], amount: int) -> None:
+        held[part][key] = held[part].get(key, 0) + amount
+        # Of what lives in host memory the device has windows of the group at hand only.
+        now[part] = (max if some.layout.kv_offload == "host" else sum)(held[part].values())
+
     for entry in entries:
         group, chunk = groups[entry.group], groups[entry.group].chunks[entry.chunk]
         tokens, standalone = chunk.tokens, len(group.chunks) == 1 and group.spread is None
@@ -256,17 +310,22 @@ def peak_parts(
             continue
         number = entry.stage
         stage = stages[number]
-        kept, kv = stage.activations(tokens, standalone), stage.layers * stage.kv_of_layer
-        kv_gradient = stage.layers * stage.kv_gradient_of_layer
+        kept = stage.activations(tokens, standalone)
+        on_device = min(stage.layers, WINDOWS) if stage.layout.kv_offload == "host" else stage.layers
+        kv, kv_gradient = on_device * stage.kv_of_layer, on_device * stage.kv_gradient_of_layer
         output = 0 if stage.last else tokens * stage.hidden_bytes  # kept until its gradient has come
         if entry.kind is not Kind.BACKWARD:
             if not standalone and (number, entry.group) not in gradient_tokens:
-                now["kv"] += kv * group.tokens
+                hold("kv", (number, entry.group), kv * group.tokens)
                 gradient_tokens[number, entry.group] = 0
             if entry.kind is not Kind.FORWARD_STATE:
                 now["activations"] += kept
                 now["stage_inputs"] += output
+            if not standalone:
+                now["kept_attention"] += keeps.made(entry.kind, stage, tokens)
             moment()
+            if entry.kind is Kind.RECOMPUTE:
+                now["kept_attention"] -= keeps.taken(stage, tokens)
             continue
 
         # Backward: first the head, then each layer, which frees activations and makes K/V gradients of the
@@ -295,7 +354,7 @@ def peak_parts(
         if first:  # it makes what the others add to
             now["unsharded_gradients"] += stage.accumulated
         now["activations"] -= kept
-        now["kv_gradients"] += new * kv_gradient
+        hold("kv_gradients", (number, entry.group), new * kv_gradient)
         if stage.layers:
             checkpointed = bool(stage.layout.checkpoint_every)
             moment(activations=stage.layer_activations(tokens, standalone, checkpointed), **in_layer)
@@ -307,8 +366,11 @@ def peak_parts(
         now["stage_inputs"] -= 2 * output + 2 * sent_back
         if standalone:
             continue
+        now["kept_attention"] -= keeps.of_checkpointed(stage, tokens)
         gradient_tokens[number, entry.group] = before + new
         if entry.chunk == 0:
-            now["kv"] -= kv * group.tokens
+            hold("kv", (number, entry.group), -kv * group.tokens)
+            for amounts in held.values():
+                del amounts[number, entry.group]
             del gradient_tokens[number, entry.group]
     return peak

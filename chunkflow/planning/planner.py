@@ -39,7 +39,7 @@ class PlanSettings(NamedTuple):
     stages: tuple[Cost, ...] = ()  # of each pipeline stage; none: one stage, the whole model
     pipeline_ranks: int = 1
     spread_over: int = 1  # most replicas that may share a sequence
-    kv_tokens: int = 0  # of a sequence, the most whose K/V and gradients a replica can hold; 0: no limit
+    kv_tokens: int = 0  # the most whose K/V and gradients a replica can hold at once; 0: no limit
 
 
 class Plan(NamedTuple):
@@ -58,10 +58,16 @@ class Plan(NamedTuple):
     most_ranks_of_a_sequence: int
 
 
-def plan_step(lengths: list[int], settings: PlanSettings, replicas: Sequence[int] | None = None) -> Plan:
+def plan_step(
+    lengths: list[int],
+    settings: PlanSettings,
+    replicas: Sequence[int] | None = None,
+    most: int | None = None,
+) -> Plan:
     """The plan of a global batch of sequences with these lengths (tokens, each at least 1).
 
-    `replicas`: those whose programs are wanted; None: all.
+    `replicas`: those whose programs are wanted; None: all, or if they are more than `most`, so many of them,
+    half with the most work, half with the most tokens of long sequences.
     """
     chunk_size = settings.chunk_size if settings.enable else max(lengths)
     k = max(lengths) if settings.forward_only else settings.k  # as many chunks as that: none is recomputed
@@ -83,11 +89,15 @@ def plan_step(lengths: list[int], settings: PlanSettings, replicas: Sequence[int
     templates: Sequence[list[Action] | None] = [None] * settings.replicas
     if settings.lockstep:
         shared = [sum(group.spread is not None for group in of_replica) for of_replica in groups]
-        templates = (
-            forward_only(counts, lockstep=True) if settings.forward_only else lockstep(counts, k, shared)
-        )
+        if settings.forward_only:
+            templates = forward_only(counts, lockstep=True)
+        else:
+            tokens = [[group.tokens for group in of_replica] for of_replica in groups]
+            templates = lockstep(counts, k, shared, tokens, settings.kv_tokens)
         check_slots(templates, groups)
     wanted = range(settings.replicas) if replicas is None else replicas
+    if most is not None and len(wanted) > most:
+        wanted = _fullest(groups, loads, most)
     planned = {replica: _run(groups[replica], settings, k, templates[replica]) for replica in wanted}
 
     chunks, tokens = sum(map(sum, counts)), sum(lengths)
@@ -104,6 +114,14 @@ def plan_step(lengths: list[int], settings: PlanSettings, replicas: Sequence[int
         spread_sequences=len(spread),
         most_ranks_of_a_sequence=max((len(share.replicas) for share in spread), default=1),
     )
+
+
+def _fullest(groups: list[list[Group]], loads: list[float], most: int) -> list[int]:
+    replicas = range(len(groups))
+    long = [sum(g.tokens for g in own if len(g.chunks) > 1 or g.spread is not None) for own in groups]
+    chosen = sorted(replicas, key=lambda replica: (-loads[replica], replica))[: most - most // 2]
+    others = [replica for replica in replicas if replica not in chosen]
+    return sorted(chosen + sorted(others, key=lambda replica: (-long[replica], replica))[: most // 2])
 
 
 def _assign(lengths: list[int], settings: PlanSettings, chunk_size: int, k: int) -> Assignment:
@@ -178,7 +196,7 @@ def _schedule(costs: Costs, settings: PlanSettings, k: int) -> Schedule:
 def _costs(groups: list[Group], stages: Sequence[Cost]) -> Costs:
     """Time of each chunk on each stage; a backward takes as long as two forwards."""
     unit = sum(cost.per_token for cost in stages) / len(stages)
-    amounts = [[_tokens_and_pairs(group, chunk) for chunk in range(len(group.chunks))] for group in groups]
+    amounts = [[tokens_and_pairs(group, chunk) for chunk in range(len(group.chunks))] for group in groups]
 
     def times(cost: Cost, factor: float) -> list[list[float]]:
         per_token, per_pair = cost.per_token, cost.per_pair
@@ -187,7 +205,7 @@ def _costs(groups: list[Group], stages: Sequence[Cost]) -> Costs:
     return Costs([times(cost, 1) for cost in stages], [times(cost, 2) for cost in stages])
 
 
-def _tokens_and_pairs(group: Group, index: int) -> tuple[float, float]:
+def tokens_and_pairs(group: Group, index: int) -> tuple[float, float]:
     """Tokens of a chunk, and how many pairs of a query and a key attend; of a spread one the mean share, the
     same for all replicas."""
     if group.spread is None:

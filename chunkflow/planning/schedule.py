@@ -5,6 +5,7 @@ Backward goes from the last chunk to the first, since a chunk's K/V gradient is 
 chunk has added to it; a chunk without activations is recomputed just before its backward.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
@@ -43,17 +44,23 @@ def linear_schedule(chunks_per_group: Iterable[int], k: int) -> list[Action]:
 
 
 def lockstep(
-    chunks_per_group: Sequence[Sequence[int]], k: int, spread: Sequence[int] | None = None
+    chunks_per_group: Sequence[Sequence[int]],
+    k: int,
+    spread: Sequence[int] | None = None,
+    tokens: Sequence[Sequence[int]] | None = None,
+    kv_tokens: int = 0,
 ) -> list[list[Action]]:
     """Every rank's actions (from the chunk counts of its groups) in one template of forward and backward
-    slots. `spread`: how many of each rank's groups, the first ones, are shared with other ranks.
+    slots. `spread`: how many of each rank's groups, the first ones, are shared with other ranks. `tokens`: of
+    each group on this rank; `kv_tokens`: of how many a rank can hold the K/V at once; 0: no limit.
 
     With parameters resharded between chunks (ZeRO-3), the n-th slot of each rank must be of the same kind, or
     gathers of different layers meet. A slot is a backward if every rank has one to run, else a forward; a
     rank that has nothing to run in it runs a dummy. All K/V-only forwards come first, which makes the
     template as short as possible for k = 1: 2 x (most backwards of a rank) + (most recomputed chunks of a
-    rank). In return, the K/V of all of a rank's long groups are held from the start. At most k chunks of a
-    rank hold activations, dummies aside.
+    rank). In return, the K/V of all of a rank's long groups are held from the start; where that is more than
+    `kv_tokens`, a group begins only when those before it have left room, or its backward is due. At most k
+    chunks of a rank hold activations, dummies aside.
 
     Ranks that share a group must run each of its chunks in the same slot, since keys and values are gathered
     inside. So shared groups come first, one after the other, each action in the first slot of its kind: that
@@ -61,7 +68,10 @@ def lockstep(
     does not fit the slot runs a K/V-only forward of its own groups, or a dummy.
     """
     spread = spread or [0] * len(chunks_per_group)
-    ranks = [_LockstepRank(counts, k, shared) for counts, shared in zip(chunks_per_group, spread)]
+    tokens = tokens or chunks_per_group
+    ranks = [
+        _LockstepRank(*of_rank, k, kv_tokens or math.inf) for of_rank in zip(chunks_per_group, spread, tokens)
+    ]
     while any(rank.shared or rank.backwards for rank in ranks):
         backward = all(rank.can_backward() for rank in ranks)
         for rank in ranks:
@@ -72,19 +82,23 @@ def lockstep(
 class _LockstepRank:
     """How far one rank has come, while the common template is built."""
 
-    def __init__(self, counts: Sequence[int], k: int, shared: int):
-        self.k, self.counts = k, counts
+    def __init__(self, counts: Sequence[int], shared: int, tokens: Sequence[int], k: int, kv_tokens: float):
+        self.k, self.counts, self.kv_tokens = k, counts, kv_tokens
         self.actions: list[Action] = []
         # The next one is popped from the end of each list.
         self.shared = linear_schedule(counts[:shared], k)[::-1]
         groups = list(enumerate(counts))[shared:]
-        self.forwards = [Action(Kind.FORWARD_STATE, g, c) for g, n in groups for c in range(n - k)]
-        self.forwards += [Action(Kind.FORWARD, g, c) for g, n in groups for c in range(max(0, n - k), n)]
-        self.forwards.reverse()
+        self.states = [Action(Kind.FORWARD_STATE, g, c) for g, n in groups for c in range(n - k)][::-1]
+        self.kept = [Action(Kind.FORWARD, g, c) for g, n in groups for c in range(max(0, n - k), n)][::-1]
         self.backwards = [Action(Kind.BACKWARD, g, c) for g, n in reversed(groups) for c in range(n)]
         self.live: set[tuple[int, int]] = set()  # (group, chunk) with activations, of its own groups
         self.dummies: list[int] = []  # those whose backward has not run
         self.dummies_made = 0
+        # Tokens of groups with K/V state, the shared ones apart: these come one after the other, and begin
+        # whatever its own groups hold.
+        self.tokens = [count if n > 1 else 0 for n, count in zip(counts, tokens)]
+        self.held: set[int] = set()
+        self.of_shared = max(tokens[:shared], default=0)
 
     def _due(self) -> tuple[int, int] | None:
         """Group and chunk of its own backward that comes next."""
@@ -101,24 +115,43 @@ class _LockstepRank:
         if self._shares(backward=True):
             self.actions.append(self.shared.pop())
         elif self._due() in self.live:
-            self.live.discard(self._due())
-            self.actions.append(self.backwards.pop())
+            action = self.backwards.pop()
+            self.live.discard(action[1:3])
+            if action.chunk == 0:
+                self.held.discard(action.group)
+            self.actions.append(action)
         else:
             self.actions.append(Action(Kind.BACKWARD, DUMMY, self.dummies.pop()))
 
+    def _may_begin(self, action: Action) -> bool:
+        """Whether there is room for the K/V of an own forward's group, or they are there."""
+        group = action.group
+        if group in self.held or not self.tokens[group] or (self._due() or (None,))[0] == group:
+            return True
+        taken = sum(self.tokens[other] for other in self.held) + (self.of_shared if self.shared else 0)
+        return taken + self.tokens[group] <= self.kv_tokens
+
+    def _next_forward(self) -> Action | None:
+        """The own forward to run now, if there is one that may be run."""
+        state, kept = (actions[-1] if actions else None for actions in (self.states, self.kept))
+        if state and self._may_begin(state):
+            return self.states.pop()
+        room = not self.shared and len(self.live) < self.k
+        if kept and room and (not state or state.group > kept.group) and self._may_begin(kept):
+            self.live.add(kept[1:3])
+            return self.kept.pop()
+        return None
+
     def forward(self) -> None:
         due = self._due()
-        state_only = bool(self.forwards) and self.forwards[-1].kind is Kind.FORWARD_STATE
-        room = not self.shared and len(self.live) < self.k
         if self._shares(backward=False):
             self.actions.append(self.shared.pop())
         elif due and due not in self.live and due[1] < self.counts[due[0]] - self.k:
             self.live.add(due)
             self.actions.append(Action(Kind.RECOMPUTE, *due))
-        elif self.forwards and (state_only or room):
-            action = self.forwards.pop()
-            if action.kind is Kind.FORWARD:
-                self.live.add(action[1:3])
+        elif action := self._next_forward():
+            if self.tokens[action.group]:
+                self.held.add(action.group)
             self.actions.append(action)
         else:
             self.actions.append(Action(Kind.FORWARD, DUMMY, self.dummies_made))

@@ -89,7 +89,7 @@ def _from_text(name: str, text: str) -> Any:
     key = KEYS[name]
     if key.optional and text.lower() == "none":
         return None
-    if key.type is str:
+    if key.type is str or text in key.words:
         return text
     if key.type is list:
         return [item.strip() for item in text.split(",")] if text else []
@@ -98,7 +98,7 @@ def _from_text(name: str, text: str) -> Any:
             return key.type(text)
         return tomllib.loads(f"value = {text.lower() if key.type is bool else text}")["value"]
     except ValueError:
-        raise _wrong_type(name, text, key.type) from None
+        raise _wrong_type(name, text, key.type, "", key.words) from None
 
 
 def _read_toml(path: str) -> dict[str, Any]:
@@ -213,7 +213,9 @@ def _checked(name: str, value: Any, where: str = "", key: Key | None = None) -> 
     key = key or KEYS[name]
     if value is None and key.optional:
         return None
-    value = _typed(name, value, key.type, where)
+    if value in key.words:
+        return value
+    value = _typed(name, value, key.type, where, key.words)
     admits = key.field.metadata["admits"]
     if isinstance(admits, Rule):
         if not admits.holds(value):
@@ -232,19 +234,23 @@ def _checked(name: str, value: Any, where: str = "", key: Key | None = None) -> 
     return value
 
 
-def _typed(name: str, value: Any, kind: type, where: str) -> Any:
-    """The value; ConfigError if it is of another type. A whole number becomes a float where one is due."""
+def _typed(name: str, value: Any, kind: type, where: str, words: tuple[str, ...] = ()) -> Any:
+    """The value; ConfigError if it is of another type, which with `words` is not all that the key admits. A
+    whole number becomes a float where one is due."""
     if kind is float and type(value) is int and abs(value) < 2**1000:
         value = float(value)
     good = type(value) is kind and (kind is not float or math.isfinite(value))
     if not good or (kind is list and not all(type(item) is str for item in value)):
-        raise _wrong_type(name, show(value), kind, where)
+        raise _wrong_type(name, show(value), kind, where, words)
     return value
 
 
-def _wrong_type(name: str, shown: str, kind: type, where: str = "") -> ConfigError:
-    words, example = KINDS[kind]
-    return ConfigError(f"{where}{name} = {shown} is not {words}: write it like {name} = {example}")
+def _wrong_type(
+    name: str, shown: str, kind: type, where: str = "", words: tuple[str, ...] = ()
+) -> ConfigError:
+    called, example = KINDS[kind]
+    nor, others = ("neither ", " nor " + " nor ".join(map(show, words))) if words else ("not ", "")
+    return ConfigError(f"{where}{name} = {shown} is {nor}{called}{others}: write it like {name} = {example}")
 
 
 def _suggest(word: str, choices: Any) -> str:

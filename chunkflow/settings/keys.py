@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import Field, asdict, fields, is_dataclass
 from itertools import groupby
 from operator import attrgetter
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from chunkflow.settings.options import Config, Rule
 
@@ -14,6 +15,7 @@ class Key(NamedTuple):
     field: Field
     type: type
     optional: bool  # None means unset
+    words: tuple[str, ...] = ()  # that it admits beside values of its type
 
 
 # What messages call a value of each type, and an example of one.
@@ -34,9 +36,9 @@ def _keys(section: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
         if is_dataclass(kind):
             yield from _keys(kind, name + ".")
         else:
-            optional = type(None) in get_args(kind)
-            kind = get_args(kind)[0] if optional else kind
-            yield name, Key(item, get_origin(kind) or kind, optional)
+            kinds = get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
+            words = [word for each in kinds if get_origin(each) is Literal for word in get_args(each)]
+            yield name, Key(item, get_origin(kinds[0]) or kinds[0], type(None) in kinds, tuple(words))
 
 
 KEYS: dict[str, Key] = dict(_keys(Config))
@@ -121,6 +123,7 @@ def _help_of(name: str, key: Key, default: Any) -> list[str]:
         words = f"a value {admits.words}"
     elif isinstance(admits, tuple):
         words = ", ".join(map(show, admits))
+    words = " or ".join([words, *map(show, key.words)])
     return [f"{name} ({'unset' if default is None else show(default)})", f"        {doc} [{words}]"]
 
 

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Rule(NamedTuple):
@@ -139,8 +139,12 @@ class Training:
 @dataclass
 class ChunkFlow:
     enable: bool = option(True, "false: one whole sequence a micro-batch, the baseline to compare with")
-    chunk_size: int = option(2048, "tokens in a chunk", AT_LEAST_1)
-    k: int = option(1, "chunks of a group that keep their activations", AT_LEAST_1)
+    chunk_size: int | Literal["auto"] = option(
+        2048, 'tokens in a chunk; "auto": the fastest that fits, by arithmetic', AT_LEAST_1
+    )
+    k: int | Literal["auto"] = option(
+        1, 'chunks of a group that keep their activations; "auto": as for chunk_size', AT_LEAST_1
+    )
     fill_tails: bool = option(True, "top up the last chunk of a long sequence with short ones")
     balance: str = option("cost", "what is evened out over data-parallel ranks", ("cost", "tokens"))
     kv_offload: str = option(
@@ -155,7 +159,10 @@ class ChunkFlow:
         ("none", "device", "host"),
     )
     memory_budget_gib: float | None = option(
-        None, "what a rank may hold, for how many ranks share a sequence; unset: its GPU's memory", POSITIVE
+        None,
+        "what a rank may hold: a plan for more is refused, and sequences are shared before that; unset: its"
+        " GPU's memory, on a CPU no limit",
+        POSITIVE,
     )
 
 

@@ -85,6 +85,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def saved_settings(settings: options.Checkpoint, dump_folder: str) -> dict[str, Any]:
+    """The value of every key in the checkpoint that a run continues; empty if there is none."""
+    folder = resume_folder(settings, dump_folder)
+    return read_manifest(folder)["config"] if folder else {}
+
+
 def finished(settings: options.Checkpoint, dump_folder: str, steps: int) -> bool:
     """Whether the run's last step is saved, and with checkpoint.last_save_in_hf its export too."""
     folder = resume_folder(settings, dump_folder)

@@ -130,9 +130,11 @@ def activate_attention(config: Config) -> None:
         activate_flash_attention_3()
 
 
-def plan_settings(config: Config, spec: ModelSpec, replicas: int, planned: bool = False) -> PlanSettings:
+def plan_settings(
+    config: Config, spec: ModelSpec, replicas: int, planned: bool = False, device: str = ""
+) -> PlanSettings:
     """What plans depend on, for this number of data-parallel replicas. `planned`: for GPUs that need not be
-    this machine's."""
+    this machine's; `device`: by its name, if not the one that follows."""
     chunkflow, last, most = config.chunkflow, spec.layers[-1], config.parallelism.context_parallel_degree
     costs = [Cost.of_layers(spec.args, len(layers), head=layers is last) for layers in spec.layers]
     return PlanSettings(
@@ -147,7 +149,7 @@ def plan_settings(config: Config, spec: ModelSpec, replicas: int, planned: bool 
         stages=tuple(costs),
         pipeline_ranks=config.parallelism.pipeline_parallel_degree,
         spread_over=replicas if most == -1 else most,
-        kv_tokens=most_kv_tokens(config, spec.family, spec.args, spec.layers, replicas, planned),
+        kv_tokens=most_kv_tokens(config, spec.family, spec.args, spec.layers, replicas, planned, device),
     )
 
 

@@ -7,12 +7,20 @@ import torch
 
 from chunkflow.execution.loss import slice_tokens
 from chunkflow.execution.runner import SENDS_IN_FLIGHT
-from chunkflow.planning.memory import Layout, StageSizes, communicators, cuda_bytes, kv_tokens
+from chunkflow.planning.memory import (
+    FRAGMENTATION,
+    Layout,
+    StageSizes,
+    communicators,
+    cuda_bytes,
+    kv_tokens,
+)
 from chunkflow.settings.options import Config
 from chunkflow.training import stages
 from chunkflow.training.parallel import DTYPES, reshards
+from chunkflow.training.rates import device_of, memory_gib
 
-ASSUMED_GIB = 79.2  # of a GPU of 80 GB, where there is none to ask
+_shapes: dict[tuple, list[dict[int, dict[str, tuple[int, ...]]]]] = {}  # of models asked for before
 
 
 def stage_sizes(
@@ -34,16 +42,32 @@ def stage_sizes(
         recompute_cheap=how == "op",
         slice_tokens=slice_tokens("cuda", args.vocab_size),
         sends_in_flight=SENDS_IN_FLIGHT if pipeline_ranks > 1 else 0,
+        kv_offload=getattr(config.chunkflow, "kv_offload", "none"),
+        keep_attention=getattr(config.chunkflow, "keep_attention", "none"),
     )
-    sizes = []
-    with torch.device("meta"):
-        for rank in range(pipeline_ranks):
-            models = stages.build_stages(family, args, layers, rank, pipeline_ranks)
-            sizes.append({})
-            for stage, model in models.items():
-                shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-                sizes[rank][stage] = StageSizes(args, shapes, layout)
-    return sizes
+    return [
+        {stage: StageSizes(args, shapes, layout) for stage, shapes in of_rank.items()}
+        for of_rank in _shapes_of_stages(family, args, layers, pipeline_ranks)
+    ]
+
+
+def _shapes_of_stages(
+    family: ModuleType, args: Any, layers: list[range], pipeline_ranks: int
+) -> list[dict[int, dict[str, tuple[int, ...]]]]:
+    """Pipeline rank -> stage -> parameter -> its shape."""
+    key = family.__name__, repr(args), tuple(layers), pipeline_ranks
+    if key not in _shapes:
+        with torch.device("meta"):
+            _shapes[key] = [
+                {
+                    stage: {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+                    for stage, model in stages.build_stages(
+                        family, args, layers, rank, pipeline_ranks
+                    ).items()
+                }
+                for rank in range(pipeline_ranks)
+            ]
+    return _shapes[key]
 
 
 def cuda_of_rank(config: Config, sizes: dict[int, StageSizes], replicas: int) -> int:
@@ -55,27 +79,45 @@ def cuda_of_rank(config: Config, sizes: dict[int, StageSizes], replicas: int) ->
     return cuda_bytes(sizes.values(), communicators(*layout, most))
 
 
-def budget_gib(config: Config, planned: bool) -> float | None:
-    """What a rank may hold: chunkflow.memory_budget_gib, else this GPU's memory in whole GiB, else None; if
-    `planned`, for a machine that need not be this one, that of a GPU of 80 GB."""
-    if config.chunkflow.memory_budget_gib is not None:
-        return config.chunkflow.memory_budget_gib
-    if torch.cuda.is_available() and config.comm.mode != "fake_backend":
-        return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory >> 30)
-    return ASSUMED_GIB if planned or config.comm.mode == "fake_backend" else None
+def budget_gib(config: Config, device: str) -> float | None:
+    """What a rank may hold: chunkflow.memory_budget_gib, else the memory of the `device` (by its name), None
+    of a CPU."""
+    given = config.chunkflow.memory_budget_gib
+    return memory_gib(device) if given is None else given
+
+
+def total_gib(parts: dict[str, int], cuda: int, device: str) -> float:
+    """Of a rank at its peak; on CUDA with what that adds, fragmentation included."""
+    total = sum(parts.values())
+    return (total if device == "cpu" else total + beside(total, cuda)) / 2**30
+
+
+def beside(total: float, cuda: int) -> float:
+    """Bytes that CUDA adds to a `total` of PyTorch's: `cuda`, and fragmentation."""
+    return cuda + FRAGMENTATION * total
 
 
 def most_kv_tokens(
-    config: Config, family: ModuleType, args: Any, layers: list[range], replicas: int, planned: bool
+    config: Config,
+    family: ModuleType,
+    args: Any,
+    layers: list[range],
+    replicas: int,
+    planned: bool,
+    device: str = "",
 ) -> int:
-    """Of a sequence, the most tokens whose K/V and gradients each rank can hold; 0, no limit, without a
-    budget, or where no sequence is shared. `planned` as of `budget_gib`."""
-    settings, gib = config.chunkflow, budget_gib(config, planned)
-    if gib is None or not settings.enable or replicas == 1 or config.parallelism.context_parallel_degree == 1:
+    """The most tokens whose K/V and gradients each rank can hold at once; 0, no limit, without a budget, or
+    where neither a sequence is shared nor groups' K/V wait for each other (ZeRO-3). `device`: by its name;
+    "": see `device_of`, for which `planned` is."""
+    settings, device = config.chunkflow, device or device_of(config, planned)
+    gib = budget_gib(config, device)
+    shares = replicas > 1 and config.parallelism.context_parallel_degree != 1
+    if gib is None or not settings.enable or not (shares or reshards(config.parallelism, replicas)):
         return 0
-    plan = len(layers), settings.k, settings.chunk_size, config.training.seq_len
-    on_cuda = planned or config.comm.mode == "fake_backend" or torch.cuda.is_available()
-    return min(
-        kv_tokens(sizes, *plan, int(gib * 2**30) - on_cuda * cuda_of_rank(config, sizes, replicas))
-        for sizes in stage_sizes(config, family, args, layers, replicas)
-    )
+    plan, usable = (len(layers), settings.k, settings.chunk_size, config.training.seq_len), []
+    for sizes in stage_sizes(config, family, args, layers, replicas):
+        budget = gib * 2**30
+        if device != "cpu":
+            budget = (budget - cuda_of_rank(config, sizes, replicas)) / (1 + FRAGMENTATION)
+        usable.append(kv_tokens(sizes, *plan, int(budget)))
+    return min(usable)

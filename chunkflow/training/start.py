@@ -19,17 +19,21 @@ logger = logging.getLogger(__name__)
 
 
 def main_config(
-    argv: list[str] | None = None, check: Callable | None = None, planned: bool = False
+    argv: list[str] | None = None,
+    check: Callable | None = None,
+    planned: bool = False,
+    chooses: bool = False,
 ) -> Config:
     """The checked config of a command line, or `error: ...` on stderr and exit status 2.
 
     `check(config)` adds the recipe's rules: it raises ValueError with one sentence. With --check among the
-    arguments the process ends after the checks. `planned`: see world_size.
+    arguments the process ends after the checks. `planned`: see world_size. `chooses`: the recipe can do with
+    "auto" for chunkflow.chunk_size and chunkflow.k.
     """
     argv = sys.argv[1:] if argv is None else argv
     only_check = "--check" in argv
     try:
-        config = read_config([argument for argument in argv if argument != "--check"])
+        config = read_config([argument for argument in argv if argument != "--check"], chooses)
         if _is_rank_0():  # one process looks at the file system
             check_paths(config)
         if check:
@@ -49,10 +53,17 @@ def main_config(
     return config
 
 
-def read_config(argv: list[str]) -> Config:
+def read_config(argv: list[str], chooses: bool = False) -> Config:
     """The config of a command line; the folder model.hf_assets_path determines model.name and model.flavor.
-    ValueError for wrong settings, or where that folder's config.json cannot be used."""
+    ValueError for wrong settings, or where that folder's config.json cannot be used. `chooses`: see
+    main_config."""
     config = load_config(argv)
+    for name in () if chooses else ("chunk_size", "k"):
+        if getattr(config.chunkflow, name) == "auto":
+            raise ConfigError(
+                f'chunkflow.{name} = "auto" is chosen by recipes/finetune.py and recipes/plan.py: set a'
+                " number, such as that in the config.toml of a run"
+            )
     if folder := config.model.hf_assets_path:
         from models.hf_config import model_of
 

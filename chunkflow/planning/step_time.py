@@ -1,0 +1,188 @@
+"""Seconds of a step, calculated from its plan and from what a device does in a second. No torch.
+
+An action takes the time of its products, of its attention, and something for each layer however short the
+chunk is. Under ZeRO-3 each slot of the common template takes as long as on the rank where it is longest, and
+at least as long as its gathers. Copies to host memory overlap with computing.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from chunkflow.planning.balance import NODE
+from chunkflow.planning.chunks import Group
+from chunkflow.planning.cost import Cost
+from chunkflow.planning.memory import StageSizes
+from chunkflow.planning.pipeline_transfers import Program
+from chunkflow.planning.planner import Plan, PlanSettings, tokens_and_pairs
+from chunkflow.planning.schedule import DUMMY, Action, Kind
+
+
+class Pass(NamedTuple):
+    """Seconds that a forward or a backward takes; a backward's FLOPs are counted as its forward's."""
+
+    linear: float  # of a FLOP in products with weights
+    attention: float  # of a FLOP in attention
+    layer: float  # of each layer, however short the chunk
+
+    def seconds(self, linear_flops: float, attention_flops: float, layers: float) -> float:
+        return self.linear * linear_flops + self.attention * attention_flops + self.layer * layers
+
+
+class Rates(NamedTuple):
+    """What a device does in a second."""
+
+    forward: Pass
+    backward: Pass
+    gather: float  # bytes from ranks of its own node, while parameters or K/V are gathered
+    network: float  # the same from other nodes
+    host: float  # bytes between device and host memory
+    memory: float  # bytes that the optimizer reads and writes
+
+    def between(self, ranks: int) -> float:
+        """Bytes a second in a collective of so many ranks."""
+        return self.gather if ranks <= NODE else self.network
+
+
+class StepTime:
+    """The time of plans made with `settings`. `sizes`: each pipeline rank's stages, by number."""
+
+    def __init__(self, settings: PlanSettings, sizes: Sequence[dict[int, StageSizes]], rates: Rates):
+        self.settings, self.rates = settings, rates
+        self.sizes = sizes
+        self.stages = {number: stage for of_rank in sizes for number, stage in of_rank.items()}
+        self.costs: Sequence[Cost] = settings.stages or (settings.cost,)
+
+    def action(self, action: Action, groups: Sequence[Group]) -> float:
+        """Seconds of an action of a replica with these groups, without waits."""
+        return self._computing(action, groups) + self._sharing(action, groups)
+
+    def _computing(self, action: Action, groups: Sequence[Group]) -> float:
+        kind, rates, stage = action.kind, self.rates, self.stages[action.stage]
+        cost, layout, layers = self.costs[action.stage], stage.layout, stage.layers
+        dependent, chunk_tokens, pairs = False, 1.0, 1.0
+        group = None if action.group == DUMMY else groups[action.group]
+        if group is not None:
+            chunk_tokens, pairs = tokens_and_pairs(group, action.chunk)
+            dependent = len(group.chunks) > 1 or group.spread is not None
+        attention = pairs * cost.per_pair
+        head = 2.0 * stage.dim * stage.vocab * chunk_tokens if stage.last else 0.0
+        body = chunk_tokens * cost.per_token - head
+        kept = layout.keep_attention != "none" and dependent  # attention is computed once
+        # The last layer's is made when the chunk is computed again; before, only its K/V.
+        again = attention / layers if kept and stage.last and layers else 0.0 if kept else attention
+        if kind is Kind.FORWARD_STATE:
+            share = (layers - 1) / layers if stage.last and layers else 1.0
+            seconds = rates.forward.seconds(body * share, attention * share, layers * share)
+        elif kind is Kind.RECOMPUTE:
+            seconds = rates.forward.seconds(body + head, again, layers)
+        elif kind is Kind.BACKWARD:
+            seconds = rates.backward.seconds(body + head, attention, layers)
+            if layout.checkpoint_every:
+                share = stage.checkpointed_layers / layers if layers else 0.0
+                seconds += share * rates.forward.seconds(body, 0.0 if kept else attention, layers)
+        else:
+            seconds = rates.forward.seconds(body + head, attention, layers)
+        return max(seconds, self._copied(action, group, stage) / rates.host if dependent else 0.0)
+
+    def _copied(self, action: Action, group: Group, stage: StageSizes) -> float:
+        """Bytes between device and host memory while a chunk of a long sequence is computed."""
+        layout, moved = stage.layout, 0.0
+        chunk = group.chunks[action.chunk]
+        before = sum(earlier.tokens for earlier in group.chunks[: action.chunk])
+        if layout.kv_offload != "none":
+            moved += (before + chunk.tokens) * stage.layers * stage.kv_of_layer
+            if action.kind is Kind.BACKWARD:  # gradients of the prefix come and go
+                moved += 2 * before * stage.layers * stage.kv_gradient_of_layer
+        discarded = action.chunk < len(group.chunks) - self.settings.k
+        if layout.keep_attention == "host" and (discarded or layout.checkpoint_every):
+            again = action.kind is Kind.BACKWARD and not layout.checkpoint_every
+            moved += 0 if again else stage.kept_attention(chunk.tokens)
+        return moved
+
+    def _sharing(self, action: Action, groups: Sequence[Group]) -> float:
+        """Seconds in which K/V of a chunk that ranks share are gathered, or their gradients sent back."""
+        spread = None if action.group == DUMMY else groups[action.group].spread
+        if spread is None:
+            return 0.0
+        stage, ranks = self.stages[action.stage], len(spread.replicas)
+        moved = spread.ends[action.chunk] * stage.layers * stage.kv_of_layer
+        if action.kind is Kind.BACKWARD:
+            moved += spread.ends[action.chunk] * stage.layers * stage.kv_gradient_of_layer
+        return moved * (ranks - 1) / ranks / self.rates.between(ranks)
+
+    def step(self, plan: Plan) -> float:
+        """Seconds of the whole step, of the replicas whose programs the plan has."""
+        once = max(map(self._once, self.sizes))
+        if self.settings.lockstep:
+            return self._lockstep(plan) + once
+        return (
+            max(self.replica(programs, plan.groups[number]) for number, programs in plan.programs.items())
+            + once
+        )
+
+    def replica(self, programs: Sequence[Program], groups: Sequence[Group]) -> float:
+        """Seconds in which the ranks of a replica run their programs, each action when its input is there."""
+        actions = [[entry for entry in entries if isinstance(entry, Action)] for entries in programs]
+        if len(actions) == 1:
+            return sum(self.action(action, groups) for action in actions[0])
+        ended: dict[tuple[bool, int, int, int], float] = {}  # (backward, stage, group, chunk) -> arrival
+        free, done, last = [0.0] * len(actions), [0] * len(actions), len(self.stages) - 1
+        moved = True
+        while moved:
+            moved = False
+            for rank, of_rank in enumerate(actions):
+                while done[rank] < len(of_rank):
+                    action = of_rank[done[rank]]
+                    kind, group, chunk, stage = action
+                    backward = kind is Kind.BACKWARD
+                    first = kind is Kind.RECOMPUTE or stage == (last if backward else 0)
+                    source = (backward, stage + 1 if backward else stage - 1, group, chunk)
+                    if not first and source not in ended:
+                        break
+                    start = max(free[rank], 0.0 if first else ended[source])
+                    free[rank] = start + self.action(action, groups)
+                    if kind is not Kind.RECOMPUTE:
+                        tokens = 1 if group == DUMMY else groups[group].chunks[chunk].tokens
+                        message = tokens * self.stages[stage].hidden_bytes / self.rates.gather
+                        ended[backward, stage, group, chunk] = free[rank] + message
+                    done[rank] += 1
+                    moved = True
+        return max(free)
+
+    def _lockstep(self, plan: Plan) -> float:
+        """All slots of the common template: in each, layers are gathered while the one before computes, and a
+        backward's gradients are reduced."""
+        (stage,) = self.stages.values()
+        gathers, reduces = self._layer_gathers(stage), self._layer_reduces(stage)
+        seconds, programs = (
+            0.0,
+            [(programs[0], plan.groups[number]) for number, programs in plan.programs.items()],
+        )
+        for slot in zip(*(program for program, _ in programs)):
+            longest = max(self.action(action, groups) for action, (_, groups) in zip(slot, programs))
+            moving = gathers + (reduces if slot[0].kind is Kind.BACKWARD else 0.0)
+            seconds += max(longest, moving) + moving / max(stage.layers, 1)
+        return seconds
+
+    def _layer_gathers(self, stage: StageSizes) -> float:
+        """Seconds in which the layers' parameters are gathered once."""
+        ranks = stage.layout.shards
+        return stage.layers * stage.layer_gathered * (ranks - 1) / ranks / self.rates.between(ranks)
+
+    def _layer_reduces(self, stage: StageSizes) -> float:
+        ranks = stage.layout.shards
+        return stage.layers * stage.layer_reduced * (ranks - 1) / ranks / self.rates.between(ranks)
+
+    def _once(self, stages: dict[int, StageSizes]) -> float:
+        """Seconds of a rank once a step: what is gathered and reduced once, not overlapped, and the
+        optimizer, which reads and writes its state, parameters and gradients."""
+        seconds = 0.0
+        for stage in stages.values():
+            ranks, layout = stage.layout.shards, stage.layout
+            moved = stage.root_gathered + stage.root_reduced
+            if not layout.reshard:
+                moved += stage.layers * (stage.layer_gathered + stage.layer_reduced)
+            seconds += moved * (ranks - 1) / ranks / self.rates.between(ranks)
+            updated = 2 * (stage.parameters + stage.optimizer) + stage.gradients
+            seconds += updated / (self.rates.host if layout.offload else self.rates.memory)
+        return seconds

@@ -1,0 +1,100 @@
+"""What a device does in a second: as calibration measured it, else from its data sheet."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chunkflow.planning.step_time import Pass, Rates
+from chunkflow.reporting.device import PEAK_FLOPS
+from chunkflow.settings.options import Config
+
+# Shares of the peak that products, and attention, reach in bf16; the backward of attention has 5 products
+# for the forward's 2.
+LINEAR, ATTENTION, ATTENTION_BACKWARD = 0.6, 0.45, 2.9
+LAYER_SECONDS = 60e-6  # of a layer's kernels on one token
+# Bytes a second, in the order of Rates: from GPUs of the node, of other nodes, from the host, of the memory.
+BANDWIDTHS = {
+    "A100": (200e9, 20e9, 22e9, 1.5e12),
+    "H100 PCIe": (50e9, 40e9, 45e9, 1.6e12),
+    "H100": (300e9, 40e9, 45e9, 2.6e12),
+    "H200": (300e9, 40e9, 45e9, 3.8e12),
+    "B200": (600e9, 80e9, 50e9, 6.5e12),
+}
+OTHER_BANDWIDTHS = (50e9, 20e9, 22e9, 1e12)
+# GiB that CUDA can use of each; of others that of 80 GB.
+MEMORY_GIB = {"L40S": 44.4, "H100 NVL": 93.0, "H200": 139.8, "B200": 178.3, "MI300X": 191.7, "MI325X": 255.7}
+OTHER_MEMORY_GIB = 79.2
+# Of one thread of a CPU, and of processes that talk through gloo.
+CPU_FLOPS, CPU_ATTENTION_FLOPS, CPU_LAYER_SECONDS = 60e9, 25e9, 500e-6
+CPU_BANDWIDTHS = (1e9, 0.5e9, 5e9, 8e9)
+ASSUMED = "H100"  # where there is no GPU
+
+
+def device_of(config: Config, planned: bool) -> str:
+    """The GPU there is, by its name; else "cpu" or, if plans are for a machine that need not be this one
+    (`planned`, the fake backend), the GPU that is assumed."""
+    if torch.cuda.is_available() and config.comm.mode != "fake_backend":
+        return torch.cuda.get_device_name()
+    return ASSUMED if planned or config.comm.mode == "fake_backend" else "cpu"
+
+
+def memory_gib(device: str) -> float | None:
+    """The memory of a device, whole GiB of this machine's own GPU; None of a CPU."""
+    if device == "cpu":
+        return None
+    if torch.cuda.is_available() and device == torch.cuda.get_device_name():
+        return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory >> 30)
+    return next((gib for name, gib in MEMORY_GIB.items() if name in device), OTHER_MEMORY_GIB)
+
+
+def analytic(device: str) -> Rates:
+    """From data sheets. `device`: a GPU's name, with more around it; or "cpu", this one. ValueError for
+    others."""
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        linear, attention = 1 / (CPU_FLOPS * threads), 1 / (CPU_ATTENTION_FLOPS * threads)
+        forward = Pass(linear, attention, CPU_LAYER_SECONDS)
+        return Rates(forward, Pass(2 * linear, 2.5 * attention, 2 * CPU_LAYER_SECONDS), *CPU_BANDWIDTHS)
+    for name, peak in PEAK_FLOPS.items():
+        if name.lower() in device.lower():
+            linear, attention = 1 / (LINEAR * peak), 1 / (ATTENTION * peak)
+            forward = Pass(linear, attention, LAYER_SECONDS)
+            backward = Pass(2 * linear, ATTENTION_BACKWARD * attention, 2 * LAYER_SECONDS)
+            return Rates(forward, backward, *BANDWIDTHS.get(name, OTHER_BANDWIDTHS))
+    raise ValueError(
+        f"--device = {device} is not known: name one of {', '.join(PEAK_FLOPS)}, or cpu for this machine's"
+    )
+
+
+def calibration_file(model: str, args: Any, device: str, dtype: str) -> Path:
+    """Where the measured rates of a model and a device are kept."""
+    identity = json.dumps([model, repr(args), device.lower(), dtype])
+    digest = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(os.environ.get("CHUNKFLOW_CACHE") or f"{user_cache}/chunkflow").expanduser()
+    return cache / "calibration" / f"{digest}.json"
+
+
+def rates_of(model: str, args: Any, dtype: str, device: str) -> tuple[Rates, bool]:
+    """The rates of a device, and whether they were measured with this model."""
+    try:
+        measured = json.loads(calibration_file(model, args, device, dtype).read_text())
+        passes = {name: Pass(**measured[name]) for name in ("forward", "backward")}
+        return Rates(**measured | passes), True
+    except (OSError, ValueError, KeyError, TypeError):
+        return analytic(device), False
+
+
+def save(rates: Rates, model: str, args: Any, dtype: str, device: str) -> Path:
+    """Keeps measured rates for `rates_of`; returns the file."""
+    path = calibration_file(model, args, device, dtype)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = rates._asdict() | {name: getattr(rates, name)._asdict() for name in ("forward", "backward")}
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)
+    return path

@@ -1,0 +1,249 @@
+"""The model of a step's time against numbers made by hand; what changes it, and in which direction; the fit of
+measured points."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from chunkflow.data.synthetic import synthetic_lengths
+from chunkflow.planning.cost import Cost
+from chunkflow.planning.forecast import Row, candidates, forecast, powers, ranked
+from chunkflow.planning.memory import Layout, StageSizes, peak_parts
+from chunkflow.planning.planner import PlanSettings, plan_step
+from chunkflow.planning.step_time import Pass, Rates, StepTime
+from chunkflow.settings.config import load_config
+from chunkflow.training import build, calibration, rates
+from models import families
+
+ARGS = dataclasses.replace(
+    families["llama3"].flavors["debugmodel"], dim=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4,
+    hidden_dim=16, vocab_size=32,
+)  # fmt: skip
+FREE = Pass(0.0, 0.0, 0.0)
+FAST = 1e18  # bytes a second
+
+
+def sizes_of(args, **layout):
+    with torch.device("meta"):
+        model = families["llama3"].Transformer(args)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return [{0: StageSizes(args, shapes, Layout(**layout))}]
+
+
+def seconds(lengths, forward=FREE, backward=FREE, layout=None, **settings):
+    """Of a step whose rates are these, all else taking no time."""
+    layout = layout or {}
+    made = PlanSettings(Cost.of_model(ARGS), **{"chunk_size": 10, **settings})
+    time = Rates(forward, backward, FAST, FAST, layout.pop("host", FAST), FAST)
+    return StepTime(made, sizes_of(ARGS, **layout), time).step(plan_step(lengths, made))
+
+
+# Elements of a layer's and of the head's weight matrices, and FLOPs of a pair in attention.
+LAYER, HEAD, PAIR = 8 * (2 * 8 + 2 * 4 + 3 * 16), 8 * 32, 4 * 8
+
+
+def test_a_step_by_hand():
+    """25 tokens in chunks of 10, 10 and 5, k = 1: the first two are forwarded for their keys and values
+    only, without the head and the last layer, and once more."""
+    linear, attention, layer = Pass(1.0, 0.0, 0.0), Pass(0.0, 1.0, 0.0), Pass(0.0, 0.0, 1.0)
+    tokens, pairs = 25, 25 * 26 / 2
+    again_tokens, again_pairs = 20, 20 * 21 / 2
+    assert seconds([25], forward=linear) == pytest.approx(
+        2 * (tokens * (2 * LAYER + HEAD) + again_tokens * LAYER), rel=1e-6
+    )
+    assert seconds([25], forward=attention) == pytest.approx(PAIR * (2 * pairs + again_pairs), rel=1e-6)
+    assert seconds([25], forward=layer) == pytest.approx(2 * 3 + 1 * 2, rel=1e-6)
+    assert seconds([25], backward=linear) == pytest.approx(2 * tokens * (2 * LAYER + HEAD), rel=1e-6)
+    assert seconds([25], backward=layer) == pytest.approx(2 * 3, rel=1e-6)
+    assert seconds([25], forward=layer, k=3) == pytest.approx(2 * 3, rel=1e-6), "nothing is computed again"
+
+
+def test_recomputation_of_layers_counts():
+    """With full checkpointing every backward runs the layers' forward, without the head: a discarded chunk
+    is forwarded three times."""
+    linear, full = Pass(1.0, 0.0, 0.0), {"checkpoint_every": 1}
+    for k in (1, 3):
+        more = seconds([25], forward=linear, layout=dict(full), k=k) - seconds([25], forward=linear, k=k)
+        assert more == pytest.approx(2 * 25 * 2 * LAYER, rel=1e-6)
+    half = seconds([25], forward=linear, layout={"checkpoint_every": 2}) - seconds([25], forward=linear)
+    assert half == pytest.approx(2 * 25 * LAYER, rel=1e-6)
+
+
+def test_kept_attention_is_computed_once():
+    attention = Pass(0.0, 1.0, 0.0)
+    for layout in ({}, {"checkpoint_every": 1}):
+        kept = seconds([25], forward=attention, layout={**layout, "keep_attention": "device"})
+        assert kept == pytest.approx(2 * PAIR * 25 * 26 / 2, rel=1e-6)
+    assert seconds([25], forward=attention) > kept
+
+
+def test_copies_to_the_host_count_only_where_they_take_longer():
+    forward = Pass(1.0, 1.0, 1.0)
+    none = seconds([25], forward=forward)
+    assert seconds([25], forward=forward, layout={"kv_offload": "host"}) == none
+    slow = {"kv_offload": "host", "host": 1e-3}
+    kv = 2 * 2 * 4 * 2  # bytes of a token's: two layers, keys and values of one head of 4, bf16
+    ends, again = [10, 20, 25], [10, 20]  # forwards read what is before them and write their own
+    gradients = sum(2 * 2 * kv * before for before in (0, 10, 20))  # fp32, there and back
+    moved = kv * (2 * sum(ends) + sum(again)) + gradients
+    assert seconds([25], layout=slow) == pytest.approx(moved / 1e-3, rel=1e-6)
+
+
+def test_ranks_in_lockstep_wait_in_every_slot():
+    layer = Pass(0.0, 0.0, 1.0)
+    # One rank has a chunk of 10 tokens, the other of 1: each slot takes as long as the longer chunk.
+    linear = Pass(1.0, 0.0, 0.0)
+    both = seconds([10, 1], forward=linear, replicas=2, lockstep=True)
+    assert both == pytest.approx(2 * 10 * (2 * LAYER + HEAD), rel=1e-6)
+    # Gathers of 2 layers over 2 ranks at a byte a second, hidden by nothing, and of the first layer alone.
+    made = PlanSettings(Cost.of_model(ARGS), chunk_size=10, replicas=2, lockstep=True)
+    sizes = sizes_of(ARGS, shards=2, reshard=True)
+    (stage,) = sizes[0].values()
+    time = Rates(layer, layer, 1.0, 1.0, FAST, FAST)
+    gathers, reduces = 2 * stage.layer_gathered / 2, 2 * stage.layer_reduced / 2
+    once = (stage.root_gathered + stage.root_reduced) / 2
+    expected = 1.5 * gathers + 1.5 * (gathers + reduces) + once
+    assert StepTime(made, sizes, time).step(plan_step([10, 10], made)) == pytest.approx(expected)
+
+
+def test_more_work_takes_longer_and_faster_devices_less():
+    args = families["qwen2"].flavors["7B"]
+    lengths = [min(length, 65536) for length in synthetic_lengths("lmsys", 64, 0)]
+
+    def predicted(lengths, device="H100", chunk_size=4096, k=1, **layout):
+        settings = PlanSettings(Cost.of_model(args), 8, chunk_size=chunk_size, k=k, lockstep=True)
+        sizes = sizes_of(args, shards=8, reshard=True, **layout)
+        return forecast(lengths, settings, sizes, rates.analytic(device)).seconds
+
+    base = predicted(lengths)
+    assert predicted([*lengths, 65536]) > base
+    assert predicted(lengths, "B200") < base < predicted(lengths, "A100")
+    assert predicted(lengths, checkpoint_every=1) > base
+    long = [131072] * 8
+    assert predicted(long, k=1) > predicted(long, k=8) > predicted(long, k=32)
+    assert predicted(long, keep_attention="device") < predicted(long)
+    useful = sum(3 * Cost.of_model(args).forward(length) for length in lengths) / 8
+    assert base > useful / 989e12, "no faster than the device's peak"
+
+
+def test_replicas_that_are_planned():
+    """Of many the fullest: the slowest's time and the longest sequence's memory are among them."""
+    lengths = [min(length, 65536) for length in synthetic_lengths("lmsys", 1024, 1)]
+    args = families["qwen2"].flavors["7B"]
+    settings = PlanSettings(Cost.of_model(args), 64, chunk_size=2048)
+    sizes, of = sizes_of(args, shards=64), rates.analytic("H100")
+    some, every = (forecast(lengths, settings, sizes, of, most) for most in (8, 64))
+    assert len(some.kv) == 8 and len(every.kv) == 64
+    assert some.seconds == pytest.approx(every.seconds, rel=0.01)
+    assert max(some.kv) == max(every.kv) > 0
+
+
+# ---- memory of what lives elsewhere
+
+
+def test_memory_of_kv_in_host_memory_and_of_kept_attention():
+    args = dataclasses.replace(ARGS, n_layers=6)
+    made = PlanSettings(Cost.of_model(args), chunk_size=10)
+    plan = plan_step([100], made)
+    (program,), groups = plan.programs[0], plan.groups[0]
+
+    def parts(**layout):
+        return peak_parts(sizes_of(args, **layout)[0], groups, program)
+
+    here, host = parts(), parts(kv_offload="host")
+    assert host["kv"] == here["kv"] / 3 and 0 < host["kv_gradients"] <= here["kv_gradients"] / 3
+    kept = parts(keep_attention="device")
+    # Of nine discarded chunks, in five layers: output in bf16, log-sum-exp in fp32; when the first of them
+    # is computed again its own are among its activations.
+    assert kept["kept_attention"] in (9 * 5 * 10 * (8 * 2 + 2 * 4), 8 * 5 * 10 * (8 * 2 + 2 * 4))
+    assert sum(kept.values()) > sum(parts(keep_attention="host").values()) > sum(here.values())
+
+
+# ---- the choice
+
+
+def row(chunk_size, k, seconds, gib, fits=True):
+    return Row(chunk_size, k, 1, False, seconds, 1.0, gib, 0.0, 0.0, 0.0, 10.0, fits)
+
+
+def test_candidates_find_the_best():
+    """Of a plausible surface the search finds what trying everything finds."""
+
+    def evaluate(chunk_size, k):
+        chunks = -(-8192 // chunk_size)
+        again = max(0, chunks - k)
+        seconds = 8192 * (3 + again / chunks) + 100 * (chunks + again)
+        gib = chunk_size * k / 1024
+        return row(chunk_size, k, seconds, gib, gib <= 4)._replace(recomputed_percent=100 * again / chunks)
+
+    sizes = powers(256, 32768)
+    found = ranked(candidates(evaluate, 8192, sizes))
+    every = ranked(evaluate(size, k) for size, k in itertools.product(sizes, powers(1, 32)))
+    assert found[0] == every[0] and found[0].fits
+    assert [each.k for each in candidates(evaluate, 8192, [2048], [3])] == [3]
+
+
+def test_ranked_takes_the_smaller_of_equals_and_nothing_that_does_not_fit():
+    rows = [
+        row(512, 2, 1.0, 9.0),
+        row(512, 1, 1.0, 8.0),
+        row(256, 1, 0.5, 99.0, False),
+        row(1024, 1, 2.0, 1.0),
+    ]
+    assert [each[:2] for each in ranked(rows)] == [(512, 1), (512, 2), (1024, 1)]
+    assert powers(256, 100) == [100] and powers(256, 1500) == [256, 512, 1024]
+
+
+# ---- rates
+
+
+def test_the_fit_gives_back_what_made_the_points():
+    cost, layers = Cost.of_layers(ARGS, 2, head=False), 2
+    forward, backward = Pass(3e-9, 5e-9, 2e-6), Pass(6e-9, 14e-9, 0.0)
+    points = []
+    for tokens, prefix in itertools.product((16, 256, 4096), (0, 4096)):
+        point = calibration.Point(tokens, prefix, 0.0, 0.0)
+        flops = cost.per_token * tokens, cost.per_pair * point.pairs, layers
+        points.append(point._replace(forward=forward.seconds(*flops), backward=backward.seconds(*flops)))
+    found = calibration.fitted(points, cost, layers, rates.analytic("H100"))
+    assert found.forward == pytest.approx(forward) and found.backward == pytest.approx(backward, abs=1e-15)
+    assert found.gather == rates.analytic("H100").gather
+    # no term is below 0, whatever the points
+    points = [point._replace(forward=1 / point.tokens) for point in points]
+    assert min(calibration.fitted(points, cost, layers, found).forward) >= 0
+
+
+def test_a_device_is_known_by_its_name():
+    for name, share in (("NVIDIA H100 80GB HBM3", 989e12), ("a100", 312e12), ("NVIDIA H100 PCIe", 756e12)):
+        assert rates.analytic(name).forward.linear == 1 / (rates.LINEAR * share)
+    assert rates.analytic("cpu").forward.linear > rates.analytic("A100").forward.linear
+    with pytest.raises(ValueError, match="--device = TPU is not known: name one of A100, .*, or cpu"):
+        rates.analytic("TPU")
+    assert rates.memory_gib("cpu") is None and rates.memory_gib("NVIDIA H200") > rates.memory_gib("H100")
+
+
+def test_calibration_on_this_machine(tmp_path, monkeypatch):
+    """What was measured is kept and used, and puts the chunks in the order that they had."""
+    monkeypatch.setenv("CHUNKFLOW_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibration, "CHUNKS", (16, 2048))
+    monkeypatch.setattr(calibration, "PREFIXES", (0, 512))
+    config = load_config(["--training.seq_len=4096", "--training.mixed_precision_param=float32"])
+    spec = build.model_spec(config)
+    spec = spec._replace(args=dataclasses.replace(spec.args, dim=64, hidden_dim=128, n_layers=2, n_heads=4))
+    named = spec.name, spec.args, "float32", "cpu"
+    assert rates.rates_of(*named) == (rates.analytic("cpu"), False)
+    said = calibration.calibrate(config, spec)
+    assert said.startswith("cpu: ") and "from 4 chunks" in said and said.count("\n") == 0
+    measured, calibrated = rates.rates_of(*named)
+    assert calibrated and measured != rates.analytic("cpu") and min(measured[0] + measured[1]) >= 0
+    points, layers = calibration.measure(config, spec, torch.device("cpu"))
+    assert [(point.tokens, point.prefix) for point in points] == [(16, 0), (2048, 0), (16, 512), (2048, 512)]
+    cost = Cost.of_layers(spec.args, layers, head=False)
+
+    def of(point):
+        return measured.forward.seconds(cost.per_token * point.tokens, cost.per_pair * point.pairs, layers)
+
+    assert max(map(of, points[::2])) < min(map(of, points[1::2])), "2,048 tokens take longer than 16"
+    assert rates.rates_of(spec.name, spec.args, "bfloat16", "cpu") == (rates.analytic("cpu"), False)
