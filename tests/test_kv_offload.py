@@ -131,7 +131,8 @@ def test_the_next_window_is_always_on_its_way():
 def test_a_recomputation_may_come_early():
     """As stages of a pipeline do it: then a window lacks what a later chunk wrote, and is completed."""
     kinds = {"S": Kind.FORWARD_STATE, "F": Kind.FORWARD, "R": Kind.RECOMPUTE, "B": Kind.BACKWARD}
-    actions = [Action(kinds[a[0]], 0, int(a[1])) for a in "S0 S1 S2 F3 B3 R2 R1 B2 R0 B1 B0".split()]
+    order = zip("SSSFBRRBRBB", (0, 1, 2, 3, 3, 2, 1, 2, 0, 1, 0))
+    actions = [Action(kinds[kind], 0, chunk) for kind, chunk in order]
     for layers in (1, 2, 4):
         model, sequences = small_model("qwen3", n_layers=layers), random_sequences([40], 96, 0)
         groups = build_groups([40], 10)
