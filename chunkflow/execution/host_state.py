@@ -61,6 +61,9 @@ class HostMemory:
     bytes, whatever the number of layers and of chunks; `end` tells the most of all windows. Those of a group
     are equally large, so that the allocator gives the memory of one to the next but one.
 
+    On the host PyTorch rounds each pinned tensor, of which a layer has two, up to a power of two of bytes,
+    and keeps what was freed for the next steps.
+
     On CUDA a stream of its own allocates windows, fills them, and copies back what was written, all in order.
     Before each of these it waits for what was computed so far, and the computation waits for a window before
     it touches it: memory that changes hands is never in use.
