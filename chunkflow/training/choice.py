@@ -105,8 +105,7 @@ class Forecaster:
     def other_layouts(self, chunk_size: int, k: int) -> Iterator[Row]:
         """Of other pipeline degrees and ways to reshard, with this chunk size or, where it does not fit, with
         half of it."""
-        degrees = self.config.parallelism
-        own = degrees.pipeline_parallel_degree, reshards(degrees, self.ranks)
+        own = layout_of(self)
         for pipeline_ranks in powers(1, min(PIPELINE_RANKS, self.ranks)):
             for reshard in ("never", "always") if pipeline_ranks == 1 else ("never",):
                 if (pipeline_ranks, reshard == "always") == own or not self._divides(pipeline_ranks):
@@ -141,6 +140,13 @@ def forecaster(
     return Forecaster(config, spec, lengths, ranks, device, *rates)
 
 
+def layout_of(predicted: Forecaster) -> tuple[int, bool]:
+    """The config's pipeline degree, and whether it reshards after each forward."""
+    degrees = predicted.config.parallelism
+    pipeline_ranks = degrees.pipeline_parallel_degree
+    return pipeline_ranks, reshards(degrees, predicted.ranks // pipeline_ranks)
+
+
 def compare(predicted: Forecaster) -> tuple[list[Row], str]:
     """What all settings that are tried would do: the best that fits first, then the others by time, with the
     config's own among them; and why the best is. Puts the best in the place of "auto" in the config. Of
@@ -166,7 +172,9 @@ def compare(predicted: Forecaster) -> tuple[list[Row], str]:
     others = sorted((row for row in rows if not row.fits), key=lambda row: row.peak_gib)
     if not found:
         return others, "nothing that was tried fits"
-    return [found[0]._replace(best=True), *found[1:], *others], reason(found, predicted.budget)
+    return [found[0]._replace(best=True), *found[1:], *others], reason(
+        found, predicted.budget, layout_of(predicted)
+    )
 
 
 def hint(config: Config, recomputed_percent: float) -> str:
@@ -246,7 +254,7 @@ def _settled(
         rows = list(predicted.rows(**settled))
         if found := ranked(rows):
             settled = {"chunk_size": found[0].chunk_size, "k": found[0].k}
-            logger.info(reason(found, predicted.budget))
+            logger.info(reason(found, predicted.budget, layout_of(predicted)))
         else:
             least = min(rows, key=lambda row: row.peak_gib)
             settled = {"chunk_size": least.chunk_size, "k": least.k}
@@ -259,15 +267,22 @@ def _shown(chunk_size: int, k: int) -> str:
     return f"chunkflow.chunk_size = {chunk_size}, chunkflow.k = {k}"
 
 
-def reason(found: list[Row], budget: float | None) -> str:
-    """Why the first of the `ranked` rows is the best, in words: against the next one."""
+def reason(found: list[Row], budget: float | None, layout: tuple[int, bool]) -> str:
+    """Why the first of the `ranked` rows is the best, in words: against the next one. `layout`: the config's
+    pipeline degree, and whether it reshards; where one has another, it is named, too."""
 
     def said(row: Row) -> str:
         of = f" of {budget:g}" if budget is not None else ""
         settings = _shown(row.chunk_size, row.k)
+        if any(each[2:4] != layout for each in (best, row)):
+            reshard = "always" if row.fsdp_reshard_after_forward else "never"
+            settings += (
+                f", parallelism.pipeline_parallel_degree = {row.pipeline_parallel_degree},"
+                f' fsdp_reshard_after_forward = "{reshard}"'
+            )
         return f"{settings} takes {row.step_seconds:.3g} s a step and {row.peak_gib:.3g} GiB{of}"
 
-    best, others = found[0], [row for row in found if row[:2] != found[0][:2]]
+    best, others = found[0], found[1:]
     return f"fastest by prediction: {said(best)}" + (f"; the next one, {said(others[0])}" if others else "")
 
 
