@@ -343,8 +343,7 @@ def on_ranks(reshard, mode, k):
     return counts
 
 
-@pytest.mark.parametrize("mode", ["none", "full"])
-@pytest.mark.parametrize("reshard", ["never", "always"])
+@pytest.mark.parametrize("reshard, mode", [("never", "none"), ("always", "full")])
 def test_ranks_that_share_a_sequence_gather_once_forward_and_once_backward(reshard, mode):
     (first, second) = run_ranks(on_ranks, 2, reshard, mode, 2)
     chunks = -(-300 // 32) + -(-70 // 32)

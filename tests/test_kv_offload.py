@@ -336,32 +336,29 @@ def test_windows_are_filled_while_the_layer_before_computes():
 
 def on_ranks():
     processes, checked = join(layout_config()), 0
-    for reshard in ("never", "always"):
-        for mode in ("none", "full"):
-            config = layout_config(reshard=reshard, mode=mode)
-            reference, model = small_model("qwen3"), small_model("qwen3")
-            parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
-            parallel.apply_fsdp(model, processes.data_mesh, config.training, reshard == "always")
-            rng = random.Random(f"{reshard}/{mode}")
-            lengths = [rng.randint(60, 200), rng.randint(60, 200), *random_lengths(rng, 50)]
-            sequences, k = random_sequences(lengths, 96, 0), rng.choice([1, 2, 9])
-            loss, expected = whole_sequence_gradients(reference, sequences)
-            for spread in (1, processes.replicas):
-                more = {"spread_over": spread, "kv_tokens": 60, "blocks": processes.blocks}
-                plain_loss, plain = sharded_gradients(model, lengths, sequences, config, k, **more)
-                got_loss, got = sharded_gradients(
-                    model, lengths, sequences, config, k, kv_offload=True, **more
-                )
-                assert got_loss == plain_loss and abs(got_loss - loss) <= 1e-10 * loss
-                assert all(torch.equal(got[name], plain[name]) for name in plain)
-                assert_same_gradients(got, expected, 1e-10)
-                checked += 1
+    for reshard, mode in (("never", "full"), ("always", "none")):
+        config = layout_config(reshard=reshard, mode=mode)
+        reference, model = small_model("qwen3"), small_model("qwen3")
+        parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
+        parallel.apply_fsdp(model, processes.data_mesh, config.training, reshard == "always")
+        rng = random.Random(f"{reshard}/{mode}")
+        lengths = [rng.randint(60, 200), rng.randint(60, 200), *random_lengths(rng, 50)]
+        sequences, k = random_sequences(lengths, 96, 0), rng.choice([1, 2, 9])
+        loss, expected = whole_sequence_gradients(reference, sequences)
+        for spread in (1, processes.replicas):
+            more = {"spread_over": spread, "kv_tokens": 60, "blocks": processes.blocks}
+            plain_loss, plain = sharded_gradients(model, lengths, sequences, config, k, **more)
+            got_loss, got = sharded_gradients(model, lengths, sequences, config, k, kv_offload=True, **more)
+            assert got_loss == plain_loss and abs(got_loss - loss) <= 1e-10 * loss
+            assert all(torch.equal(got[name], plain[name]) for name in plain)
+            assert_same_gradients(got, expected, 1e-10)
+            checked += 1
     return checked
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_and_sequences_that_they_share(world_size):
-    assert run_ranks(on_ranks, world_size) == [8] * world_size
+    assert run_ranks(on_ranks, world_size) == [4] * world_size
 
 
 def shared_windows(length):

@@ -223,9 +223,7 @@ def on_ranks(replicas, spread):
     return most
 
 
-@pytest.mark.parametrize(
-    "world_size, replicas, spread", [(2, 1, False), (2, 1, True), (3, 1, True), (4, 2, False), (4, 2, True)]
-)
+@pytest.mark.parametrize("world_size, replicas, spread", [(2, 1, False), (3, 1, True), (4, 2, True)])
 def test_ranks_have_the_weighted_gradients_of_one_process(world_size, replicas, spread):
     assert run_ranks(on_ranks, world_size, replicas, spread) == [6] * world_size
 
