@@ -18,7 +18,7 @@ COMMANDS = {
     "gpu": "gpu.py --cpu --only 1 3 4 7",
     "gpu's attention": "gpu_kernels.py attention --cpu --one",
     "kill_loop": "kill_loop.py --kills 1 --steps 4 --layouts 'one process'",
-    "long_sequence": "long_sequence.py --lengths 48 --chunk-size 16 --k 2 --layers 1 --vocab 64",
+    "long_sequence": "long_sequence.py --lengths 48 --chunk-size 16 --k 2 --layers 1 --vocab 64 --kv-offload none --keep-attention none host",
     "paper's checks": "paper.py --checks --batches 1",
     "paper, other assumptions": "paper.py --sensitivity --batches 1 --launches --shares",
     "pipeline simulated": "pipeline.py --train-steps 0 --steps 1 --stages 4",

@@ -31,10 +31,10 @@ ALONE = "--parallelism.context_parallel_degree=1"
 COUNT = """
 if not hasattr(recipe["Runner"], "counted"):
     original = recipe["Runner"].counted = recipe["Runner"].{0}
-    def counted(self, program, groups, *more):
+    def counted(self, program, groups, *more, **others):
         with open(folder / f"shared_{{rank}}", "a") as file:
             print(sum(group.spread is not None for group in groups), file=file)
-        return original(self, program, groups, *more)
+        return original(self, program, groups, *more, **others)
     recipe["Runner"].{0} = counted
 """
 

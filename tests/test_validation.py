@@ -416,7 +416,7 @@ def test_an_interval_goes_on_after_validation_and_resume_takes_back_rows(tmp_pat
             ["--validation.dataset=synthetic", "--validation.dataset_path=x"],
             'set "lmsys", "llama3_sft", "agent" or "prolong"',
         ),
-        (["--validation.dataset=c4_validation"], 'set validation.dataset = "jsonl"'),
+        (["--validation.dataset=c4_validation"], "set validation.dataset to their kind"),
         (["--validation.steps=0"], "or -1 for all of the data"),
         (["--validation.freq=0"], "of at least 1"),
         (["--validation.seq_len=5"], "training.seq_len counts for validation too"),
