@@ -688,19 +688,19 @@ def test_a_file_that_changes_during_training_is_noticed(place):
 # ---- a long run
 
 
-def test_eight_hundred_steps_do_not_grow(tmp_path):
+def test_two_thousand_steps_do_not_grow(tmp_path):
     """Memory, file descriptors and threads stay as they are; the token ledger balances to the token."""
     data = write_rows(tmp_path / "rows.jsonl", [9, 40, 3, 17, 1, 5, 28, 60])
     options = [
         f"--job.dump_folder={tmp_path / 'run'}", small_assets(tmp_path / "model", num_hidden_layers=1), "--training.dataset=jsonl",
-        f"--training.dataset_path={data}", "--training.seq_len=30", "--training.overlong=truncate", "--training.steps=800",
-        "--training.global_batch_size=3", "--chunkflow.chunk_size=24", "--metrics.log_freq=20", "--checkpoint.enable",
-        "--checkpoint.interval=40", "--checkpoint.keep_latest_k=2", "--checkpoint.async_mode=async",
+        f"--training.dataset_path={data}", "--training.seq_len=30", "--training.overlong=truncate", "--training.steps=2000",
+        "--training.global_batch_size=3", "--chunkflow.chunk_size=24", "--metrics.log_freq=50", "--checkpoint.enable",
+        "--checkpoint.interval=100", "--checkpoint.keep_latest_k=2", "--checkpoint.async_mode=async",
     ]  # fmt: skip
     job = start(RECIPE, options, environment(tmp_path), tmp_path / "log")
     (process,) = (Path(f"/proc/{pid}") for pid in job.pids)
     figures = {}
-    for rows in (11, 21, 31, 40):  # of 20 steps each
+    for rows in (11, 21, 31, 40):  # of 50 steps each
         deadline = time.monotonic() + 180
         while not (tmp_path / "run/metrics.jsonl").exists() or len(rows_of(tmp_path / "run")) < rows:
             assert time.monotonic() < deadline and job.poll() is None, (tmp_path / "log").read_text()[-2000:]
@@ -711,7 +711,7 @@ def test_eight_hundred_steps_do_not_grow(tmp_path):
     assert job.wait(60) == [0], (tmp_path / "log").read_text()[-2000:]
     assert figures[40][0] < figures[11][0] + 16, f"MiB, descriptors, threads: {figures}"
     assert figures[40][1] <= figures[11][1] + 2 and figures[40][2] <= figures[11][2] + 2, figures
-    ledger = json.loads((tmp_path / "run/checkpoint/step-800/manifest.json").read_text())["ledger"]
+    ledger = json.loads((tmp_path / "run/checkpoint/step-2000/manifest.json").read_text())["ledger"]
     assert ledger["read"] == ledger["trained"] + ledger["masked"] + ledger["truncated"] + ledger["dropped"]
-    passes, rest = divmod(3 * 800, 8)
+    passes, rest = divmod(3 * 2000, 8)
     assert rest == 0 and ledger["read"] == passes * 163 and ledger["truncated"] == passes * (10 + 30)

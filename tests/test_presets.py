@@ -74,7 +74,7 @@ def test_the_comment_is_what_plan_prints(name, monkeypatch, capsys):
 
 
 # One of each family and kind; the others differ from them in sizes.
-FULL_SIZE = ("llama3_1_8b_128k_pipeline", "qwen3_8b_256k", "qwen2_5_7b_32k")
+FULL_SIZE = ("llama3_1_8b_128k_pipeline", "qwen3_8b_256k", "qwen2_5_72b_256k")
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
