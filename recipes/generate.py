@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import nn
@@ -25,18 +24,13 @@ from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.execution.generation import Context, continuation
 from chunkflow.execution.loss import last_logits
 from chunkflow.storage.trained import load_trained
-from chunkflow.training.build import model_args, open_tokenizer, positions
-from chunkflow.training.start import read_config
+from chunkflow.training.build import model_args, open_text_tokenizer, positions
+from chunkflow.training.start import fail, options_beside_config, read_config
 from models.hf_config import end_tokens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        epilog="The run's keys, such as --model.hf_assets_path, count too: recipes/finetune.py --help lists"
-        " them.",
-        allow_abbrev=False,
-    )
+    parser = options_beside_config(__doc__)
     add, default = parser.add_argument, "(%(default)s)"
     add("--prompt", help="the text to continue")
     add("--prompt-file", type=Path, help="a file with the text to continue")
@@ -47,17 +41,12 @@ def main() -> None:
     add("--temperature", type=float, default=0.7, help=f"{default} 0: always the likeliest token")
     add("--top-p", type=float, default=0.95, help=f"{default} only the likeliest tokens that have this share")
     add("--seed", type=int, default=0, help=f"{default} of the random choices")
-    parser.error = fail
     cli, keys = parser.parse_known_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         config = read_config(keys)
         check_numbers(cli)
-        tokenizer = open_tokenizer(config)
-        if tokenizer is None:
-            raise ValueError(
-                f"{config.model.hf_assets_path} has no tokenizer: set model.tokenizer_path to the model's own"
-            )
+        tokenizer = open_text_tokenizer(config)
         prompt, stops = encode(cli, config, tokenizer)
         model = load_model(cli, config, tokenizer, len(prompt), device)
     except ValueError as error:
@@ -76,11 +65,6 @@ def main() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ before work
-
-
-def fail(reason: object) -> NoReturn:
-    print(f"error: {reason}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def check_numbers(cli: argparse.Namespace) -> None:

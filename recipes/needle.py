@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from itertools import cycle
 from os.path import commonprefix  # of lists too
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch.hub import tqdm  # the real one where it is installed, else torch's small stand-in
@@ -36,8 +36,8 @@ from chunkflow.execution.generation import Context, continuation
 from chunkflow.execution.loss import last_logits
 from chunkflow.reporting.pictures import heat_maps
 from chunkflow.storage.trained import load_trained
-from chunkflow.training.build import model_args, open_tokenizer, positions
-from chunkflow.training.start import read_config
+from chunkflow.training.build import model_args, open_text_tokenizer, positions
+from chunkflow.training.start import fail, options_beside_config, read_config
 
 TASK = (
     "A special number is hidden in the following text. Remember it: you will be asked for it afterwards.\n\n"
@@ -62,12 +62,7 @@ class Trial(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        epilog="The run's keys, such as --model.hf_assets_path, count too: recipes/finetune.py --help lists"
-        " them.",
-        allow_abbrev=False,
-    )
+    parser = options_beside_config(__doc__)
     add, default = parser.add_argument, "(%(default)s)"
     add("--lengths", help="tokens, comma separated; unset: 1024, 2048, ... up to training.seq_len of"
         " --job.config_file or, without it, to the model's positions")  # fmt: skip
@@ -78,16 +73,12 @@ def main() -> None:
     add("--chat", action="store_true", help="a user asks, in the model's chat template")
     add("--checkpoint", type=Path, help="weights of a run; --job.config_file then names its config.toml")
     add("--json", action="store_true", help="print one JSON object, with each answer")
-    parser.error = fail
     cli, keys = parser.parse_known_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         # ---- What is asked for, and whether the model has positions for it.
         config = read_config(keys)
-        tokenizer = open_tokenizer(config)
-        if tokenizer is None:
-            remedy = "set model.tokenizer_path to the model's own"
-            raise ValueError(f"{config.model.hf_assets_path} has no tokenizer: {remedy}")
+        tokenizer = open_text_tokenizer(config)
         family, args = model_args(config.model, 1, tokenizer.vocab_size)
         most = positions(config.model, args)
         lengths = read_lengths(cli.lengths, config, most)
@@ -135,11 +126,6 @@ def main() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ before work
-
-
-def fail(reason: object) -> NoReturn:
-    print(f"error: {reason}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def numbers(text: str, option: str, kind: type, low: float, high: float, rule: str) -> list:

@@ -22,7 +22,7 @@ from chunkflow.execution.loss import last_logits
 from models.hf_config import end_tokens
 from tests.helpers.hugging_face import CHATML, logits_of, ours, raw_tokenizer, theirs
 from tests.helpers.layouts import small_model
-from tests.helpers.processes import REPO, environment, train
+from tests.helpers.processes import REPO, environment, in_process, train
 
 RECIPE = REPO / "recipes" / "generate.py"
 TEXT = "def naïve(größe):\n    return '漢字 😀', größe + 1\n"
@@ -211,17 +211,6 @@ def chat_ids(folder, count):
     rendered = f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n"
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
     return greedy(reference, Tokenizer(str(folder)).encode(rendered), count)
-
-
-def in_process(recipe, monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
-    try:
-        recipe.main()
-        status = 0
-    except SystemExit as ended:
-        status = ended.code
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 def test_an_answer_ends_with_its_turn(tmp_path, folder, recipe, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from chunkflow.execution.generation import Context, continuation
 from chunkflow.execution.loss import last_logits
 from tests.helpers.hugging_face import CHATML, logits_of, raw_tokenizer, theirs
 from tests.helpers.layouts import small_model
-from tests.helpers.processes import REPO, small_assets, train
+from tests.helpers.processes import REPO, in_process, small_assets, train
 
 RECIPE = REPO / "recipes" / "needle.py"
 TAG = "needle/by length and depth"
@@ -43,14 +43,7 @@ def folder(tmp_path_factory):
 def run(recipe, monkeypatch, capsys, tmp_path, *arguments):
     """Status, stdout and stderr of the recipe in tmp_path."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["needle.py", *map(str, arguments)])
-    try:
-        recipe.main()
-        status = 0
-    except SystemExit as ended:
-        status = ended.code
-    out, err = capsys.readouterr()
-    return status, out, err
+    return in_process(recipe, monkeypatch, capsys, *arguments)
 
 
 # ---------------------------------------------------------------------------------------------------- the context

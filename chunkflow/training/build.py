@@ -240,6 +240,16 @@ def open_tokenizer(config: Config) -> Tokenizer | None:
     return Tokenizer(path, template)
 
 
+def open_text_tokenizer(config: Config) -> Tokenizer:
+    """As `open_tokenizer`, for what cannot do without one. ValueError if there is none."""
+    tokenizer = open_tokenizer(config)
+    if tokenizer is None:
+        raise ConfigError(
+            f"{config.model.hf_assets_path} has no tokenizer: set model.tokenizer_path to the model's own"
+        )
+    return tokenizer
+
+
 def model_args(settings: options.Model, seq_len: int, vocab_size: int):
     """The module of the model's family and its sizes, with the config's overrides.
 

@@ -1,6 +1,7 @@
 """How a recipe starts: its checked config, errors as one sentence, the log, garbage collection. Torch is
 imported only where it is needed, so that a mistyped key is answered at once."""
 
+import argparse
 import gc
 import logging
 import os
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from chunkflow.settings.config import ConfigError, check_processes, data_sections, load_config
 from chunkflow.settings.keys import show, to_toml
@@ -51,6 +53,20 @@ def main_config(
     if _is_rank_0() and config.job.print_config:
         print(to_toml(config))
     return config
+
+
+def options_beside_config(doc: str) -> argparse.ArgumentParser:
+    """For a recipe with options of its own, besides the run's keys (`parse_known_args` gives both). What is
+    wrong ends as in `fail`. `doc`: the recipe's docstring, whose first line is the description."""
+    epilog = "The run's keys, such as --model.hf_assets_path, count too: see recipes/finetune.py --help."
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], epilog=epilog, allow_abbrev=False)
+    parser.error = fail
+    return parser
+
+
+def fail(reason: object) -> NoReturn:
+    print(f"error: {reason}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def read_config(argv: list[str], chooses: bool = False) -> Config:

@@ -36,6 +36,17 @@ PRELOADED = [
 TIMING = {"seconds", "tps", "tflops", "mfu_percent", "memory_gib"}  # what two equal runs may differ in
 
 
+def in_process(recipe, monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    """Status, stdout and stderr of a recipe's `main` in this process."""
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *map(str, arguments)])
+    try:
+        recipe.main()
+        status = 0
+    except SystemExit as ended:
+        status = ended.code
+    return status, *capsys.readouterr()
+
+
 # ---- this side: asks the server
 
 _server: subprocess.Popen | None = None
