@@ -311,10 +311,10 @@ def test_wrong_names_and_paths(write, read, tmp_path):
     refused(tmp_path / "empty", r"empty: no \*.jsonl or \*.json files .* in this folder: convert your data")
     for kind in ("csv", "txt.gz", "jsonl.bz2"):
         sentence = (
-            rf'data.{kind}: no file for training.dataset = "jsonl", .*, but \S+ files: convert your data'
+            rf'data.{kind}: training.dataset = "jsonl" reads {kinds}: convert your data to JSONL .* narrow'
         )
         refused(write({"text": "a"}, name=f"data.{kind}"), sentence)
-    refused(tmp_path / "data.*", r'data.csv: no file for training.dataset = "jsonl", which reads')
+    refused(tmp_path / "data.*", r'data.csv: training.dataset = "jsonl" reads')
     refused(write("", " ", name="blank.jsonl"), r"blank.jsonl: there is no sequence in it: choose another")
     refused(
         "somewhere",

@@ -370,8 +370,8 @@ def test_a_folder_gives_the_files_of_its_kind(write, tmp_path):
     [
         ("jsonl", "a.parquet", "in", r'in: no \S+ or \S+ files .* in this folder, but 2 of the \*.parquet files for validation.dataset = "parquet": set that'),
         ("parquet", "a.json", "in", r'in: no \*.parquet files in this folder, but 2 of the .* for validation.dataset = "jsonl": set that'),
-        ("jsonl", "a.parquet", "in/a.parquet", r'a.parquet: no file for validation.dataset = "jsonl", which reads .*, but 1 of the \*.parquet files for .*: set that, or narrow'),
-        ("parquet", "a.jsonl.gz", "in/*", r'a.jsonl.gz: no file for validation.dataset = "parquet", which reads \*.parquet files, but 1 of the \*.jsonl and'),
+        ("jsonl", "a.parquet", "in/a.parquet", r'a.parquet: validation.dataset = "jsonl" reads .*: set validation.dataset = "parquet", or narrow the path'),
+        ("parquet", "a.jsonl.gz", "in/*", r'a.jsonl.gz: validation.dataset = "parquet" reads \*.parquet files: set validation.dataset = "jsonl", or narrow'),
         ("parquet", "a.csv", "in", r"in: no \*.parquet files in this folder, but .csv files: convert your data to JSONL"),
         ("parquet", "a.parquet", "", r"validation.dataset_path is empty: set it to one of your \*.parquet files"),
     ],

@@ -143,8 +143,8 @@ class ChunkDataLoader:
             cut, share = tokens - len(overlong) * self.seq_len, 100 / sum(lengths)
             raise ValueError(
                 f"{self.dataset.source(first)}: {lengths[first]:,} tokens, but training.seq_len admits"
-                f" {self.seq_len:,} ({len(overlong):,} sequences of {len(lengths):,} are longer, the longest"
-                f" has {max(lengths):,} tokens): raise training.seq_len, or set training.overlong to"
+                f" {self.seq_len:,} (longer: {len(overlong):,} of {len(lengths):,} sequences; the longest has"
+                f" {max(lengths):,} tokens): raise training.seq_len, or set training.overlong to"
                 f' "truncate", which cuts off {cut:,} tokens ({cut * share:.1f} % of all), or to "drop",'
                 f" which leaves out {tokens:,} ({tokens * share:.1f} %)"
             )

@@ -12,6 +12,7 @@ PARQUET = (".parquet",)
 JSON = tuple(kind + packed for kind in (".jsonl", ".json") for packed in ("", ".gz", ".zst"))
 SUFFIXES = {"jsonl": JSON, "parquet": PARQUET}  # of the files that training.dataset = KIND reads
 NAMED = {"jsonl": "*.jsonl and *.json files (also .gz and .zst)", "parquet": "*.parquet files"}
+CONVERT = "convert your data to JSONL (one object a line) or parquet"
 
 
 def python_files() -> list[str]:
@@ -53,8 +54,11 @@ def find_files(kind: str, path: str, section: str = "training") -> list[str]:
         raise ValueError(f"{path}: {fault}")
     for file in sorted(files):
         if not file.endswith(SUFFIXES[kind]):
-            fault = f'no file for {section}.dataset = "{kind}", which reads {NAMED[kind]}'
-            raise ValueError(f"{file}: {fault}{_what_else([file], kind, section)}, or narrow the path")
+            other = next((other for other in SUFFIXES if file.endswith(SUFFIXES[other])), None)
+            remedy = f'set {section}.dataset = "{other}"' if other else CONVERT
+            raise ValueError(
+                f'{file}: {section}.dataset = "{kind}" reads {NAMED[kind]}: {remedy}, or narrow the path'
+            )
         if file.endswith((".zst", ".parquet")) and not find_spec("pyarrow"):
             raise ValueError(
                 f"{file}: this file is read by the package pyarrow, which is not installed: pip install"
@@ -71,7 +75,7 @@ def _what_else(files: list[str], kind: str, section: str) -> str:
             return f', but {count:,} of the {NAMED[other]} for {section}.dataset = "{other}": set that'
     common = Counter(Path(file).suffix for file in files if Path(file).suffix).most_common(1)
     found = f", but {common[0][0]} files" if common else ""
-    return f"{found}: convert your data to JSONL (one object a line) or parquet"
+    return f"{found}: {CONVERT}"
 
 
 def size_of(path: str) -> int:
