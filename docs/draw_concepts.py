@@ -111,19 +111,21 @@ def draw_order(lengths: list[int], chunk_size: int, values_of_k: tuple[int, ...]
     for place, k in enumerate(values_of_k):
         settings = PlanSettings(TOKENS_ONLY, chunk_size=chunk_size, k=k)
         plan = plan_step(lengths, settings)
-        actions, (lane, live, kv) = plan.simulations[0].timeline[0], panels[3 * place : 3 * place + 3]
+        actions, (lane, live, state) = plan.simulations[0].timeline[0], panels[3 * place : 3 * place + 3]
         draw_lane(lane, actions)
         lane.set_title(
             f"k = {k}: {plan.recomputed_chunks} of {plan.chunks} chunks run forward twice", loc="left"
         )
-        times, chunks, tokens = memory_of(actions, plan.groups[0])
-        live.step(times, chunks, where="post", color=COLOURS[Kind.FORWARD])
-        live.fill_between(times, chunks, step="post", color=COLOURS[Kind.FORWARD], alpha=0.4)
+        times, chunks, keys_values, gradients = zip(*memory_of(actions, plan.groups[0]))
+        live.fill_between(times, chunks, step="post", color=COLOURS[Kind.FORWARD], alpha=0.5)
         live.set(ylim=(0, max(values_of_k) + 0.4), yticks=range(max(values_of_k) + 1))
-        kv.step(times, tokens, where="post", color="#a05cb0")
-        kv.fill_between(times, tokens, step="post", color="#a05cb0", alpha=0.3)
-        kv.set(ylim=(0, 1.1 * max(tokens)))
-        for panel, text in ((live, "chunks with\nactivations"), (kv, "tokens with\nK/V state")):
+        both = [sum(pair) for pair in zip(keys_values, gradients)]
+        state.fill_between(times, both, step="post", color="#d7bde2", label="their gradients")
+        state.fill_between(times, keys_values, step="post", color="#a05cb0", label="K/V")
+        state.set(ylim=(0, 1.1 * max(both)))
+        if k == values_of_k[-1]:  # which has room, since it ends first
+            state.legend(loc="upper right", fontsize=8, frameon=False)
+        for panel, text in ((live, "chunks with\nactivations"), (state, "K/V state,\ntokens")):
             panel.set_ylabel(text, rotation=0, ha="right", va="center")
         lane.set_xlim(0, max(lane.get_xlim()[1], actions[-1].end) if place else actions[-1].end)
     panels[-1].set_xlabel("time, in forwards of one token")
@@ -140,20 +142,31 @@ def draw_lane(lane, actions: list[Timed]) -> None:
     lane.spines["left"].set_visible(False)
 
 
-def memory_of(actions: list[Timed], groups: list[Group]) -> tuple[list[float], list[int], list[int]]:
-    """From each time on: chunks that hold activations, and tokens of long sequences whose K/V is there."""
-    times, chunks, tokens = [0.0], [0], [0]
-    for (kind, group, chunk, _), start, end in actions:
-        size = groups[group].chunks[chunk].tokens if len(groups[group].chunks) > 1 else 0
+def memory_of(actions: list[Timed], groups: list[Group]) -> list[tuple[float, int, int, int]]:
+    """From each time on: chunks that hold activations, and tokens of long sequences whose K/V, and whose K/V
+    gradients, there is room for. A group has one buffer of each: from its first forward, or its first
+    backward, to its last backward."""
+    held, steps = [0, 0, 0], [(0.0, 0, 0, 0)]
+
+    def change(time: float, what: int, amount: int) -> None:
+        held[what] += amount
+        steps.append((time, *held))
+
+    for (kind, index, chunk, _), start, end in actions:
+        chunks = groups[index].chunks
+        long, last = len(chunks) > 1, len(chunks) - 1
+        if kind in (Kind.FORWARD, Kind.RECOMPUTE):
+            change(start, 0, 1)
+        if long and chunk == 0 and kind in (Kind.FORWARD, Kind.FORWARD_STATE):
+            change(start, 1, groups[index].tokens)
+        if long and chunk == last and kind is Kind.BACKWARD:
+            change(start, 2, chunks[last].prefix)
         if kind is Kind.BACKWARD:
-            times.append(end)
-            chunks.append(chunks[-1] - 1)
-            tokens.append(tokens[-1] - size)
-        else:
-            times.append(start)
-            chunks.append(chunks[-1] + (kind is not Kind.FORWARD_STATE))
-            tokens.append(tokens[-1] + (size if kind is not Kind.RECOMPUTE else 0))
-    return times, chunks, tokens
+            change(end, 0, -1)
+            if long and chunk == 0:
+                change(end, 1, -groups[index].tokens)
+                change(end, 2, -chunks[last].prefix)
+    return steps
 
 
 def draw_attention(lengths: list[int], chunk_size: int) -> Figure:
