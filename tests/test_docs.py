@@ -70,6 +70,8 @@ def is_key(name: str) -> bool:
 def test_every_key_exists(name):
     """Whatever looks like one, in code blocks and between backticks."""
     text = PAGES[name]
+    if name == "docs/coming_from.md":  # the first column has others' keys
+        text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE)
     code = "\n".join(
         [*(block for *_, block in BLOCK.findall(text)), *re.findall(r"`([^`\n]+)`", prose(text))]
     )
