@@ -350,8 +350,8 @@ def test_refusals_on_the_command_line(argv, words):
             "training.local_batch_size is not used: set training.global_batch_size",
         ),
         ("[training]\nno_shuffle = true\n", 2, "did you mean training.shuffle?"),
-        ("[fault_tolerance]\nenable = false\n", 1, "fault_tolerance.enable is not used"),
-        ("[experimental]\npipeline_parallel_degree = 2\n", 1, "parallelism.pipeline_parallel_degree"),
+        ("[fault_tolerance]\nenable = true\n", 2, "fault_tolerance.enable is not used"),
+        ("[experimental]\npipeline_parallel_degree = 2\n", 2, "parallelism.pipeline_parallel_degree"),
         (
             "[checkpoint]\nenable_checkpoint = false\n",
             2,
@@ -400,8 +400,8 @@ def test_every_torchtitan_key_exists_or_is_answered(section, tmp_path):
         key = f"{section}.{name}"
         if key not in KEYS:
             assert answer(key), key
-            assert f"--{key} {answer(key)}" in refusal(f"--{key}=1")
-            assert answer(key) in refusal(toml(tmp_path, f"[{section}]\n{name} = 1\n"))
+            assert f"--{key} {answer(key)}" in refusal(f"--{key}=2")
+            assert answer(key) in refusal(toml(tmp_path, f"[{section}]\n{name} = 2\n"))
 
 
 def test_answers_are_for_keys_that_do_not_exist_and_name_keys_that_do():
