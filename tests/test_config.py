@@ -10,7 +10,8 @@ import pytest
 
 from chunkflow.settings import answers as answers_module
 from chunkflow.settings.config import ConfigError, answer, check_processes, load_config
-from chunkflow.settings.keys import KEYS, TABLES, flat, help_text, to_toml
+from chunkflow.settings.keys import KEYS, TABLES, flat, help_text, show, to_toml
+from chunkflow.training import build
 from chunkflow.training.start import check_paths, main_config, user_errors, world_size
 
 pytestmark = pytest.mark.quick
@@ -415,6 +416,91 @@ def test_answers_are_for_keys_that_do_not_exist_and_name_keys_that_do():
                 assert any(name == word or name.startswith(word + ".") for name in known), (key, word)
     for key in answers_module.VALUE_ANSWERS:
         assert key.partition("=")[0] in KEYS
+
+
+def test_values_that_ask_for_nothing_pass(tmp_path):
+    for key, values in answers_module.NOTHING_ASKED.items():
+        assert key not in KEYS
+        section, _, name = key.rpartition(".")
+        for value in values:
+            assert load_config([toml(tmp_path, f"[{section}]\n{name} = {show(value)}\n")]) == load_config([])
+            text = value if isinstance(value, str) else show(value)
+            assert load_config([f"--{key}={text}"]) == load_config([f"--{key}", text]) == load_config([])
+    assert load_config(["--parallelism.no_enable_async_tensor_parallel"]) == load_config([])
+    assert "is not there yet" in refusal("--parallelism.tensor_parallel_degree=true"), "true is not 1"
+    assert "is not there yet" in refusal("--parallelism.enable_async_tensor_parallel")
+    off = toml(tmp_path, '[fault_tolerance]\nenable = false\nprocess_group = "nccl"\n[experimental]\n')
+    assert load_config([off]) == load_config([])
+
+
+def test_all_that_is_wrong_is_said_at_once(no_torchrun, monkeypatch, capsys, tmp_path):
+    """Once for each fault, and nothing that only follows from another."""
+    (tmp_path / "run.toml").write_text(
+        """
+        [model]
+        name = "lama3"
+        tokenizer_path = "none"
+        [training]
+        steps = "many"
+        seq_len = 0
+        local_batch_size = 4
+        dataset = "c4"
+        dataset_path = "none.jsonl"
+        dtype = "float64"
+        mixed_precision_param = "bfloat16"
+        [validation]
+        enable = true
+        dataset = "jsonl"
+        [parallelism]
+        tensor_parallel_degree = 1
+        data_parallel_replicate_degree = 3
+        pipeline_parallel_degree = 2
+        fsdp_reshard_after_forward = "always"
+        [optimizer]
+        name = "AdamW8bit"
+        """
+    )
+    monkeypatch.setenv("NGPU", "4")
+    argv = [f"--job.config_file={tmp_path / 'run.toml'}", f"--job.dump_folder={tmp_path / 'run.toml'}"]
+    argv += ["--training.stepz", "3", "--optimizer.lr=fast", "more", "--check"]
+    assert ends(argv, check=build.check) == 2
+    said = capsys.readouterr().err.splitlines()
+    expected = [
+        "unknown key --training.stepz",
+        "optimizer.lr = fast is not",
+        "'more' is not an option",
+        "6: training.steps",
+        "7: training.seq_len = 0",
+        "8: training.local_batch_size",
+        '9: training.dataset = "c4"',
+        'training.mixed_precision_param = "bfloat16" contradicts',
+        'validation.dataset = "jsonl" has no data',
+        'model.tokenizer_path = "none" does not exist',
+        "job.dump_folder",
+        'parallelism.fsdp_reshard_after_forward = "always"',
+        'model.name = "lama3" is not admitted',
+        'optimizer.name = "AdamW8bit" computes in float32',
+        "parallelism.data_parallel_replicate_degree = 3 x pipeline_parallel_degree = 2 does not divide 4",
+    ]
+    assert len(said) == len(expected), said
+    for sentence, start in zip(said, expected):
+        assert sentence.startswith("error: ") and start in sentence, (sentence, start)
+
+
+def test_a_torchtitan_config_is_told_what_translates_it(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        load_config([toml(tmp_path, "[training]\nbatch_size = 1\nwarmup_steps = 2\n")])
+    *answered, hint = str(error.value).split("\n")
+    assert len(answered) == 2
+    assert f"python -m chunkflow.settings.from_torchtitan {tmp_path / 'run.toml'} translates it" in hint
+
+
+def test_a_file_that_cannot_be_read_is_said_with_the_command_lines_faults_alone(no_torchrun, capsys):
+    assert ends(["--job.config_file=none.toml", "--training.stepz=3", "--model.flavor=9B"]) == 2
+    assert [line.split(":")[1][:14] for line in capsys.readouterr().err.splitlines()] == [
+        " unknown key -",
+        " job.config_fi",
+    ]
 
 
 def test_fp64_computes_in_fp64():

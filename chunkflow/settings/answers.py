@@ -141,7 +141,7 @@ _VALUE_ANSWERS = {
 
 # Keys that are not there -> values with which they ask for nothing, or for what is so anyway: these pass.
 _NOTHING_ASKED = {
-    "job.use_for_integration_test profiling.enable_memory_snapshot metrics.save_for_all_ranks"
+    "profiling.enable_memory_snapshot metrics.save_for_all_ranks"
     " metrics.enable_wandb model.print_after_conversion model.use_flex_attn optimizer.early_step_in_backward"
     " training.gc_debug training.enable_fp8_linear"
     " parallelism.enable_compiled_autograd experimental.enable_compiled_autograd"
@@ -155,7 +155,7 @@ _NOTHING_ASKED = {
     " float8.enable_fsdp_float8_all_gather float8.precompute_float8_dynamic_scale_for_fsdp"
     " float8.force_recompute_fp8_weight_in_bwd fault_tolerance.enable memory_estimation.enable"
     " memory_estimation.enabled debug.deterministic_warn_only debug.moe_force_load_balance": (False,),
-    "training.enable_loss_parallel parallelism.disable_loss_parallel activation_checkpoint.early_stop"
+    "job.use_for_integration_test training.enable_loss_parallel parallelism.disable_loss_parallel activation_checkpoint.early_stop"
     " activation_checkpoint.preserve_rng_state parallelism.pipeline_parallel_expert_parallel_overlap"
     " checkpoint.enable_ft_dataloader_checkpoints": (False, True),
     "checkpoint.initial_load_model_only metrics.rank_0_only": (True,),
@@ -169,6 +169,9 @@ _NOTHING_ASKED = {
     "parallelism.pipeline_parallel_split_points experimental.pipeline_parallel_split_points"
     " parallelism.module_fqns_per_model_part": ([],),
     "parallelism.expert_parallel_comm_backend": ("standard",),
+    "float8.scaling_type_input float8.scaling_type_weight float8.scaling_type_grad_output"
+    " quantize.linear.float8.scaling_type_input quantize.linear.float8.scaling_type_weight"
+    " quantize.linear.float8.scaling_type_grad_output": ("dynamic",),
     "checkpoint.interval_type": ("steps",),
     "activation_checkpoint.determinism_check": ("default",),
     "model.attn_mask_type": ("block_causal",),
