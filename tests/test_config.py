@@ -10,7 +10,7 @@ import pytest
 
 from chunkflow.settings import answers as answers_module
 from chunkflow.settings.config import ConfigError, answer, check_processes, load_config
-from chunkflow.settings.keys import KEYS, TABLES, flat, help_text, show, to_toml
+from chunkflow.settings.keys import KEYS, TABLES, flat, help_text, reference, show, to_toml
 from chunkflow.training import build
 from chunkflow.training.start import check_paths, main_config, user_errors, world_size
 
@@ -536,20 +536,43 @@ def test_flat_has_the_value_of_every_key():
     assert values == CONTRACT | {"training.steps": 3, "quantize.linear.float8.emulate": True}
 
 
-def test_help_has_every_key_default_and_document_line(capsys):
+def test_help_begins_with_examples_and_has_every_key_default_and_document_line(capsys):
     with pytest.raises(SystemExit) as end:
         load_config(["--training.steps=3", "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert text.strip() == help_text()
+    assert text.strip() == help_text() and max(map(len, text.split("\n"))) <= 110
+    assert text.startswith("usage: ") and text.index("./run_train.sh --training.steps=20") < text.index(
+        "[job]"
+    )
+    words = " ".join(text.split())
     for name, key in KEYS.items():
         shown = f"[[{name}]]" if name in TABLES else f"--{name} ("
-        assert shown in text and key.field.metadata["doc"] in text
+        assert shown in text and key.field.metadata["doc"] in words
     assert (
         "--training.seq_len (8192)" in text
         and '--training.overlong ("error")' in text
         and "--debug.seed (unset)" in text
     )
+
+
+def test_the_examples_of_help_are_good(no_torchrun, tmp_path, monkeypatch):
+    (tmp_path / "my_rows.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    examples = [
+        line.split("./run_train.sh ")[1] for line in help_text().split("\n") if line.startswith("  ./")
+    ]
+    examples += [
+        line.split("./run_train.sh ")[1] for line in help_text().split("\n") if line.startswith("  N")
+    ]
+    assert len(examples) == 4
+    for example in examples:
+        assert ends([*example.split(), "--check"]) == 0, example
+
+
+def test_the_reference_is_current():
+    """Else: python -m chunkflow.settings.keys > docs/configuration.md"""
+    assert (Path(__file__).parent.parent / "docs/configuration.md").read_text() == reference()
 
 
 @pytest.mark.parametrize(

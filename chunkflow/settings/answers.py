@@ -141,8 +141,8 @@ _VALUE_ANSWERS = {
 
 # Keys that are not there -> values with which they ask for nothing, or for what is so anyway: these pass.
 _NOTHING_ASKED = {
-    "profiling.enable_memory_snapshot metrics.save_for_all_ranks"
-    " metrics.enable_wandb model.print_after_conversion model.use_flex_attn optimizer.early_step_in_backward"
+    "profiling.enable_memory_snapshot metrics.save_for_all_ranks metrics.enable_wandb"
+    " model.print_after_conversion model.use_flex_attn optimizer.early_step_in_backward"
     " training.gc_debug training.enable_fp8_linear"
     " parallelism.enable_compiled_autograd experimental.enable_compiled_autograd"
     " parallelism.enable_async_tensor_parallel experimental.enable_async_tensor_parallel"
@@ -155,9 +155,13 @@ _NOTHING_ASKED = {
     " float8.enable_fsdp_float8_all_gather float8.precompute_float8_dynamic_scale_for_fsdp"
     " float8.force_recompute_fp8_weight_in_bwd fault_tolerance.enable memory_estimation.enable"
     " memory_estimation.enabled debug.deterministic_warn_only debug.moe_force_load_balance": (False,),
-    "job.use_for_integration_test training.enable_loss_parallel parallelism.disable_loss_parallel activation_checkpoint.early_stop"
-    " activation_checkpoint.preserve_rng_state parallelism.pipeline_parallel_expert_parallel_overlap"
-    " checkpoint.enable_ft_dataloader_checkpoints": (False, True),
+    "job.use_for_integration_test training.enable_loss_parallel parallelism.disable_loss_parallel"
+    " activation_checkpoint.early_stop activation_checkpoint.preserve_rng_state"
+    " parallelism.pipeline_parallel_expert_parallel_overlap"
+    " checkpoint.enable_ft_dataloader_checkpoints": (
+        False,
+        True,
+    ),
     "checkpoint.initial_load_model_only metrics.rank_0_only": (True,),
     "training.tensor_parallel_degree training.sequence_parallel_degree training.gradient_accumulation_steps"
     " parallelism.tensor_parallel_degree parallelism.expert_parallel_degree"
