@@ -694,13 +694,17 @@ def test_world_size(no_torchrun, monkeypatch):
     assert (world_size(), world_size(planned=True)) == (3, 3)
 
 
-def test_wrong_data_ends_rank_0_with_its_sentence(no_torchrun, monkeypatch, capsys):
+def test_wrong_data_ends_rank_0_with_its_sentence(no_torchrun, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as end, user_errors():
         raise ValueError("data.jsonl:3: wrong")
     assert end.value.code == 1 and capsys.readouterr().err == "error: data.jsonl:3: wrong\n"
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ValueError, match="data.jsonl:3"), user_errors():
         raise ValueError("data.jsonl:3: wrong")
+    monkeypatch.setenv("CHUNKFLOW_CONTROL", str(tmp_path))
+    with pytest.raises(SystemExit), user_errors():
+        raise ValueError("data.jsonl:3: wrong")
+    assert (tmp_path / "error_of_rank_1").read_text() == "data.jsonl:3: wrong"
 
 
 def test_settings_are_read_without_torch():

@@ -82,7 +82,26 @@ def test_two_ranks_get_the_arguments_as_they_were_given(folder):
 def test_a_failing_recipe_fails_the_script(folder):
     run = train(folder, "--job.description=fails")
     assert run.returncode not in (0, 2)
-    assert "[rank0]:recipe ran" in run.stdout
+    assert "[rank0]:recipe ran" in run.stdout and "ChildFailedError" in run.stderr, "torchrun's report"
+
+
+def test_a_sentence_of_any_rank_is_all_that_is_said(folder):
+    """Rank 0 waits for another that has found something wrong: no traceback, and the sentence once."""
+    (folder / "my recipe.py").write_text(
+        """
+import os, time
+from chunkflow.training.start import main_config, user_errors
+
+main_config()
+with user_errors():
+    if os.environ["RANK"] == "1":
+        raise ValueError("data.jsonl:3: text is 3: it must be a string")
+time.sleep(60)
+"""
+    )
+    run = train(folder, NGPU="2")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == "error: data.jsonl:3: text is 3: it must be a string\n"
 
 
 @pytest.mark.parametrize(

@@ -152,16 +152,20 @@ def check_paths(config: Config, faults: dict[str, str] | None = None) -> None:
 @contextmanager
 def user_errors():
     """Turns ValueError and OSError (of data, model or disk) into `error: ...` on stderr and exit status 1.
-    Ranks other than 0 raise the error, since rank 0 may not have it: torchrun then reports it."""
+    Ranks other than 0, whose error rank 0 may not have, leave the sentence to run_train.sh; without it they
+    raise the error: torchrun then reports it."""
     try:
         yield
     except (OSError, ValueError) as error:
-        if not _is_rank_0():
-            raise
-        sentence = str(error)
+        sentence, folder = str(error), os.environ.get("CHUNKFLOW_CONTROL")
         if isinstance(error, OSError):
             sentence = f"{error.filename or 'a file'} cannot be read or written: {error.strerror}"
-        print(f"error: {sentence}", file=sys.stderr)
+        if folder:
+            (Path(folder) / f"error_of_rank_{os.environ.get('RANK', '0')}").write_text(sentence)
+        elif not _is_rank_0():
+            raise
+        if _is_rank_0():
+            print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
