@@ -43,9 +43,10 @@ def main_config(
         with collected(faults):
             if check:
                 check(config)
-        with collected(faults):
-            planned = planned or only_check or config.comm.mode == "fake_backend"
-            check_processes(config, world_size(planned))
+        planned = planned or only_check or config.comm.mode == "fake_backend"
+        if not any("pipeline_parallel_degree = " in fault for fault in faults):  # else it will be another
+            with collected(faults):
+                check_processes(config, world_size(planned))
         refuse(faults)
     except ValueError as error:
         fail(error if _is_rank_0() else "")
