@@ -47,9 +47,11 @@ logger = logging.getLogger(__name__)
 
 def check(config) -> None:
     """What the config and the folders it names can tell. Raises ValueError before any process starts."""
-    spec = build.check(config)
-    hf.check(config.checkpoint, config.model.hf_assets_path, spec.family, spec.args)
-    manifest.check(config, spec.args)
+    build.check(
+        config,
+        lambda spec: hf.check(config.checkpoint, config.model.hf_assets_path, spec.family, spec.args),
+        lambda spec: manifest.check(config, spec.args),
+    )
 
 
 def main() -> None:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.waits import PESSIMISTIC_FLOPS, longest_wait
 from chunkflow.settings import options
 from chunkflow.settings.config import ConfigError, data_sections
+from chunkflow.settings.faults import collected, refuse
 from chunkflow.settings.options import Config
 from chunkflow.training.converters import check_converters
 from chunkflow.training.optimizer import check_optimizer
@@ -59,28 +62,53 @@ class ModelSpec(NamedTuple):
 
 
 def model_spec(config: Config) -> ModelSpec:
-    """The model, its tokenizer and its stages. ValueError where the settings contradict each other."""
-    tokenizer = open_tokenizer(config)
-    family, args = model_args(config.model, config.training.seq_len, tokenizer.vocab_size if tokenizer else 0)
-    name, parallelism = f"{config.model.name} {config.model.flavor}", config.parallelism
-    if parallelism.pipeline_parallel_degree > 1 and parallelism.fsdp_reshard_after_forward == "always":
+    """The model, its tokenizer and its stages. ValueError, one sentence a line, where the settings contradict
+    each other."""
+    faults, tokenizer = {}, None
+    with collected(faults):
+        check_reshard(config.parallelism)
+    with collected(faults):
+        tokenizer = open_tokenizer(config)
+    with collected(faults):
+        vocab_size = tokenizer.vocab_size if tokenizer else 0
+        family, args = model_args(config.model, config.training.seq_len, vocab_size)
+    refuse(faults)
+    name = f"{config.model.name} {config.model.flavor}"
+    return ModelSpec(name, family, args, tokenizer, layers_of_stages(config.parallelism, args, name))
+
+
+def check(config: Config, *more: Callable[[ModelSpec], object]) -> ModelSpec:
+    """Checks the config against the model and this machine's devices; `more`: checks of other rooms, which
+    need the model. ValueError, one sentence a line for all that is wrong."""
+    training, fake, faults = config.training, config.comm.mode == "fake_backend", {}
+
+    def converters(spec: ModelSpec) -> None:
+        float8 = config.quantize.linear.float8
+        check_converters(config.model, float8, spec.family, spec.args, training.dtype, fake)
+
+    checks = [
+        lambda: check_optimizer(config.optimizer, config.compile, training, fake),
+        lambda: check_cuda_dtype(training),
+        lambda: check_attention(config),
+        lambda: check_torch(config),
+    ]
+    spec = None
+    with collected(faults):
+        spec = model_spec(config)
+        checks += [functools.partial(of_model, spec) for of_model in (converters, *more)]
+    for each in checks:
+        with collected(faults):
+            each()
+    refuse(faults)
+    return spec
+
+
+def check_reshard(settings: options.Parallelism) -> None:
+    if settings.pipeline_parallel_degree > 1 and settings.fsdp_reshard_after_forward == "always":
         raise ConfigError(
             'parallelism.fsdp_reshard_after_forward = "always" would gather every layer for every chunk, and'
             ' replicas have unequal plans: with a pipeline set "default" or "never"'
         )
-    return ModelSpec(name, family, args, tokenizer, layers_of_stages(parallelism, args, name))
-
-
-def check(config: Config) -> ModelSpec:
-    """Checks the config against the model and this machine's devices. ValueError, one sentence."""
-    spec, training, fake = model_spec(config), config.training, config.comm.mode == "fake_backend"
-    float8 = config.quantize.linear.float8
-    check_converters(config.model, float8, spec.family, spec.args, training.dtype, fake)
-    check_optimizer(config.optimizer, config.compile, training, fake)
-    check_cuda_dtype(training)
-    check_attention(config)
-    check_torch(config)
-    return spec
 
 
 def check_torch(config: Config) -> None:
