@@ -15,7 +15,7 @@ NAMED = {"jsonl": "*.jsonl and *.json files (also .gz and .zst)", "parquet": "*.
 CONVERT = "convert your data to JSONL (one object a line) or parquet"
 
 
-# Of Python's library: installed packages, tests, and what programs wrote (tables of characters, texts of help).
+# Of Python's library: installed packages, tests, what programs wrote (tables of characters, texts of help).
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Multiples of 32 and of 128 take as long; the former keep twice the memory, the latter pad more. A kernel of a
-# small model takes half a MiB, and a chunk's products a dozen kernels, so long chunks have coarser multiples.
+# Multiples of 32 and of 128 take as long; the former keep twice the memory, the latter pad more. A kernel takes
+# half a MiB, and a number of rows a dozen of them, so long chunks have coarser multiples.
 ROWS = 64
 
 
@@ -41,8 +41,8 @@ def widens(tensor: torch.Tensor) -> bool:
 
 
 def padded_rows(rows: int, tensor: torch.Tensor) -> int:
-    """How many rows to multiply, for so many of a tensor of this kind. Where rows are padded, with zeros, it is
-    a multiple of ROWS, and of an eighth of the next power of two: four numbers between it and its half."""
+    """How many rows to multiply, for so many of a tensor of this kind. Where rows are padded, with zeros, it
+    is a multiple of ROWS, and of an eighth of the next power of two: four numbers between it and its half."""
     if not pads(tensor):
         return rows
     return rows + -rows % max(ROWS, 1 << max(0, (rows - 1).bit_length() - 3))
