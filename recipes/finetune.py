@@ -36,6 +36,7 @@ from chunkflow.storage.checkpoint import Checkpoints
 from chunkflow.storage.files import claim_folder
 from chunkflow.training import build, choice, parallel, stages
 from chunkflow.training.converters import convert_model
+from chunkflow.training.lora import apply_lora
 from chunkflow.training.optimizer import build_optimizer, set_learning_rate
 from chunkflow.training.preemption import StopRequest
 from chunkflow.training.progress import Progress
@@ -115,6 +116,7 @@ def main() -> None:
             models = stages.build_stages(spec.family, spec.args, spec.layers, rank, ranks)
         for model in models.values():
             convert_model(model, config.model.converters, config.quantize.linear.float8)
+            apply_lora(model, config.lora, spec.family, training)
             parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
             if not fake:
                 parallel.apply_compile(model, config.compile)

@@ -149,13 +149,13 @@ def _safetensors() -> ModuleType:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, family: ModuleType, folder: str | Path) -> None:
-    """Fills a model, or a stage of one, from a folder. Each rank reads the rows of its shards, one parameter
+    """Fills a model, or a stage of one, from a folder; adapters stay as they are. Each rank reads the rows of its shards, one parameter
     at a time.
 
     Raises what check_weights does, and ValueError with the name of a tensor that is not finite.
     """
     sources, parameters = check_weights(folder, family, model.args), parallel.named_parameters([model])
-    local = {name: parallel.to_local(parameter) for name, parameter in parameters.items()}
+    local = {name: parallel.to_local(parameters[name]) for name in parameters if name in sources}
     elements = sum(part.numel() for part in local.values())
     logger.info(f"Reading weights from {folder}: {elements:,} parameters are this rank's")
     quiet = dist.is_initialized() and dist.get_rank() > 0
