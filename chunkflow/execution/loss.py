@@ -28,7 +28,8 @@ _LEAST_TOKENS = 512
 def loss_sum(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor:
     """The SUM of the cross-entropies of all positions that have a target, each times its weight: 0-dim;
     logits and sum in at least fp32. Gradients are computed here if `chunk.loss_gradient` is set, else in
-    backward; of the weight only if it is trained. Leaves the cross-entropies themselves in `chunk.losses` if `chunk.wants_losses`."""
+    backward; of the weight only if it is trained. Leaves the cross-entropies themselves in `chunk.losses` if
+    `chunk.wants_losses`."""
     return _SlicedCrossEntropy.apply(hidden_TC, weight_VC, chunk)
 
 

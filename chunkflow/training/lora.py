@@ -1,14 +1,13 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on the linear layers of the blocks; all else is frozen.
 
 y = W x + alpha / rank * B A x. A layer's adapter is two linear layers inside it, `lora_a` (rank, in) and
-`lora_b` (out, rank), in training.dtype like any trained parameter; a forward hook adds what they give, so that
-models know nothing of them, and what computes W x may be anything. Frozen parameters keep their names, are
-stored in training.mixed_precision_param, and get neither gradients nor optimizer state.
+`lora_b` (out, rank), in training.dtype like any trained parameter; a forward hook adds what they give, so
+that models know nothing of them, and what computes W x may be anything. Frozen parameters keep their names,
+are stored in training.mixed_precision_param, and get neither gradients nor optimizer state.
 """
 
 import dataclasses
 import functools
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +27,25 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 SUFFIXES = (".lora_a.weight", ".lora_b.weight")
+# key of adapter_config.json -> the values that are admitted (None: missing, too), what another asks for
+_FIXED = {
+    "peft_type": (("LORA",), "another kind of adapter"),
+    "use_dora": ((None, False), "DoRA"),
+    "use_rslora": ((None, False), "rank-stabilised scaling (rsLoRA)"),
+    "rank_pattern": ((None, {}), "ranks that differ between layers"),
+    "alpha_pattern": ((None, {}), "scales that differ between layers"),
+    "modules_to_save": ((None, []), "modules that are trained whole"),
+    "bias": ((None, "none"), "biases that are trained"),
+    "lora_bias": ((None, False), "adapters with biases"),
+    "fan_in_fan_out": ((None, False), "transposed weights"),
+    "layers_to_transform": ((None,), "adapters in some layers only"),
+    "exclude_modules": ((None, []), "adapters in some layers only"),
+    "layer_replication": ((None,), "layers that are used again"),
+    "target_parameters": ((None, []), "adapters on parameters outside of linear layers"),
+    "trainable_token_indices": ((None, [], {}), "token embeddings that are trained"),
+    # the others change the base's weights, or came after what is known here
+    "init_lora_weights": ((None, True, False, "gaussian"), "an initialisation that changes the base"),
+}
 
 
 def is_adapter(name: str) -> bool:
@@ -69,13 +87,75 @@ def target_modules(settings: options.Lora, family: ModuleType, args: Any) -> lis
     return [name for name in known if name in chosen or not settings.target_modules]
 
 
-def scale(settings: options.Lora) -> float:
-    """What adapters' outputs are multiplied by."""
-    return alpha(settings) / settings.rank
+def trained_parameters(settings: options.Lora, family: ModuleType, args: Any) -> int:
+    """How many parameters the adapters of the whole model have."""
+    with torch.device("meta"):
+        block = family.Transformer(dataclasses.replace(args, n_layers=1)).layers["0"]
+    linears = map(block.get_submodule, target_modules(settings, family, args))
+    return args.n_layers * settings.rank * sum(each.in_features + each.out_features for each in linears)
 
 
 def alpha(settings: options.Lora) -> float:
+    """lora.alpha, or its default."""
     return 2.0 * settings.rank if settings.alpha is None else settings.alpha
+
+
+def read_adapter_config(folder: str | Path) -> options.Lora:
+    """The rank, alpha and target modules of a PEFT adapter. ValueError where its adapter_config.json is wrong,
+    or asks for what is not there."""
+    path = Path(folder).expanduser() / ADAPTER_CONFIG
+    config = read_json(path, "name the folder of a PEFT adapter")
+    for key, (admitted, meaning) in _FIXED.items():
+        if config.get(key) not in admitted:
+            raise ValueError(
+                f"{path}: {key} = {config[key]!r} asks for {meaning}, which adapters here don't have: use another"
+                " adapter, or merge it into its base with PEFT"
+            )
+    rank, lora_alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"{path}: r = {rank!r} is not a whole number of at least 1: correct it")
+    if type(lora_alpha) not in (int, float) or not 0 < lora_alpha < math.inf:
+        raise ValueError(f"{path}: lora_alpha = {lora_alpha!r} is not a number above 0: correct it")
+    if targets == "all-linear":
+        targets = []
+    elif not (isinstance(targets, list) and targets and all(type(name) is str for name in targets)):
+        raise ValueError(
+            f"{path}: target_modules = {targets!r} is no list of names: write the names that it stands for"
+        )
+    if config.get("lora_dropout"):
+        logger.info(f"{path}: lora_dropout = {config['lora_dropout']} is not used: nothing is dropped here")
+    return options.Lora(rank, float(lora_alpha), sorted(targets), str(folder))
+
+
+def take_over(settings: options.Lora) -> None:
+    """Sets rank, alpha and target_modules to those of the adapter in lora.adapter_path. ValueError where the
+    config has others, or the adapter cannot be used."""
+    adapter = read_adapter_config(settings.adapter_path)
+    for key in ("rank", "alpha"):
+        given, theirs = getattr(settings, key), getattr(adapter, key)
+        if given not in (0, None, theirs):
+            raise ValueError(
+                f"lora.{key} = {given:g} is not that of the adapter in lora.adapter_path, {theirs:g}: leave it out"
+            )
+        setattr(settings, key, theirs)
+    settings.target_modules = settings.target_modules or adapter.target_modules
+
+
+def check_lora(
+    settings: options.Lora, converters: list[str], family: ModuleType, args: Any, name: str
+) -> None:
+    """ValueError, one sentence, where [lora] does not fit the model, which errors call `name`."""
+    if not settings.rank:
+        return
+    targets = target_modules(settings, family, args)
+    if settings.adapter_path:
+        adapter = read_adapter_config(settings.adapter_path)
+        theirs = target_modules(adapter, family, args)
+        if targets != theirs:
+            raise ValueError(
+                f"lora.target_modules = {', '.join(targets)} are not those of the adapter in lora.adapter_path,"
+                f" {', '.join(theirs)}: leave it out"
+            )
 
 
 def apply_lora(
@@ -92,7 +172,7 @@ def apply_lora(
             like = {"bias": False, "device": linear.weight.device, "dtype": parallel.DTYPES[training.dtype]}
             linear.lora_a = nn.Linear(linear.in_features, settings.rank, **like)
             linear.lora_b = nn.Linear(settings.rank, linear.out_features, **like)
-            linear.lora_scale, linear.lora_is_on = scale(settings), True
+            linear.lora_scale, linear.lora_is_on = alpha(settings) / settings.rank, True
             linear.register_forward_hook(_add_adapter)
     model.init_parameter = functools.partial(_init_parameter, model.init_parameter)
 
