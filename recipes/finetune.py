@@ -30,8 +30,8 @@ from chunkflow.reporting.profiling import profiler
 from chunkflow.reporting.step_figures import gather_over_ranks, losses_by_source, rank_figures, step_scalars
 from chunkflow.reporting.timeline import gather_timeline, write_timelines
 from chunkflow.settings.keys import flat, to_toml
-from chunkflow.storage import hf_weights as hf
 from chunkflow.storage import adapters, manifest
+from chunkflow.storage import hf_weights as hf
 from chunkflow.storage.checkpoint import Checkpoints
 from chunkflow.storage.files import claim_folder
 from chunkflow.training import build, choice, parallel, stages

@@ -120,8 +120,8 @@ def read(
 
 
 def load_model_weights(model: nn.Module, folder: str | Path) -> None:
-    """Fills all that is trained of a whole model, in one process, from a checkpoint folder. ValueError if that
-    does not fit."""
+    """Fills all that is trained of a whole model, in one process, from a checkpoint folder. ValueError if
+    that does not fit."""
     folder = Path(folder).expanduser()
     check_files(folder, read_manifest(folder)["files"])
     read(folder, tensors_in(folder), trained_parameters([model]), None)

@@ -101,15 +101,15 @@ def alpha(settings: options.Lora) -> float:
 
 
 def read_adapter_config(folder: str | Path) -> options.Lora:
-    """The rank, alpha and target modules of a PEFT adapter. ValueError where its adapter_config.json is wrong,
-    or asks for what is not there."""
+    """The rank, alpha and target modules of a PEFT adapter. ValueError where its adapter_config.json is
+    wrong, or asks for what is not there."""
     path = Path(folder).expanduser() / ADAPTER_CONFIG
     config = read_json(path, "name the folder of a PEFT adapter")
     for key, (admitted, meaning) in _FIXED.items():
         if config.get(key) not in admitted:
             raise ValueError(
-                f"{path}: {key} = {config[key]!r} asks for {meaning}, which adapters here don't have: use another"
-                " adapter, or merge it into its base with PEFT"
+                f"{path}: {key} = {config[key]!r} asks for {meaning}, which adapters here don't have: use"
+                " another adapter, or merge it into its base with PEFT"
             )
     rank, lora_alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
     if type(rank) is not int or rank < 1:
@@ -135,7 +135,8 @@ def take_over(settings: options.Lora) -> None:
         given, theirs = getattr(settings, key), getattr(adapter, key)
         if given not in (0, None, theirs):
             raise ValueError(
-                f"lora.{key} = {given:g} is not that of the adapter in lora.adapter_path, {theirs:g}: leave it out"
+                f"lora.{key} = {given:g} is not that of the adapter in lora.adapter_path, {theirs:g}:"
+                " leave it out"
             )
         setattr(settings, key, theirs)
     settings.target_modules = settings.target_modules or adapter.target_modules
@@ -153,8 +154,8 @@ def check_lora(
         theirs = target_modules(adapter, family, args)
         if targets != theirs:
             raise ValueError(
-                f"lora.target_modules = {', '.join(targets)} are not those of the adapter in lora.adapter_path,"
-                f" {', '.join(theirs)}: leave it out"
+                f"lora.target_modules = {', '.join(targets)} are not those of the adapter in"
+                f" lora.adapter_path, {', '.join(theirs)}: leave it out"
             )
 
 

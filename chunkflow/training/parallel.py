@@ -314,9 +314,9 @@ def local_rows(parameter: torch.Tensor) -> slice:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int, chosen: Callable[[str], bool] = lambda name: True) -> None:
-    """Fills all parameters, or those whose names are `chosen`. Rows are drawn in blocks, each from a generator
-    seeded by (seed, the parameter's name, the block's number): all layouts start with the same weights, and a
-    rank draws only what it keeps.
+    """Fills all parameters, or those whose names are `chosen`. Rows are drawn in blocks, each from a
+    generator seeded by (seed, the parameter's name, the block's number): all layouts start with the same
+    weights, and a rank draws only what it keeps.
 
     Drawn whole, a model of 7 billion parameters takes each rank minutes, since the product of ranks and
     parameters is drawn, by one thread each, through memory instead of a cache.
