@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,8 @@ from chunkflow.settings.options import Config
 from chunkflow.storage import hf_weights as hf
 from chunkflow.storage import manifest, tensors
 from chunkflow.training import lora, parallel
-from models.hf_config import hf_name
+from models import families
+from models.hf_config import hf_name, model_of, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,10 @@ def check_adapter(family: ModuleType, args: Any, settings: options.Lora) -> dict
 @torch.no_grad()
 def load_adapter(model: nn.Module, family: ModuleType, settings: options.Lora) -> None:
     """Fills the adapters of a model, or of a stage of one, from lora.adapter_path."""
-    sources = check_adapter(family, model.args, settings)
+    sources, folder = check_adapter(family, model.args, settings), Path(settings.adapter_path).expanduser()
+    logger.info(f"Reading adapters of rank {settings.rank} from {folder}")
+    if dropout := read_json(folder / lora.ADAPTER_CONFIG, "copy it again").get("lora_dropout"):
+        logger.info(f"Their lora_dropout = {dropout} is not used: nothing is dropped here")
     for name, parameter in parallel.named_parameters([model]).items():
         if lora.is_adapter(name):
             rows = parallel.local_rows(parameter)
@@ -139,6 +143,56 @@ def adapter_config(family: ModuleType, args: Any, settings: options.Lora, assets
         "use_dora": False,
         "use_rslora": False,
     }
+
+
+class Merged(NamedTuple):
+    """A model whose adapters were added to its weights. `assets`: the folder that its base came from."""
+
+    name: str
+    args: Any
+    parameters: dict[str, torch.Tensor]
+    assets: str | None
+
+
+@torch.no_grad()
+def merge(source: Path, base: Path | None) -> Merged:
+    """The whole model of a checkpoint's adapters, or of a PEFT folder's, in this process: W + alpha / rank *
+    B A, in training.dtype. `base`: a Hugging Face folder; None: where the base was, as `source` says.
+
+    ValueError where there is no base, or another one, or `source` has no adapters.
+    """
+    saved = not (source / lora.ADAPTER_CONFIG).is_file()
+    content = manifest.read_manifest(source) if saved else {}
+    settings = manifest.adapters_of(content) if saved else lora.read_adapter_config(source)
+    if not settings.rank:
+        raise ValueError(f"{source} has all parameters, and no adapters to merge: leave out --merge")
+    if saved and base is None:
+        folder = content["base"]["folder"]
+        start = manifest.Start(content["base"]["kind"], Path(folder) if folder else None)
+    else:
+        known = None if saved else read_json(source / lora.ADAPTER_CONFIG, "")["base_model_name_or_path"]
+        if base is None and not known:
+            raise ValueError(f"{source} does not say which base it has: name its folder by --base")
+        start = manifest.Start("hf", Path(base or known).expanduser())
+    if start.folder and not start.folder.is_dir():
+        raise ValueError(f"the base {start.folder} of {source} is not a folder: name it by --base")
+    name, args = manifest.model_of(content) if saved else model_of(start.folder)
+    dtype = content["config"]["training.dtype"] if saved else "float32"
+    with torch.device("meta"), parallel.default_dtype(dtype):
+        model = families[name].Transformer(args)
+        training = options.Training(dtype=dtype, mixed_precision_param=dtype)
+        lora.apply_lora(model, settings, families[name], training)
+    model.to_empty(device="cpu")
+    found = load_base([model], families[name], start, content["base"]["seed"] if saved else 0)
+    if saved:
+        check_base(content, found, source)
+        tensors.load_model_weights(model, source)
+    else:
+        load_adapter(model, families[name], settings)
+    lora.merge_adapters(model)
+    parameters = parallel.named_parameters([model]).items()
+    whole = {key: parameter.detach() for key, parameter in parameters if not lora.is_adapter(key)}
+    return Merged(name, args, whole, str(start.folder) if start.kind == "hf" else None)
 
 
 # -------------------------------------------------------------------------------------------------- the base
@@ -219,7 +273,8 @@ def load_base(
 
 
 def check_base(content: dict[str, Any], base: dict[str, Any], folder: Path) -> None:
-    """ValueError unless the adapters of a checkpoint, whose manifest is `content`, were trained on this base."""
+    """ValueError unless the adapters of a checkpoint, whose manifest is `content`, were trained on this
+    base."""
     recorded = content["base"]
     if recorded["digest"] != base["digest"]:
         there, here = (each["folder"] or f"debug.seed = {each['seed']}" for each in (recorded, base))

@@ -114,9 +114,8 @@ def model_identity(config: dict[str, Any], args: Any) -> dict[str, Any]:
 
 def lora_settings(config: dict[str, Any]) -> options.Lora:
     """The section of a config given as the value of every key."""
-    return options.Lora(
-        **{field.name: config[f"lora.{field.name}"] for field in dataclasses.fields(options.Lora)}
-    )
+    names = [field.name for field in dataclasses.fields(options.Lora)]
+    return options.Lora(**{name: config[f"lora.{name}"] for name in names})
 
 
 def adapters_of(manifest: dict[str, Any]) -> options.Lora:
@@ -184,8 +183,8 @@ def check(config: Config, args: Any) -> None:
             may_differ.add("lora.rank")  # it is the base
         elif not own.rank:
             raise ValueError(
-                f"{folder} has low-rank adapters only (lora.rank = {theirs.rank}): set lora.rank, too, or make"
-                " a whole model of it by recipes/convert.py --merge, and name that"
+                f"{folder} has low-rank adapters only (lora.rank = {theirs.rank}): set lora.rank, too, or"
+                " make a whole model of it by recipes/convert.py --merge, and name that"
             )
         elif own.adapter_path:
             raise ValueError(

@@ -8,7 +8,6 @@ are stored in training.mixed_precision_param, and get neither gradients nor opti
 
 import dataclasses
 import functools
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,8 +21,6 @@ from torch import nn
 from chunkflow.settings import options
 from chunkflow.training import parallel
 from models.hf_config import hf_name, read_json
-
-logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 SUFFIXES = (".lora_a.weight", ".lora_b.weight")
@@ -122,8 +119,6 @@ def read_adapter_config(folder: str | Path) -> options.Lora:
         raise ValueError(
             f"{path}: target_modules = {targets!r} is no list of names: write the names that it stands for"
         )
-    if config.get("lora_dropout"):
-        logger.info(f"{path}: lora_dropout = {config['lora_dropout']} is not used: nothing is dropped here")
     return options.Lora(rank, float(lora_alpha), sorted(targets), str(folder))
 
 
@@ -148,6 +143,11 @@ def check_lora(
     """ValueError, one sentence, where [lora] does not fit the model, which errors call `name`."""
     if not settings.rank:
         return
+    if settings.base == "nf4":
+        raise ValueError(
+            'lora.base = "nf4" is not there: torchao 0.18 scales a tensor as a whole, while each rank fills'
+            ' the rows of its shard alone: set "compute"'
+        )
     targets = target_modules(settings, family, args)
     if settings.adapter_path:
         adapter = read_adapter_config(settings.adapter_path)
@@ -194,6 +194,16 @@ def _init_parameter(base: Callable, name: str, rows: torch.Tensor, generator: to
         rows.zero_()
     else:
         base(name, rows, generator)
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    """Adds the adapters to the weights that they are for, on one process; they are off then."""
+    for linear in model.modules():
+        if hasattr(linear, "lora_is_on"):
+            product = linear.lora_b.weight @ linear.lora_a.weight
+            linear.weight += (linear.lora_scale * product).to(linear.weight.dtype)
+            linear.lora_is_on = False
 
 
 @contextmanager
