@@ -131,8 +131,8 @@ def test_stages_give_the_adapters_gradients_of_whole_sequences():
 @pytest.mark.quick
 def test_compiled_layers_and_the_base_without_adapters():
     """The base is the model as it was before it had adapters, compiled or not."""
-    base = small_model("llama3")
-    reference, model = (with_adapters(small_model("llama3"), "llama3") for _ in range(2))
+    base = small_model("llama3", n_layers=2)
+    reference, model = (with_adapters(small_model("llama3", n_layers=2), "llama3") for _ in range(2))
     parallel.apply_compile(model, options.Compile(enable=True, backend="aot_eager"))
     lengths = [60, 9, 12]
     sequences, groups = random_sequences(lengths, 96, 0), build_groups(lengths, 16)

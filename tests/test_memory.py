@@ -24,7 +24,9 @@ from chunkflow.planning.memory import Layout, StageSizes, communicators, kv_toke
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.schedule import linear_schedule
 from chunkflow.settings.config import Config, load_config
+from chunkflow.settings.options import Lora, Training
 from chunkflow.training import parallel, prediction
+from chunkflow.training.lora import apply_lora
 from chunkflow.training.optimizer import build_optimizer
 from models import families
 from tests.helpers.layouts import Pipeline, join
@@ -88,9 +90,25 @@ def small_model(family, dtype, **changes):
 
 def sizes(args, model, dtype, **layout):
     layout = Layout(compute=dtype.itemsize, slice_tokens=slice_tokens("cpu", args.vocab_size), **layout)
-    return StageSizes(args, {name: tuple(p.shape) for name, p in model.named_parameters()}, layout)
+    parameters = dict(model.named_parameters())
+    frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
+    return StageSizes(args, {name: tuple(p.shape) for name, p in parameters.items()}, layout, frozen)
 
 
+def adapted(family, model, dtype, *targets):
+    """The model with adapters of rank 4 on these layers, all in `dtype`."""
+    apply_lora(model, Lora(4, target_modules=list(targets)), families[family], Training())
+    return model.to(dtype)
+
+
+ADAPTERS = [
+    ("llama3", "none", torch.float32, ()),
+    ("qwen2", "none", torch.float64, ("wq",)),
+    ("qwen3", "op", torch.float32, ("w1", "wo")),
+    ("llama3", "op", torch.bfloat16, ()),
+    ("qwen3", "2", torch.float32, ("w2",)),
+    ("llama3", "full", torch.float32, ()),
+]
 LAYOUTS = {
     "none": {},
     "op": {"recompute_cheap": True},
@@ -113,6 +131,17 @@ def checkpoint_activations(model, mode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_activations(family, mode, dtype):
     args, model = small_model(family, dtype)
+    check_activations(args, model, mode, dtype)
+
+
+@pytest.mark.parametrize("family, mode, dtype, targets", ADAPTERS)
+def test_activations_with_adapters(family, mode, dtype, targets):
+    """But for the first layer: its input has no gradient, so what only that needs is not kept."""
+    args, model = small_model(family, dtype)
+    check_activations(args, adapted(family, model, dtype, *targets), mode, dtype, hidden_grad=True)
+
+
+def check_activations(args, model, mode, dtype, hidden_grad=False):
     checkpoint_activations(model, mode)
     stage = sizes(args, model, dtype, **LAYOUTS[mode])
     sequences = random_sequences([300, 20, 60], args.vocab_size, 0)
@@ -130,6 +159,8 @@ def test_activations(family, mode, dtype):
                 chunk.tokens,
                 chunk.labels,
             )
+            if hidden_grad:
+                model.tok_embeddings.register_forward_hook(lambda _, __, x_TC: x_TC.requires_grad_())
             with LiveBytes(*others) as live:
                 loss = model(chunk.tokens, chunk)
             indices = own.tokens * (8 + 8)  # tokens and labels were there before

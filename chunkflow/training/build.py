@@ -26,7 +26,7 @@ from chunkflow.settings import options
 from chunkflow.settings.config import ConfigError, data_sections
 from chunkflow.settings.options import Config
 from chunkflow.training.converters import check_converters
-from chunkflow.training.lora import check_lora
+from chunkflow.training.lora import check_lora, trained_parameters
 from chunkflow.training.optimizer import check_optimizer
 from chunkflow.training.parallel import reshards
 from chunkflow.training.prediction import most_kv_tokens
@@ -138,9 +138,10 @@ def plan_settings(
     """What plans depend on, for this number of data-parallel replicas. `planned`: for GPUs that need not be
     this machine's; `device`: by its name, if not the one that follows."""
     chunkflow, last, most = config.chunkflow, spec.layers[-1], config.parallelism.context_parallel_degree
-    costs = [Cost.of_layers(spec.args, len(layers), head=layers is last) for layers in spec.layers]
+    adapters = trained_parameters(config.lora, spec.family, spec.args) // spec.args.n_layers
+    costs = [Cost.of_layers(spec.args, len(own), head=own is last, adapters=adapters) for own in spec.layers]
     return PlanSettings(
-        Cost.of_model(spec.args),
+        Cost.of_model(spec.args, adapters),
         replicas=replicas,
         enable=chunkflow.enable,
         chunk_size=chunkflow.chunk_size,

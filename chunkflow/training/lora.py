@@ -85,7 +85,9 @@ def target_modules(settings: options.Lora, family: ModuleType, args: Any) -> lis
 
 
 def trained_parameters(settings: options.Lora, family: ModuleType, args: Any) -> int:
-    """How many parameters the adapters of the whole model have."""
+    """How many parameters the adapters of the whole model have; 0 without."""
+    if not settings.rank:
+        return 0
     with torch.device("meta"):
         block = family.Transformer(dataclasses.replace(args, n_layers=1)).layers["0"]
     linears = map(block.get_submodule, target_modules(settings, family, args))

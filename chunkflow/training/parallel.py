@@ -233,6 +233,8 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, settings: options.Training, r
     sharding = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype)}
     if settings.enable_cpu_offload:
         sharding["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    elif mesh.size() == 1:  # frozen parameters are in the compute dtype: FSDP2 would hold a second copy
+        sharding["ignored_params"] = {each for each in model.parameters() if not each.requires_grad}
     for layer in model.layers.values():
         fully_shard(layer, reshard_after_forward=reshard, **sharding)
     fully_shard(model, reshard_after_forward=False, **sharding)
@@ -248,7 +250,8 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, settings: options.Training, r
             module.set_modules_to_forward_prefetch([following])
         for module, preceding in zip((model, *layers[::-1]), layers[::-1]):
             module.set_modules_to_backward_prefetch([preceding])
-    gib = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize / 2**30
+    gathered = [p for p in model.parameters() if p not in sharding.get("ignored_params", ())]
+    gib = sum(parameter.numel() for parameter in gathered) * dtype.itemsize / 2**30
     cost = f"all {gib:.2f}GiB are gathered once a step and stay; ranks need not agree on their chunks"
     if reshard:
         cost = (
