@@ -183,6 +183,19 @@ def test_peak_of_a_step(family, lengths, k, mode, dtype):
     """All storages that live at once in a step, against the sum of parts at its peak. The CPU's temporaries
     are its own."""
     args, model = small_model(family, dtype, n_layers=6)
+    check_peak(args, model, lengths, k, mode, dtype)
+
+
+@pytest.mark.parametrize(
+    "lengths, k, mode, targets",
+    [([1000, 30, 70], 1, "none", ()), ([1500, 300], 1, "full", ()), ([1000, 30, 70], 3, "op", ("wq", "wv"))],
+)
+def test_peak_of_a_step_with_adapters(lengths, k, mode, targets):
+    args, model = small_model("llama3", torch.float32, n_layers=6)
+    check_peak(args, adapted("llama3", model, torch.float32, *targets), lengths, k, mode, torch.float32)
+
+
+def check_peak(args, model, lengths, k, mode, dtype):
     checkpoint_activations(model, mode)
     stage = sizes(args, model, dtype, reduce=dtype.itemsize, **LAYOUTS[mode])
     groups = build_groups(lengths, 256)
@@ -205,12 +218,14 @@ def test_peak_of_a_step(family, lengths, k, mode, dtype):
     assert result.state_bytes == (state if len(groups[0].chunks) > 1 else 0)
 
 
-def sharded_step(reshard, ranks, lengths):
+def sharded_step(reshard, ranks, lengths, adapters=False):
     """A step on rank 0 of `ranks` that are not there: (bytes that FSDP2 holds, by part, bytes predicted)."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     args, model = small_model("qwen2", torch.float32)
+    if adapters:
+        apply_lora(model, Lora(4), families["qwen2"], Training())
     stage = sizes(args, model, torch.bfloat16, shards=ranks, reshard=reshard)
     config = Config()
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp_shard",))
@@ -222,7 +237,7 @@ def sharded_step(reshard, ranks, lengths):
         return [
             parameter
             for module in modules
-            for parameter in module._get_fsdp_state()._fsdp_param_group.fsdp_params
+            for parameter in getattr(module._get_fsdp_state()._fsdp_param_group, "fsdp_params", [])
         ]
 
     def before_last_backward(model):
@@ -249,6 +264,7 @@ def sharded_step(reshard, ranks, lengths):
     gradients = {
         parameter.grad._local_tensor.untyped_storage()._cdata: parameter.grad
         for parameter in model.parameters()
+        if parameter.requires_grad
     }
     held["parameters"], held["gradients"] = nbytes(model.parameters()), nbytes(gradients.values())
     held["optimizer"] = nbytes(value for state in optimizer.state.values() for value in state.values())
@@ -258,13 +274,15 @@ def sharded_step(reshard, ranks, lengths):
     )  # layers are gathered in turn, none just then
 
 
-CASES = [(False, 4), (True, 4), (False, 3), (False, 1)]  # (reshard, ranks); 3 ranks leave shards uneven
+# (reshard, ranks, whether adapters alone are trained); 3 ranks leave shards uneven
+CASES = [(False, 4, False), (True, 4, False), (False, 3, False), (False, 1, False)]
+CASES += [(False, 4, True), (True, 3, True), (False, 1, True)]
 
 
 def all_sharded_steps():
     answers = []
-    for reshard, ranks in CASES:
-        answers.append(sharded_step(reshard, ranks, [150, 40, 30]))
+    for reshard, ranks, adapters in CASES:
+        answers.append(sharded_step(reshard, ranks, [150, 40, 30], adapters))
         torch.distributed.destroy_process_group()
     return answers
 
