@@ -77,7 +77,7 @@ def check(config: Config) -> ModelSpec:
     spec, training, fake = model_spec(config), config.training, config.comm.mode == "fake_backend"
     float8 = config.quantize.linear.float8
     check_converters(config.model, float8, spec.family, spec.args, training.dtype, fake)
-    check_lora(config.lora, config.model.converters, spec.family, spec.args, spec.name)
+    check_lora(config.lora, spec.family, spec.args)
     check_optimizer(config.optimizer, config.compile, training, fake)
     check_cuda_dtype(training)
     check_attention(config)

@@ -139,10 +139,8 @@ def take_over(settings: options.Lora) -> None:
     settings.target_modules = settings.target_modules or adapter.target_modules
 
 
-def check_lora(
-    settings: options.Lora, converters: list[str], family: ModuleType, args: Any, name: str
-) -> None:
-    """ValueError, one sentence, where [lora] does not fit the model, which errors call `name`."""
+def check_lora(settings: options.Lora, family: ModuleType, args: Any) -> None:
+    """ValueError, one sentence, where [lora] does not fit the model."""
     if not settings.rank:
         return
     if settings.base == "nf4":
