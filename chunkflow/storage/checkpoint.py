@@ -114,7 +114,7 @@ class Checkpoints:
         if start.kind == "checkpoint weights":
             self._check_files(start.folder)
         self.base = adapters.load_base(self.models, family, start, seed, self.group)
-        if kind == "checkpoint" or (kind == "checkpoint weights" != start.kind):
+        if kind == "checkpoint" or (kind == "checkpoint weights" and folder != start.folder):
             adapters.check_base(manifest.read_manifest(folder), self.base, folder)
             return kind
         return "adapter" if self.lora.adapter_path else "random"

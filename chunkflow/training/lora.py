@@ -166,7 +166,13 @@ def apply_lora(
     lora.rank = 0 does nothing."""
     if not settings.rank:
         return
-    model.requires_grad_(False).to(parallel.DTYPES[training.mixed_precision_param])
+    frozen: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay one
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter not in frozen:
+                stored = parameter.detach().to(parallel.DTYPES[training.mixed_precision_param])
+                frozen[parameter] = nn.Parameter(stored, requires_grad=False)
+            setattr(module, name, frozen[parameter])
     for layer in model.layers.values():
         for name in target_modules(settings, family, model.args):
             linear = layer.get_submodule(name)
