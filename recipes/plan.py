@@ -22,6 +22,7 @@ from chunkflow.planning.lengths import histogram, retention
 from chunkflow.planning.memory import FRAGMENTATION, PARTS, host_bytes
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import build, calibration, choice, parallel, prediction
+from chunkflow.training.lora import trained_parameters
 from chunkflow.training.rates import device_of
 from chunkflow.training.start import main_config, user_errors, world_size
 
@@ -118,6 +119,7 @@ def predict(config, count: int, spec: build.ModelSpec, dataset, seed: int, devic
     return {
         "model": spec.name,
         "parameters": spec.parameters,
+        "trained_parameters": trained_parameters(config.lora, spec.family, spec.args) or spec.parameters,
         "ranks": ranks,
         "replicas": settings.replicas,
         "stage_layers": [len(layers) for layers in spec.layers],
@@ -191,6 +193,9 @@ def table(report: dict) -> str:
     runs = ", ".join(f"{len(list(equal))} x {count}" for count, equal in groupby(layers))
     stage_text = f"pipelines of {ranks} ranks, layers of stages {runs}; " if len(layers) > 1 else ""
     gathered = "layer by layer (ZeRO-3)" if report["reshard_after_forward"] else "once a step"
+    trained = report["trained_parameters"]
+    if trained != report["parameters"]:
+        chunks = f"adapters of {trained:,}, {chunks}"
     lines = [
         f"{report['model']}, {report['parameters']:,} parameters, {chunks}",
         f"{report['ranks']} ranks: {stage_text}{report['replicas']} data-parallel; {report['shards']} shards,"

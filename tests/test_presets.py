@@ -43,6 +43,7 @@ def test_there_are_presets():
         "llama3_1_8b_128k_pipeline",
         "llama3_1_8b_256k",
         "qwen3_8b_64k",
+        "qwen3_8b_lora_64k",
         "qwen3_8b_128k",
         "qwen3_8b_256k",
         "qwen3_32b_128k",

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Multiples of 32 and of 128 take as long; the former keep twice the memory, the latter pad more. A kernel takes
-# half a MiB, and a number of rows a dozen of them, so long chunks have coarser multiples.
+# Multiples of 32 and of 128 take as long; the former keep twice the memory, the latter pad more. Each number
+# of rows has a dozen kernels of half a MiB, so long chunks have coarser multiples.
 ROWS = 64
 
 
@@ -76,7 +76,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        # A frozen weight has no gradient, which alone needs the input.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         bias = None if bias is None else widen(bias)
         return F.linear(widen(pad(x)), widen(weight), bias)[: x.size(0)].to(x.dtype)
 
@@ -86,7 +87,7 @@ class _Linear(torch.autograd.Function):
         factor = widen(pad(dy))
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = (factor @ widen(weight))[: x.size(0)].to(x.dtype)
+            dx = (factor @ widen(weight))[: dy.size(0)].to(dy.dtype)
         if ctx.needs_input_grad[1]:
             dweight = (factor.t() @ widen(pad(x))).to(weight.dtype)
         if ctx.needs_input_grad[2]:

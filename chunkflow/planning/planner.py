@@ -194,15 +194,17 @@ def _schedule(costs: Costs, settings: PlanSettings, k: int) -> Schedule:
 
 
 def _costs(groups: list[Group], stages: Sequence[Cost]) -> Costs:
-    """Time of each chunk on each stage; a backward takes as long as two forwards."""
+    """Time of each chunk on each stage; a backward takes as long as two forwards, but in frozen products."""
     unit = sum(cost.per_token for cost in stages) / len(stages)
     amounts = [[tokens_and_pairs(group, chunk) for chunk in range(len(group.chunks))] for group in groups]
 
-    def times(cost: Cost, factor: float) -> list[list[float]]:
-        per_token, per_pair = cost.per_token, cost.per_pair
-        return [[factor * ((n * per_token + pairs * per_pair) / unit) for n, pairs in row] for row in amounts]
+    def times(per_token: float, per_pair: float) -> list[list[float]]:
+        return [[(n * per_token + pairs * per_pair) / unit for n, pairs in row] for row in amounts]
 
-    return Costs([times(cost, 1) for cost in stages], [times(cost, 2) for cost in stages])
+    return Costs(
+        [times(cost.per_token, cost.per_pair) for cost in stages],
+        [times(2 * cost.per_token - cost.frozen_per_token, 2 * cost.per_pair) for cost in stages],
+    )
 
 
 def tokens_and_pairs(group: Group, index: int) -> tuple[float, float]:

@@ -76,7 +76,9 @@ class StepTime:
         elif kind is Kind.RECOMPUTE:
             seconds = rates.forward.seconds(body + head, again, layers)
         elif kind is Kind.BACKWARD:
-            seconds = rates.backward.seconds(body + head, attention, layers)
+            # One product of two is half of a backward, whose FLOPs are counted as its forward's.
+            products = chunk_tokens * (cost.per_token - cost.frozen_per_token / 2)
+            seconds = rates.backward.seconds(products, attention, layers)
             if layout.checkpoint_every:
                 share = stage.checkpointed_layers / layers if layers else 0.0
                 seconds += share * rates.forward.seconds(body, 0.0 if kept else attention, layers)

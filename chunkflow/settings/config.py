@@ -14,7 +14,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 from chunkflow.settings.faults import ConfigError, add, collected, refuse
 from chunkflow.settings.keys import KEYS, KINDS, SECTIONS, TABLES, help_text, show, split
-from chunkflow.settings.options import Config, Source, Training, Validation
+from chunkflow.settings.options import Config, Lora, Source, Training, Validation
 from chunkflow.settings.values import answer, asks_for_nothing, checked, from_text, known, suggest, toml_value
 
 Faults = dict[str, str]  # as in faults.py: sentence -> the key at fault
@@ -231,6 +231,7 @@ def _contradictions(config: Config, given: dict[str, Any]) -> Iterator[tuple[str
             if training.dataset == "synthetic":
                 validation.dataset_path = validation.dataset_path or training.dataset_path
         yield from _of_dataset("validation", validation.dataset, validation.dataset_path)
+    yield from _of_lora(config.lora)
     scaling, selective = config.model.rope_scaling, config.activation_checkpoint.selective_ac_option
     if scaling is not None and "rope_type" not in scaling:
         yield (
@@ -256,6 +257,17 @@ def _contradictions(config: Config, given: dict[str, Any]) -> Iterator[tuple[str
             f'activation_checkpoint.selective_ac_option = {show(selective)} is neither "op" nor a whole'
             ' number of at least 1 in quotes: set "op", or "2" to recompute every second layer',
         )
+
+
+def _of_lora(lora: Lora) -> Iterator[tuple[str, str]]:
+    """As _contradictions, of keys that are not read without adapters."""
+    for key, default in (("alpha", None), ("target_modules", []), ("base", "compute")):
+        value = getattr(lora, key)
+        if not (lora.rank or lora.adapter_path) and value != default:
+            yield (
+                f"lora.{key}",
+                f"lora.{key} = {show(value)} is not read without adapters: set lora.rank, too, such as 16",
+            )
 
 
 def _of_sources(training: Training, given: dict[str, Any]) -> Iterator[tuple[str, str]]:

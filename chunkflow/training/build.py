@@ -29,6 +29,7 @@ from chunkflow.settings.config import ConfigError, data_sections
 from chunkflow.settings.faults import collected, refuse
 from chunkflow.settings.options import Config
 from chunkflow.training.converters import check_converters
+from chunkflow.training.lora import check_lora, trained_parameters
 from chunkflow.training.optimizer import check_optimizer
 from chunkflow.training.parallel import reshards
 from chunkflow.training.prediction import most_kv_tokens
@@ -86,6 +87,9 @@ def check(config: Config, *more: Callable[[ModelSpec], object]) -> ModelSpec:
         float8 = config.quantize.linear.float8
         check_converters(config.model, float8, spec.family, spec.args, training.dtype, fake)
 
+    def lora(spec: ModelSpec) -> None:
+        check_lora(config.lora, spec.family, spec.args)
+
     checks = [
         lambda: check_optimizer(config.optimizer, config.compile, training, fake),
         lambda: check_cuda_dtype(training),
@@ -95,7 +99,7 @@ def check(config: Config, *more: Callable[[ModelSpec], object]) -> ModelSpec:
     spec = None
     with collected(faults):
         spec = model_spec(config)
-        checks += [functools.partial(of_model, spec) for of_model in (converters, *more)]
+        checks += [functools.partial(of_model, spec) for of_model in (converters, lora, *more)]
     for each in checks:
         with collected(faults):
             each()
@@ -164,9 +168,10 @@ def plan_settings(
     """What plans depend on, for this number of data-parallel replicas. `planned`: for GPUs that need not be
     this machine's; `device`: by its name, if not the one that follows."""
     chunkflow, last, most = config.chunkflow, spec.layers[-1], config.parallelism.context_parallel_degree
-    costs = [Cost.of_layers(spec.args, len(layers), head=layers is last) for layers in spec.layers]
+    adapters = trained_parameters(config.lora, spec.family, spec.args) // spec.args.n_layers
+    costs = [Cost.of_layers(spec.args, len(own), head=own is last, adapters=adapters) for own in spec.layers]
     return PlanSettings(
-        Cost.of_model(spec.args),
+        Cost.of_model(spec.args, adapters),
         replicas=replicas,
         enable=chunkflow.enable,
         chunk_size=chunkflow.chunk_size,

@@ -76,8 +76,9 @@ def fail(reason: object) -> NoReturn:
 
 
 def read_config(argv: list[str], chooses: bool = False, faults: dict[str, str] | None = None) -> Config:
-    """The config of a command line; the folder model.hf_assets_path determines model.name and model.flavor.
-    ValueError for wrong settings, or where that folder's config.json cannot be used; with `faults`, that goes
+    """The config of a command line; the folder model.hf_assets_path determines model.name and model.flavor,
+    the adapter of lora.adapter_path its rank, alpha and target modules.
+    ValueError for wrong settings, or where a folder's configuration cannot be used; with `faults`, that goes
     there, as in load_config. `chooses`: see main_config."""
     found = {} if faults is None else faults
     config = load_config(argv, found)
@@ -88,6 +89,11 @@ def read_config(argv: list[str], chooses: bool = False, faults: dict[str, str] |
                 " number, such as that in the config.toml of a run"
             )
             add(found, sentence, f"chunkflow.{name}")
+    if config.lora.adapter_path:
+        from chunkflow.training.lora import take_over
+
+        with collected(found, "lora.adapter_path"):
+            take_over(config.lora)
     if folder := config.model.hf_assets_path:
         from models.hf_config import model_of
 
