@@ -350,9 +350,9 @@ def _check_dataset(section: str, dataset: str, path: str) -> None:
         " a glob",
     )
     _refuse_if(
-        dataset == "synthetic" and path not in ("", "lmsys", "llama3_sft", "agent", "prolong"),
-        f'{shown} is not known to {section}.dataset = "synthetic": set "lmsys", "llama3_sft", "agent" or'
-        ' "prolong"',
+        dataset == "synthetic" and path not in ("", "lmsys", "llama3_sft", "agent", "prolong", "preference"),
+        f'{shown} is not known to {section}.dataset = "synthetic": set "lmsys", "llama3_sft", "agent",'
+        ' "prolong" or "preference"',
     )
     _refuse_if(
         dataset == "python_stdlib" and path,

@@ -71,6 +71,7 @@ class Checkpoints:
         if torch.cuda.is_available():
             device = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)}
         self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", **device)
+        self.at_origin = False  # whether the model has the weights that the run starts from at step 1
         self.saving: Future[None] | None = None  # the save in the background
         self.failures = 0  # saves that failed since the last good one
 
@@ -90,6 +91,17 @@ class Checkpoints:
                 self.loader.restore(content)
             self._load_tensors(folder, weights_only=not content["complete"] or "optimizer" in excluded)
             return Progress(**content["progress"])
+        if not self.at_origin:
+            self._load_weights(kind, folder, family, seed)
+        return Progress()
+
+    def load_initial(self, family: ModuleType, hf_assets_path: str, seed: int) -> None:
+        """Fills the model with the weights that the run started from, or starts from, at step 1."""
+        start = self._on_rank_0(lambda: manifest.initial_start(self.settings, hf_assets_path))
+        self._load_weights(*start, family, seed)
+        self.at_origin = True
+
+    def _load_weights(self, kind: str, folder: Path | None, family: ModuleType, seed: int) -> None:
         if kind == "checkpoint weights":
             self._load_tensors(folder, weights_only=True)
         for model in self.models:
@@ -97,7 +109,6 @@ class Checkpoints:
                 hf_weights.load_weights(model, family, folder)
             elif kind == "random":
                 parallel.init_weights(model, seed)
-        return Progress()
 
     def _choose_start(self, hf_assets_path: str) -> manifest.Start:
         """Decides what the run starts from. Removes unfinished folders of killed runs, and renames
