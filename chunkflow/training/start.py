@@ -77,7 +77,7 @@ def read_config(argv: list[str], chooses: bool = False) -> Config:
     for name in () if chooses else ("chunk_size", "k"):
         if getattr(config.chunkflow, name) == "auto":
             raise ConfigError(
-                f'chunkflow.{name} = "auto" is chosen by recipes/finetune.py and recipes/plan.py: set a'
+                f'chunkflow.{name} = "auto" is chosen by recipes/finetune.py, dpo.py and plan.py: set a'
                 " number, such as that in the config.toml of a run"
             )
     if folder := config.model.hf_assets_path:
