@@ -99,7 +99,8 @@ def dpo(
     losses_P = -(1 - smoothing) * F.logsigmoid(margins_P) - smoothing * F.logsigmoid(-margins_P)
     counted_P = torch.tensor(counted(weight_sums), dtype=torch.bool).to(logps_S.device)
     # -dloss/dmargin; a token's loss is minus its part of the log-probability.
-    push_P = torch.where(counted_P, (1 - smoothing) - torch.sigmoid(margins_P), 0)
+    push_P = (1 - smoothing) * torch.sigmoid(-margins_P) - smoothing * torch.sigmoid(margins_P)
+    push_P = torch.where(counted_P, push_P, 0)
     return Pairs(
         counted_P,
         losses_P,
