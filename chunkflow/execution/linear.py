@@ -72,7 +72,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        # A frozen weight has no gradient, which alone needs the input.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         bias = None if bias is None else widen(bias)
         return F.linear(widen(pad(x)), widen(weight), bias)[: x.size(0)].to(x.dtype)
 
@@ -82,7 +83,7 @@ class _Linear(torch.autograd.Function):
         factor = widen(pad(dy))
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = (factor @ widen(weight))[: x.size(0)].to(x.dtype)
+            dx = (factor @ widen(weight))[: dy.size(0)].to(dy.dtype)
         if ctx.needs_input_grad[1]:
             dweight = (factor.t() @ widen(pad(x))).to(weight.dtype)
         if ctx.needs_input_grad[2]:

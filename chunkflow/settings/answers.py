@@ -5,8 +5,7 @@ of its keys that have none. Keys with the same answer are in one string, with sp
 """
 
 _ANSWERS = {
-    # Keys and sections that are planned but not in this version: delete an entry when its key arrives.
-    "lora peft": "is not available in this version: all parameters are trained, remove the section",
+    "peft": "was renamed: use lora, with rank, alpha and target_modules",
     # Keys and sections of torchtitan that are not used here.
     "job.use_for_integration_test model.print_after_conversion training.gc_debug training.enable_fp8_linear"
     " parallelism.enable_compiled_autograd activation_checkpoint.early_stop activation_checkpoint.debug"

@@ -15,7 +15,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 from chunkflow.settings.answers import ANSWERS, VALUE_ANSWERS
 from chunkflow.settings.keys import KEYS, KINDS, SECTIONS, TABLES, Key, help_text, show, split
-from chunkflow.settings.options import Config, Rule, Source, Training, Validation
+from chunkflow.settings.options import Config, Lora, Rule, Source, Training, Validation
 
 
 class ConfigError(ValueError):
@@ -297,6 +297,7 @@ def _check_combinations(config: Config, given: dict[str, Any]) -> None:
             if training.dataset == "synthetic":
                 validation.dataset_path = validation.dataset_path or training.dataset_path
         _check_dataset("validation", validation.dataset, validation.dataset_path)
+    _check_lora(config.lora)
     scaling, selective = config.model.rope_scaling, config.activation_checkpoint.selective_ac_option
     _refuse_if(
         scaling is not None and "rope_type" not in scaling,
@@ -317,6 +318,17 @@ def _check_combinations(config: Config, given: dict[str, Any]) -> None:
         f'activation_checkpoint.selective_ac_option = {show(selective)} is neither "op" nor a whole number of'
         ' at least 1 in quotes: set "op", or "2" to recompute every second layer',
     )
+
+
+def _check_lora(lora: Lora) -> None:
+    if lora.rank or lora.adapter_path:
+        return
+    for key, default in (("alpha", None), ("target_modules", []), ("base", "compute")):
+        value = getattr(lora, key)
+        _refuse_if(
+            value != default,
+            f"lora.{key} = {show(value)} is not read without adapters: set lora.rank, too, such as 16",
+        )
 
 
 def _check_sources(training: Training, given: dict[str, Any]) -> None:

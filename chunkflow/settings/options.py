@@ -170,6 +170,23 @@ class ChunkFlow:
 
 
 @dataclass
+class Lora:
+    rank: int = option(0, "of the adapters, which alone are trained; 0: all parameters are", NOT_NEGATIVE)
+    alpha: float | None = option(
+        None, "adapters' outputs are scaled by alpha / rank; unset: 2 x rank", POSITIVE
+    )
+    target_modules: list[str] = option(
+        [],
+        "linear layers that get adapters, by their names in models/ or Hugging Face's, such as q_proj; empty:"
+        " all in the blocks",
+    )
+    adapter_path: str = option(
+        "", "folder of a PEFT adapter to start from, whose rank, alpha and target modules hold"
+    )
+    base: str = option("compute", "what the frozen weights are stored in", ("compute", "nf4"))
+
+
+@dataclass
 class Dpo:
     """Read by recipes/dpo.py."""
 
@@ -358,6 +375,7 @@ class Config:
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     chunkflow: ChunkFlow = field(default_factory=ChunkFlow)
+    lora: Lora = field(default_factory=Lora)
     dpo: Dpo = field(default_factory=Dpo)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LrScheduler = field(default_factory=LrScheduler)

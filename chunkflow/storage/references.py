@@ -27,7 +27,7 @@ from chunkflow.execution.runner import Runner
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.settings.keys import flat
 from chunkflow.settings.options import Config
-from chunkflow.storage import manifest
+from chunkflow.storage import adapters, manifest
 from chunkflow.training.parallel import Processes
 from chunkflow.training.preference import log_probabilities
 
@@ -119,15 +119,18 @@ class References:
 def identity(config: Config, args: Any, loader: ChunkDataLoader) -> str:
     """A digest of all that the log-probabilities depend on."""
     settings, keys = config.checkpoint, flat(config)
-    kind, folder = manifest.initial_start(settings, config.model.hf_assets_path)
+    choose = adapters.choose_base if config.lora.rank else manifest.initial_start
+    kind, folder = choose(settings, config.model.hf_assets_path)
     weights: Any = loader.seed
     if kind == "checkpoint weights":
         weights = manifest.read_manifest(folder)["files"]
     elif kind == "hf":
         shards = sorted(str(path) for path in folder.glob("*.safetensors"))
         weights = content_digest(shards, cache_folder() / "digests")
-    model = manifest.model_identity(keys, args) | {"optimizer.name": ""}
+    model = manifest.model_identity(keys | {"lora.rank": 0}, args) | {"optimizer.name": ""}
     names = ("training.mixed_precision_param", "training.seq_len", "training.overlong")
     arithmetic = {name: keys[name] for name in names}
+    if config.lora.rank:
+        arithmetic["lora.base"] = config.lora.base
     known = [1, kind, weights, model, loader.dataset.identity, arithmetic]
     return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16).hexdigest()

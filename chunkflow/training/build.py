@@ -26,6 +26,7 @@ from chunkflow.settings import options
 from chunkflow.settings.config import ConfigError, data_sections
 from chunkflow.settings.options import Config
 from chunkflow.training.converters import check_converters
+from chunkflow.training.lora import check_lora
 from chunkflow.training.optimizer import check_optimizer
 from chunkflow.training.parallel import reshards
 from chunkflow.training.prediction import most_kv_tokens
@@ -78,6 +79,7 @@ def check(config: Config, pairs: bool = False) -> ModelSpec:
     spec, training, fake = model_spec(config), config.training, config.comm.mode == "fake_backend"
     float8 = config.quantize.linear.float8
     check_converters(config.model, float8, spec.family, spec.args, training.dtype, fake)
+    check_lora(config.lora, config.model.converters, spec.family, spec.args, spec.name)
     check_optimizer(config.optimizer, config.compile, training, fake)
     check_cuda_dtype(training)
     check_attention(config)

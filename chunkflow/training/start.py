@@ -70,8 +70,9 @@ def fail(reason: object) -> NoReturn:
 
 
 def read_config(argv: list[str], chooses: bool = False) -> Config:
-    """The config of a command line; the folder model.hf_assets_path determines model.name and model.flavor.
-    ValueError for wrong settings, or where that folder's config.json cannot be used. `chooses`: see
+    """The config of a command line; the folder model.hf_assets_path determines model.name and model.flavor,
+    the adapter of lora.adapter_path its rank, alpha and target modules.
+    ValueError for wrong settings, or where a folder's configuration cannot be used. `chooses`: see
     main_config."""
     config = load_config(argv)
     for name in () if chooses else ("chunk_size", "k"):
@@ -80,6 +81,10 @@ def read_config(argv: list[str], chooses: bool = False) -> Config:
                 f'chunkflow.{name} = "auto" is chosen by recipes/finetune.py, dpo.py and plan.py: set a'
                 " number, such as that in the config.toml of a run"
             )
+    if config.lora.adapter_path:
+        from chunkflow.training.lora import take_over
+
+        take_over(config.lora)
     if folder := config.model.hf_assets_path:
         from models.hf_config import model_of
 
