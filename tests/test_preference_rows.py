@@ -23,8 +23,8 @@ PROMPT = [system("Be brief."), user("1 + 2?"), assistant("What?"), user("Add.")]
 GOOD, BAD = assistant("It is 3."), assistant("Seven, and that is all.")
 
 
-def pair_of(row, tokenizer, notes=None, **settings):
-    return sequences(row, tokenizer, notes, pairs=True, **settings)
+def pair_of(row, reader, **settings):
+    return sequences(row, reader, pairs=True, **settings)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_both_answers_are_in_the_same_step(tmp_path):
     assert dataset.pairs and len(dataset) == 12
     loader = loader_of(dataset, seq_len=100)
     seen, cursor = [], 0
-    for epoch_step in range(3):
+    for _ in range(3):
         data = loader.step_at(cursor)
         assert len(data.rows) == 4 and data.cursor == cursor + 2
         assert all(
@@ -152,7 +152,7 @@ def test_overlong_counts_pairs(tmp_path):
     lengths = list(zip(dataset.lengths[::2], dataset.lengths[1::2]))
     long = [pair for pair in lengths if max(pair) > 40]
     assert len(long) == 2
-    with pytest.raises(ValueError, match="a.jsonl:3: .* longer: 2 of 6 pairs"):
+    with pytest.raises(ValueError, match=r"a.jsonl:3: .*longer: 2 of 6 pairs"):
         loader_of(dataset)
     dropping = loader_of(dataset, overlong="drop", once=True, shuffle=False)
     assert dropping.notice == f"dropped 2 pairs ({sum(map(sum, long))} tokens)" and dropping.longest <= 40
