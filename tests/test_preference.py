@@ -221,3 +221,17 @@ def on_ranks():
 
 def test_pairs_over_ranks_and_stages_give_the_textbook_gradients():
     assert run_ranks(on_ranks, 2) == [{"spread", "apart"}] * 2
+
+
+def test_plans_of_forwards_alone_have_the_groups_of_the_step():
+    """So that references and log-probabilities are computed alike."""
+    changed = False
+    for seed in range(8):
+        rng = random.Random(seed)
+        lengths = [rng.choice([rng.randint(1, 60), rng.randint(300, 900)]) for _ in range(12)]
+        plan = PlanSettings(Cost(1000.0, 1.0), 4, chunk_size=64, k=1, forward_first=True)
+        groups = plan_step(lengths, plan).groups
+        assert plan_step(lengths, plan._replace(forward_only=True)).groups == groups
+        usual = plan_step(lengths, plan._replace(forward_only=True, forward_first=False))
+        changed |= usual.groups != groups
+    assert changed, "which is not so by itself"
