@@ -33,6 +33,7 @@ from chunkflow.settings.keys import flat, to_toml
 from chunkflow.storage import adapters, manifest
 from chunkflow.storage import hf_weights as hf
 from chunkflow.storage.checkpoint import Checkpoints
+from chunkflow.storage.checkpoint import check as check_folders
 from chunkflow.storage.files import claim_folder
 from chunkflow.training import build, choice, parallel, stages
 from chunkflow.training.converters import convert_model
@@ -48,12 +49,7 @@ logger = logging.getLogger(__name__)
 
 def check(config) -> None:
     """What the config and the folders it names can tell. Raises ValueError before any process starts."""
-    build.check(
-        config,
-        lambda spec: hf.check(config.checkpoint, config.model.hf_assets_path, spec.family, spec.args),
-        lambda spec: adapters.check(config, spec.family, spec.args),
-        lambda spec: manifest.check(config, spec.args),
-    )
+    build.check(config, functools.partial(check_folders, config))
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.calibrate:
             print(calibration.calibrate(config, spec), file=sys.stderr)
         device = options.device or device_of(config, planned=not options.calibrate)
-        dataset = build.open_data(config, spec, seed)
+        dataset = build.open_data(config, spec, seed, pairs=None)
         if not options.json:  # at once: the plan may refuse a sequence for its length
             print(lengths_table(dataset.lengths, config), flush=True)
         report = predict(config, int(options.steps), spec, dataset, seed, device)
@@ -94,7 +94,8 @@ def predict(config, count: int, spec: build.ModelSpec, dataset, seed: int, devic
     rows, why = choice.compare(others)
 
     # ---- Data and plan settings, as in the training recipe.
-    settings = build.plan_settings(config, spec, ranks // pipeline_ranks, device=device)
+    replicas, pairs = ranks // pipeline_ranks, others.pairs
+    settings = build.plan_settings(config, spec, replicas, device=device, pairs=pairs)
     loader = build.open_loader(training, dataset, settings, 0, seed)
     batches, cursor = [], 0
     while len(batches) < count and cursor < max(loader.order.epoch_rows, 1):
@@ -128,6 +129,7 @@ def predict(config, count: int, spec: build.ModelSpec, dataset, seed: int, devic
         "chunk_size": settings.chunk_size if settings.enable else None,
         "k": settings.k if settings.enable else None,
         "notice": loader.notice,
+        "pairs": pairs,
         "retention": [kept._asdict() for kept in retention(dataset.lengths, training.seq_len)],
         "device": device,
         "calibrated": others.measured,
@@ -201,6 +203,8 @@ def table(report: dict) -> str:
         f"{report['ranks']} ranks: {stage_text}{report['replicas']} data-parallel; {report['shards']} shards,"
         f" gathered {gathered}",
     ]
+    if report["pairs"]:
+        lines.append("preference pairs: forwards of both answers come before each step, in its seconds")
     if report["notice"]:
         lines.append(report["notice"])
     last = f"with {report['longest_sequence']['longest']:,}"

@@ -63,6 +63,9 @@ CONTRACT = {
     "lora.target_modules": [],
     "lora.adapter_path": "",
     "lora.base": "compute",
+    "dpo.beta": 0.1,
+    "dpo.label_smoothing": 0.0,
+    "dpo.length_normalised": False,
     "optimizer.name": "AdamW",
     "optimizer.lr": 8e-4,
     "optimizer.beta1": 0.9,
@@ -308,7 +311,7 @@ def test_tables():
         (["--training.dataset=jsonl"], "set training.dataset_path"),
         (
             ["--training.dataset=synthetic", "--training.dataset_path=short"],
-            '"lmsys", "llama3_sft", "agent" or "prolong"',
+            '"lmsys", "llama3_sft", "agent", "prolong" or "preference"',
         ),
         (["--training.dataset_path=data.jsonl"], "is not read by"),
         (["--training.dtype=bfloat16"], "training.mixed_precision_param"),

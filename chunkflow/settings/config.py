@@ -304,11 +304,11 @@ def _of_dataset(section: str, dataset: str | None, path: str) -> Iterator[tuple[
             key,
             f"{section}.dataset = {show(dataset)} has no data: set {key} to a file, a folder or a glob",
         )
-    if dataset == "synthetic" and path not in ("", "lmsys", "llama3_sft", "agent", "prolong"):
+    if dataset == "synthetic" and path not in ("", "lmsys", "llama3_sft", "agent", "prolong", "preference"):
         yield (
             key,
             f'{key} = {show(path)} is not known to {section}.dataset = "synthetic": set "lmsys",'
-            ' "llama3_sft", "agent" or "prolong"',
+            ' "llama3_sft", "agent", "prolong" or "preference"',
         )
     if dataset == "python_stdlib" and path:
         yield (

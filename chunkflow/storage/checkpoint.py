@@ -24,6 +24,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from chunkflow.settings import options
+from chunkflow.settings.faults import collected, refuse
+from chunkflow.settings.options import Config
 from chunkflow.storage import adapters, files, hf_weights, manifest, tensors
 from chunkflow.training import lora, parallel
 from chunkflow.training.optimizer import optimizer_tensors
@@ -34,6 +36,19 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 3  # saves that fail in a row before the run stops
 SECONDS_BETWEEN_ATTEMPTS = 3  # when no step comes between them
 GROUP_TIMEOUT = timedelta(hours=1)  # ranks wait for the slowest to write its files
+
+
+def check(config: Config, spec) -> None:
+    """What the folders that a run starts from and goes on in can tell before any process starts; `spec`: a
+    build.ModelSpec. ValueError, one sentence a line."""
+    settings, faults = config.checkpoint, {}
+    with collected(faults):
+        hf_weights.check(settings, config.model.hf_assets_path, spec.family, spec.args)
+    with collected(faults):
+        adapters.check(config, spec.family, spec.args)
+    with collected(faults):
+        manifest.check(config, spec.args)
+    refuse(faults)
 
 
 class SaveFailed(Exception):
@@ -72,6 +87,7 @@ class Checkpoints:
         if torch.cuda.is_available():
             device = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)}
         self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", **device)
+        self.at_origin = False  # whether the model has the weights that the run starts from at step 1
         self.saving: Future[None] | None = None  # the save in the background
         self.failures = 0  # saves that failed since the last good one
 
@@ -85,7 +101,7 @@ class Checkpoints:
         """
         kind, folder = self._on_rank_0(lambda: self._choose_start(hf_assets_path))
         if self.lora.rank:
-            kind = self._load_base(kind, folder, family, hf_assets_path, seed)
+            kind = self._choose_adapters(kind, folder, self._load_base(family, hf_assets_path, seed))
         if kind == "checkpoint":
             content = manifest.read_manifest(folder)
             excluded = manifest.excluded(self.settings, content)
@@ -94,6 +110,21 @@ class Checkpoints:
                 self.loader.restore(content)
             self._load_tensors(folder, weights_only=not content["complete"] or "optimizer" in excluded)
             return Progress(**content["progress"])
+        if not self.at_origin:
+            self._load_weights(kind, folder, family, seed)
+        return Progress()
+
+    def load_initial(self, family: ModuleType, hf_assets_path: str, seed: int) -> None:
+        """Fills the model with the weights that the run started from, or starts from, at step 1; with
+        lora.rank the base alone."""
+        if self.lora.rank:
+            self._load_base(family, hf_assets_path, seed)
+            return
+        start = self._on_rank_0(lambda: manifest.initial_start(self.settings, hf_assets_path))
+        self._load_weights(*start, family, seed)
+        self.at_origin = True
+
+    def _load_weights(self, kind: str, folder: Path | None, family: ModuleType, seed: int) -> None:
         if kind == "checkpoint weights":
             self._load_tensors(folder, weights_only=True)
         for model in self.models:
@@ -103,18 +134,20 @@ class Checkpoints:
                 adapters.load_adapter(model, family, self.lora)
             elif kind == "random":
                 parallel.init_weights(model, seed, lambda name: not self.lora.rank or lora.is_adapter(name))
-        return Progress()
 
-    def _load_base(
-        self, kind: str, folder: Path | None, family: ModuleType, hf_assets_path: str, seed: int
-    ) -> str:
-        """Fills the frozen parameters of a run that starts from `kind` and `folder`. Returns where its
-        adapters come from: "checkpoint", "checkpoint weights", "adapter" (lora.adapter_path) or "random"."""
+    def _load_base(self, family: ModuleType, hf_assets_path: str, seed: int) -> manifest.Start:
+        """Fills the frozen parameters, once, and returns where they come from."""
         start = self._on_rank_0(lambda: adapters.choose_base(self.settings, hf_assets_path))
-        if start.kind == "checkpoint weights":
-            self._check_files(start.folder)
-        self.base = adapters.load_base(self.models, family, start, seed, self.group)
-        if kind == "checkpoint" or (kind == "checkpoint weights" and folder != start.folder):
+        if self.base is None:
+            if start.kind == "checkpoint weights":
+                self._check_files(start.folder)
+            self.base = adapters.load_base(self.models, family, start, seed, self.group)
+        return start
+
+    def _choose_adapters(self, kind: str, folder: Path | None, base: manifest.Start) -> str:
+        """Where the adapters of a run come from that starts from `kind` and `folder`: "checkpoint",
+        "checkpoint weights", "adapter" (lora.adapter_path) or "random"."""
+        if kind == "checkpoint" or (kind == "checkpoint weights" and folder != base.folder):
             adapters.check_base(manifest.read_manifest(folder), self.base, folder)
             return kind
         return "adapter" if self.lora.adapter_path else "random"

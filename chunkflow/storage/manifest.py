@@ -63,6 +63,11 @@ def choose_start(settings: options.Checkpoint, dump_folder: str, hf_assets_path:
     """The run's checkpoint, else checkpoint.initial_load_path, else the weights in model.hf_assets_path."""
     if folder := resume_folder(settings, dump_folder):
         return Start("checkpoint", folder)
+    return initial_start(settings, hf_assets_path)
+
+
+def initial_start(settings: options.Checkpoint, hf_assets_path: str) -> Start:
+    """What a run starts from at step 1."""
     if settings.initial_load_path and not settings.initial_load_in_hf:
         return Start("checkpoint weights", Path(settings.initial_load_path).expanduser())
     weights = weights_folder(settings, hf_assets_path)

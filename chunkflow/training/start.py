@@ -85,7 +85,7 @@ def read_config(argv: list[str], chooses: bool = False, faults: dict[str, str] |
     for name in () if chooses else ("chunk_size", "k"):
         if getattr(config.chunkflow, name) == "auto":
             sentence = (
-                f'chunkflow.{name} = "auto" is chosen by recipes/finetune.py and recipes/plan.py: set a'
+                f'chunkflow.{name} = "auto" is chosen by recipes/finetune.py, dpo.py and plan.py: set a'
                 " number, such as that in the config.toml of a run"
             )
             add(found, sentence, f"chunkflow.{name}")
