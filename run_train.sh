@@ -85,7 +85,7 @@ trap 'rm -rf "$CHUNKFLOW_CONTROL"' EXIT
 stop() { if [ -e "$CHUNKFLOW_CONTROL/stop" ]; then kill -HUP "$job"; else touch "$CHUNKFLOW_CONTROL/stop"; fi; }
 (
     trap '' TERM USR1 # the signal may come to the whole process group: torchrun is to leave it to us
-    exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$NGPU" --rdzv_backend c10d "${rendezvous[@]}" \
+    exec "$PYTHON" -m chunkflow.training.launch --nproc_per_node "$NGPU" --rdzv_backend c10d "${rendezvous[@]}" \
         --max-restarts "${MAX_RESTARTS:-0}" --signals-to-handle SIGINT,SIGHUP,SIGQUIT --shutdown-timeout 10 \
         --local-ranks-filter "$LOG_RANK" --role rank --tee 3 "$TRAIN_FILE" "$@"
 ) &

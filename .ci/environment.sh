@@ -70,10 +70,32 @@ print(sys.executable)
 CHECK
 }
 
+# Runs pip: a line for each package that it fetches, with its size, since all of them take minutes; its errors, not its warnings.
+with_progress() {
+    local line file version
+    {
+        "$@" 2>&1 >&3 | while IFS= read -r line; do
+            case "$line" in WARNING:\ * | DEPRECATION:\ *) ;; *) echo "$line" >&2 ;; esac
+        done
+        exit "${PIPESTATUS[0]}"
+    } 3>&1 | while IFS= read -r line; do
+        case "$line" in
+            *Downloading*.metadata*) ;;
+            *Downloading\ *)
+                file=${line##*Downloading } file=${file##*/} version=${file#*-}
+                echo "  ${file%%-*} ${version%%-*} (${line##*(}"
+                ;;
+            Installing\ collected*) echo "  everything is here: installing it" ;;
+        esac
+    done
+    return "${PIPESTATUS[0]}"
+}
+
 # An install that was interrupted leaves its mark, and begins anew. A good .venv is only touched if all that it lacks can be had.
 install_venv() {
     local venv="$REPO/.venv" base
-    local install=(-m pip install --quiet --disable-pip-version-check -e "$REPO[$1]")
+    local install=(-m pip install --disable-pip-version-check -e "$REPO[$1]")
+    export PIP_PROGRESS_BAR=off # a line for each package will do
     if [ -e "$venv/.installing" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         for base in python3 python python3.13 python3.12 python3.11 python3.10 none; do
             "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
@@ -84,10 +106,10 @@ install_venv() {
         fi
         "$base" -m venv --clear "$venv" || return
     else
-        "$venv/bin/python" "${install[@]}" --dry-run || return
+        with_progress "$venv/bin/python" "${install[@]}" --dry-run || return
     fi
     touch "$venv/.installing"
-    "$venv/bin/python" "${install[@]}" || return
+    with_progress "$venv/bin/python" "${install[@]}" || return
     rm "$venv/.installing"
 }
 

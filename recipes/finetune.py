@@ -30,12 +30,14 @@ from chunkflow.reporting.profiling import profiler
 from chunkflow.reporting.step_figures import gather_over_ranks, losses_by_source, rank_figures, step_scalars
 from chunkflow.reporting.timeline import gather_timeline, write_timelines
 from chunkflow.settings.keys import flat, to_toml
+from chunkflow.storage import adapters, manifest
 from chunkflow.storage import hf_weights as hf
-from chunkflow.storage import manifest
 from chunkflow.storage.checkpoint import Checkpoints
+from chunkflow.storage.checkpoint import check as check_folders
 from chunkflow.storage.files import claim_folder
 from chunkflow.training import build, choice, parallel, stages
 from chunkflow.training.converters import convert_model
+from chunkflow.training.lora import apply_lora, trained_parameters
 from chunkflow.training.optimizer import build_optimizer, set_learning_rate
 from chunkflow.training.preemption import StopRequest
 from chunkflow.training.progress import Progress
@@ -47,9 +49,7 @@ logger = logging.getLogger(__name__)
 
 def check(config) -> None:
     """What the config and the folders it names can tell. Raises ValueError before any process starts."""
-    spec = build.check(config)
-    hf.check(config.checkpoint, config.model.hf_assets_path, spec.family, spec.args)
-    manifest.check(config, spec.args)
+    build.check(config, functools.partial(check_folders, config))
 
 
 def main() -> None:
@@ -108,6 +108,10 @@ def main() -> None:
     tensors_without_content = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     logger.info(f"Building {spec.name} with {spec.args}")
     logger.info(f"Model {spec.name} size: {spec.parameters:,} total parameters{spec.stages_in_words}")
+    if config.lora.rank:
+        trained = trained_parameters(config.lora, spec.family, spec.args)
+        share = f"{trained:,} of {trained + spec.parameters:,} parameters are trained"
+        logger.info(f"LoRA: {share} ({100 * trained / (trained + spec.parameters):.2f} %)")
     build.activate_attention(config)
     with tensors_without_content:
         with torch.device(device if fake else "meta"), parallel.default_dtype(training.dtype):
@@ -115,6 +119,7 @@ def main() -> None:
             models = stages.build_stages(spec.family, spec.args, spec.layers, rank, ranks)
         for model in models.values():
             convert_model(model, config.model.converters, config.quantize.linear.float8)
+            apply_lora(model, config.lora, spec.family, training)
             parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
             if not fake:
                 parallel.apply_compile(model, config.compile)
@@ -247,8 +252,12 @@ def main() -> None:
         with user_errors():
             dtype = config.checkpoint.export_dtype
             template = spec.tokenizer.chosen_template if spec.tokenizer else ""
-            arguments = spec.family, config.model, dtype, device, template
-            hf.save_model(checkpoints.hf_folder, models.values(), *arguments)
+            where = checkpoints.hf_folder, models.values(), spec.family
+            if config.lora.rank:
+                assets = config.model.hf_assets_path
+                adapters.save_adapter(*where, config.lora, assets, dtype, device, template)
+            else:
+                hf.save_model(*where, config.model, dtype, device, template)
     logger.info(f"Tokens: {loader.ledger}")
     for name, ledger in loader.ledger_by_source.items():
         logger.info(f"Tokens of {name}: {ledger}")

@@ -22,6 +22,7 @@ from chunkflow.planning.lengths import histogram, retention
 from chunkflow.planning.memory import FRAGMENTATION, PARTS, host_bytes
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import build, calibration, choice, parallel, prediction
+from chunkflow.training.lora import trained_parameters
 from chunkflow.training.rates import device_of
 from chunkflow.training.start import main_config, user_errors, world_size
 
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.calibrate:
             print(calibration.calibrate(config, spec), file=sys.stderr)
         device = options.device or device_of(config, planned=not options.calibrate)
-        dataset = build.open_data(config, spec, seed)
+        dataset = build.open_data(config, spec, seed, pairs=None)
         if not options.json:  # at once: the plan may refuse a sequence for its length
             print(lengths_table(dataset.lengths, config), flush=True)
         report = predict(config, int(options.steps), spec, dataset, seed, device)
@@ -93,7 +94,8 @@ def predict(config, count: int, spec: build.ModelSpec, dataset, seed: int, devic
     rows, why = choice.compare(others)
 
     # ---- Data and plan settings, as in the training recipe.
-    settings = build.plan_settings(config, spec, ranks // pipeline_ranks, device=device)
+    replicas, pairs = ranks // pipeline_ranks, others.pairs
+    settings = build.plan_settings(config, spec, replicas, device=device, pairs=pairs)
     loader = build.open_loader(training, dataset, settings, 0, seed)
     batches, cursor = [], 0
     while len(batches) < count and cursor < max(loader.order.epoch_rows, 1):
@@ -118,6 +120,7 @@ def predict(config, count: int, spec: build.ModelSpec, dataset, seed: int, devic
     return {
         "model": spec.name,
         "parameters": spec.parameters,
+        "trained_parameters": trained_parameters(config.lora, spec.family, spec.args) or spec.parameters,
         "ranks": ranks,
         "replicas": settings.replicas,
         "stage_layers": [len(layers) for layers in spec.layers],
@@ -126,6 +129,7 @@ def predict(config, count: int, spec: build.ModelSpec, dataset, seed: int, devic
         "chunk_size": settings.chunk_size if settings.enable else None,
         "k": settings.k if settings.enable else None,
         "notice": loader.notice,
+        "pairs": pairs,
         "retention": [kept._asdict() for kept in retention(dataset.lengths, training.seq_len)],
         "device": device,
         "calibrated": others.measured,
@@ -191,11 +195,16 @@ def table(report: dict) -> str:
     runs = ", ".join(f"{len(list(equal))} x {count}" for count, equal in groupby(layers))
     stage_text = f"pipelines of {ranks} ranks, layers of stages {runs}; " if len(layers) > 1 else ""
     gathered = "layer by layer (ZeRO-3)" if report["reshard_after_forward"] else "once a step"
+    trained = report["trained_parameters"]
+    if trained != report["parameters"]:
+        chunks = f"adapters of {trained:,}, {chunks}"
     lines = [
         f"{report['model']}, {report['parameters']:,} parameters, {chunks}",
         f"{report['ranks']} ranks: {stage_text}{report['replicas']} data-parallel; {report['shards']} shards,"
         f" gathered {gathered}",
     ]
+    if report["pairs"]:
+        lines.append("preference pairs: forwards of both answers come before each step, in its seconds")
     if report["notice"]:
         lines.append(report["notice"])
     last = f"with {report['longest_sequence']['longest']:,}"

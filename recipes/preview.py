@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from chunkflow.data.preference import ANSWERS
 from chunkflow.training import build, parallel
 from chunkflow.training.start import main_config, user_errors, world_size
 
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- The first step, for as many replicas as there would be.
     with user_errors():
         spec, seed = build.model_spec(config), parallel.set_seed(config.debug)
-        dataset = build.open_data(config, spec, seed)
+        dataset = build.open_data(config, spec, seed, pairs=None)
         replicas = world_size(planned=True) // config.parallelism.pipeline_parallel_degree
         settings = build.plan_settings(config, spec, replicas)
         loader = build.open_loader(config.training, dataset, settings, 0, seed)
@@ -97,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         texts = tokenizer.pieces(ids) if tokenizer else [f"{number} " for number in ids]
         cut = f", cut from {dataset.lengths[row]:,}" if dataset.lengths[row] > length else ""
         source = f" ({loader.sources[source_of[sequence]]})" if loader.sources else ""
+        source += f", {ANSWERS[row % 2]}" if loader.pairs else ""
         title = (
             f"{dataset.source(row)}{source}: {length:,} tokens{cut}, {sum(map(bool, weights)):,} with loss"
         )

@@ -10,7 +10,8 @@ import pytest
 
 from chunkflow.settings import answers as answers_module
 from chunkflow.settings.config import ConfigError, answer, check_processes, load_config
-from chunkflow.settings.keys import KEYS, TABLES, flat, help_text, to_toml
+from chunkflow.settings.keys import KEYS, TABLES, flat, help_text, reference, show, to_toml
+from chunkflow.training import build
 from chunkflow.training.start import check_paths, main_config, user_errors, world_size
 
 pytestmark = pytest.mark.quick
@@ -57,6 +58,14 @@ CONTRACT = {
     "chunkflow.keep_attention": "none",
     "chunkflow.kv_offload": "none",
     "chunkflow.memory_budget_gib": None,
+    "lora.rank": 0,
+    "lora.alpha": None,
+    "lora.target_modules": [],
+    "lora.adapter_path": "",
+    "lora.base": "compute",
+    "dpo.beta": 0.1,
+    "dpo.label_smoothing": 0.0,
+    "dpo.length_normalised": False,
     "optimizer.name": "AdamW",
     "optimizer.lr": 8e-4,
     "optimizer.beta1": 0.9,
@@ -302,7 +311,7 @@ def test_tables():
         (["--training.dataset=jsonl"], "set training.dataset_path"),
         (
             ["--training.dataset=synthetic", "--training.dataset_path=short"],
-            '"lmsys", "llama3_sft", "agent" or "prolong"',
+            '"lmsys", "llama3_sft", "agent", "prolong" or "preference"',
         ),
         (["--training.dataset_path=data.jsonl"], "is not read by"),
         (["--training.dtype=bfloat16"], "training.mixed_precision_param"),
@@ -350,8 +359,8 @@ def test_refusals_on_the_command_line(argv, words):
             "training.local_batch_size is not used: set training.global_batch_size",
         ),
         ("[training]\nno_shuffle = true\n", 2, "did you mean training.shuffle?"),
-        ("[fault_tolerance]\nenable = false\n", 1, "fault_tolerance.enable is not used"),
-        ("[experimental]\npipeline_parallel_degree = 2\n", 1, "parallelism.pipeline_parallel_degree"),
+        ("[fault_tolerance]\nenable = true\n", 2, "fault_tolerance.enable is not used"),
+        ("[experimental]\npipeline_parallel_degree = 2\n", 2, "parallelism.pipeline_parallel_degree"),
         (
             "[checkpoint]\nenable_checkpoint = false\n",
             2,
@@ -400,8 +409,8 @@ def test_every_torchtitan_key_exists_or_is_answered(section, tmp_path):
         key = f"{section}.{name}"
         if key not in KEYS:
             assert answer(key), key
-            assert f"--{key} {answer(key)}" in refusal(f"--{key}=1")
-            assert answer(key) in refusal(toml(tmp_path, f"[{section}]\n{name} = 1\n"))
+            assert f"--{key} {answer(key)}" in refusal(f"--{key}=2")
+            assert answer(key) in refusal(toml(tmp_path, f"[{section}]\n{name} = 2\n"))
 
 
 def test_answers_are_for_keys_that_do_not_exist_and_name_keys_that_do():
@@ -415,6 +424,91 @@ def test_answers_are_for_keys_that_do_not_exist_and_name_keys_that_do():
                 assert any(name == word or name.startswith(word + ".") for name in known), (key, word)
     for key in answers_module.VALUE_ANSWERS:
         assert key.partition("=")[0] in KEYS
+
+
+def test_values_that_ask_for_nothing_pass(tmp_path):
+    for key, values in answers_module.NOTHING_ASKED.items():
+        assert key not in KEYS
+        section, _, name = key.rpartition(".")
+        for value in values:
+            assert load_config([toml(tmp_path, f"[{section}]\n{name} = {show(value)}\n")]) == load_config([])
+            text = value if isinstance(value, str) else show(value)
+            assert load_config([f"--{key}={text}"]) == load_config([f"--{key}", text]) == load_config([])
+    assert load_config(["--parallelism.no_enable_async_tensor_parallel"]) == load_config([])
+    assert "is not there yet" in refusal("--parallelism.tensor_parallel_degree=true"), "true is not 1"
+    assert "is not there yet" in refusal("--parallelism.enable_async_tensor_parallel")
+    off = toml(tmp_path, '[fault_tolerance]\nenable = false\nprocess_group = "nccl"\n[experimental]\n')
+    assert load_config([off]) == load_config([])
+
+
+def test_all_that_is_wrong_is_said_at_once(no_torchrun, monkeypatch, capsys, tmp_path):
+    """Once for each fault, and nothing that only follows from another."""
+    (tmp_path / "run.toml").write_text(
+        """
+        [model]
+        name = "lama3"
+        tokenizer_path = "none"
+        [training]
+        steps = "many"
+        seq_len = 0
+        local_batch_size = 4
+        dataset = "c4"
+        dataset_path = "none.jsonl"
+        dtype = "float64"
+        mixed_precision_param = "bfloat16"
+        [validation]
+        enable = true
+        dataset = "jsonl"
+        [parallelism]
+        tensor_parallel_degree = 1
+        data_parallel_replicate_degree = 3
+        pipeline_parallel_degree = 2
+        fsdp_reshard_after_forward = "always"
+        [optimizer]
+        name = "AdamW8bit"
+        """
+    )
+    monkeypatch.setenv("NGPU", "4")
+    argv = [f"--job.config_file={tmp_path / 'run.toml'}", f"--job.dump_folder={tmp_path / 'run.toml'}"]
+    argv += ["--training.stepz", "3", "--optimizer.lr=fast", "more", "--check"]
+    assert ends(argv, check=build.check) == 2
+    said = capsys.readouterr().err.splitlines()
+    expected = [
+        "unknown key --training.stepz",
+        "optimizer.lr = fast is not",
+        "'more' is not an option",
+        "6: training.steps",
+        "7: training.seq_len = 0",
+        "8: training.local_batch_size",
+        '9: training.dataset = "c4"',
+        'training.mixed_precision_param = "bfloat16" contradicts',
+        'validation.dataset = "jsonl" has no data',
+        'model.tokenizer_path = "none" does not exist',
+        "job.dump_folder",
+        'parallelism.fsdp_reshard_after_forward = "always"',
+        'model.name = "lama3" is not admitted',
+        'optimizer.name = "AdamW8bit" computes in float32',
+        "parallelism.data_parallel_replicate_degree = 3 x pipeline_parallel_degree = 2 does not divide 4",
+    ]
+    assert len(said) == len(expected), said
+    for sentence, start in zip(said, expected):
+        assert sentence.startswith("error: ") and start in sentence, (sentence, start)
+
+
+def test_a_torchtitan_config_is_told_what_translates_it(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        load_config([toml(tmp_path, "[training]\nbatch_size = 1\nwarmup_steps = 2\n")])
+    *answered, hint = str(error.value).split("\n")
+    assert len(answered) == 2
+    assert f"python -m chunkflow.settings.from_torchtitan {tmp_path / 'run.toml'} translates it" in hint
+
+
+def test_a_file_that_cannot_be_read_is_said_with_the_command_lines_faults_alone(no_torchrun, capsys):
+    assert ends(["--job.config_file=none.toml", "--training.stepz=3", "--model.flavor=9B"]) == 2
+    assert [line.split(":")[1][:14] for line in capsys.readouterr().err.splitlines()] == [
+        " unknown key -",
+        " job.config_fi",
+    ]
 
 
 def test_fp64_computes_in_fp64():
@@ -450,20 +544,43 @@ def test_flat_has_the_value_of_every_key():
     assert values == CONTRACT | {"training.steps": 3, "quantize.linear.float8.emulate": True}
 
 
-def test_help_has_every_key_default_and_document_line(capsys):
+def test_help_begins_with_examples_and_has_every_key_default_and_document_line(capsys):
     with pytest.raises(SystemExit) as end:
         load_config(["--training.steps=3", "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert text.strip() == help_text()
+    assert text.strip() == help_text() and max(map(len, text.split("\n"))) <= 110
+    assert text.startswith("usage: ") and text.index("./run_train.sh --training.steps=20") < text.index(
+        "[job]"
+    )
+    words = " ".join(text.split())
     for name, key in KEYS.items():
         shown = f"[[{name}]]" if name in TABLES else f"--{name} ("
-        assert shown in text and key.field.metadata["doc"] in text
+        assert shown in text and key.field.metadata["doc"] in words
     assert (
         "--training.seq_len (8192)" in text
         and '--training.overlong ("error")' in text
         and "--debug.seed (unset)" in text
     )
+
+
+def test_the_examples_of_help_are_good(no_torchrun, tmp_path, monkeypatch):
+    (tmp_path / "my_rows.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    examples = [
+        line.split("./run_train.sh ")[1] for line in help_text().split("\n") if line.startswith("  ./")
+    ]
+    examples += [
+        line.split("./run_train.sh ")[1] for line in help_text().split("\n") if line.startswith("  N")
+    ]
+    assert len(examples) == 4
+    for example in examples:
+        assert ends([*example.split(), "--check"]) == 0, example
+
+
+def test_the_reference_is_current():
+    """Else: python -m chunkflow.settings.keys > docs/configuration.md"""
+    assert (Path(__file__).parent.parent / "docs/configuration.md").read_text() == reference()
 
 
 @pytest.mark.parametrize(
@@ -585,13 +702,17 @@ def test_world_size(no_torchrun, monkeypatch):
     assert (world_size(), world_size(planned=True)) == (3, 3)
 
 
-def test_wrong_data_ends_rank_0_with_its_sentence(no_torchrun, monkeypatch, capsys):
+def test_wrong_data_ends_rank_0_with_its_sentence(no_torchrun, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as end, user_errors():
         raise ValueError("data.jsonl:3: wrong")
     assert end.value.code == 1 and capsys.readouterr().err == "error: data.jsonl:3: wrong\n"
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ValueError, match="data.jsonl:3"), user_errors():
         raise ValueError("data.jsonl:3: wrong")
+    monkeypatch.setenv("CHUNKFLOW_CONTROL", str(tmp_path))
+    with pytest.raises(SystemExit), user_errors():
+        raise ValueError("data.jsonl:3: wrong")
+    assert (tmp_path / "error_of_rank_1").read_text() == "data.jsonl:3: wrong"
 
 
 def test_settings_are_read_without_torch():

@@ -24,7 +24,9 @@ from chunkflow.planning.memory import Layout, StageSizes, communicators, kv_toke
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.schedule import linear_schedule
 from chunkflow.settings.config import Config, load_config
+from chunkflow.settings.options import Lora, Training
 from chunkflow.training import parallel, prediction
+from chunkflow.training.lora import apply_lora
 from chunkflow.training.optimizer import build_optimizer
 from models import families
 from tests.helpers.layouts import Pipeline, join
@@ -88,9 +90,25 @@ def small_model(family, dtype, **changes):
 
 def sizes(args, model, dtype, **layout):
     layout = Layout(compute=dtype.itemsize, slice_tokens=slice_tokens("cpu", args.vocab_size), **layout)
-    return StageSizes(args, {name: tuple(p.shape) for name, p in model.named_parameters()}, layout)
+    parameters = dict(model.named_parameters())
+    frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
+    return StageSizes(args, {name: tuple(p.shape) for name, p in parameters.items()}, layout, frozen)
 
 
+def adapted(family, model, dtype, *targets):
+    """The model with adapters of rank 4 on these layers, all in `dtype`."""
+    apply_lora(model, Lora(4, target_modules=list(targets)), families[family], Training())
+    return model.to(dtype)
+
+
+ADAPTERS = [
+    ("llama3", "none", torch.float32, ()),
+    ("qwen2", "none", torch.float64, ("wq",)),
+    ("qwen3", "op", torch.float32, ("w1", "wo")),
+    ("llama3", "op", torch.bfloat16, ()),
+    ("qwen3", "2", torch.float32, ("w2",)),
+    ("llama3", "full", torch.float32, ()),
+]
 LAYOUTS = {
     "none": {},
     "op": {"recompute_cheap": True},
@@ -113,6 +131,17 @@ def checkpoint_activations(model, mode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_activations(family, mode, dtype):
     args, model = small_model(family, dtype)
+    check_activations(args, model, mode, dtype)
+
+
+@pytest.mark.parametrize("family, mode, dtype, targets", ADAPTERS)
+def test_activations_with_adapters(family, mode, dtype, targets):
+    """But for the first layer: its input has no gradient, so what only that needs is not kept."""
+    args, model = small_model(family, dtype)
+    check_activations(args, adapted(family, model, dtype, *targets), mode, dtype, hidden_grad=True)
+
+
+def check_activations(args, model, mode, dtype, hidden_grad=False):
     checkpoint_activations(model, mode)
     stage = sizes(args, model, dtype, **LAYOUTS[mode])
     sequences = random_sequences([300, 20, 60], args.vocab_size, 0)
@@ -130,6 +159,8 @@ def test_activations(family, mode, dtype):
                 chunk.tokens,
                 chunk.labels,
             )
+            if hidden_grad:
+                model.tok_embeddings.register_forward_hook(lambda _, __, x_TC: x_TC.requires_grad_())
             with LiveBytes(*others) as live:
                 loss = model(chunk.tokens, chunk)
             indices = own.tokens * (8 + 8)  # tokens and labels were there before
@@ -152,6 +183,19 @@ def test_peak_of_a_step(family, lengths, k, mode, dtype):
     """All storages that live at once in a step, against the sum of parts at its peak. The CPU's temporaries
     are its own."""
     args, model = small_model(family, dtype, n_layers=6)
+    check_peak(args, model, lengths, k, mode, dtype)
+
+
+@pytest.mark.parametrize(
+    "lengths, k, mode, targets",
+    [([1000, 30, 70], 1, "none", ()), ([1500, 300], 1, "full", ()), ([1000, 30, 70], 3, "op", ("wq", "wv"))],
+)
+def test_peak_of_a_step_with_adapters(lengths, k, mode, targets):
+    args, model = small_model("llama3", torch.float32, n_layers=6)
+    check_peak(args, adapted("llama3", model, torch.float32, *targets), lengths, k, mode, torch.float32)
+
+
+def check_peak(args, model, lengths, k, mode, dtype):
     checkpoint_activations(model, mode)
     stage = sizes(args, model, dtype, reduce=dtype.itemsize, **LAYOUTS[mode])
     groups = build_groups(lengths, 256)
@@ -174,12 +218,14 @@ def test_peak_of_a_step(family, lengths, k, mode, dtype):
     assert result.state_bytes == (state if len(groups[0].chunks) > 1 else 0)
 
 
-def sharded_step(reshard, ranks, lengths):
+def sharded_step(reshard, ranks, lengths, adapters=False):
     """A step on rank 0 of `ranks` that are not there: (bytes that FSDP2 holds, by part, bytes predicted)."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     args, model = small_model("qwen2", torch.float32)
+    if adapters:
+        apply_lora(model, Lora(4), families["qwen2"], Training())
     stage = sizes(args, model, torch.bfloat16, shards=ranks, reshard=reshard)
     config = Config()
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp_shard",))
@@ -191,7 +237,7 @@ def sharded_step(reshard, ranks, lengths):
         return [
             parameter
             for module in modules
-            for parameter in module._get_fsdp_state()._fsdp_param_group.fsdp_params
+            for parameter in getattr(module._get_fsdp_state()._fsdp_param_group, "fsdp_params", [])
         ]
 
     def before_last_backward(model):
@@ -218,6 +264,7 @@ def sharded_step(reshard, ranks, lengths):
     gradients = {
         parameter.grad._local_tensor.untyped_storage()._cdata: parameter.grad
         for parameter in model.parameters()
+        if parameter.requires_grad
     }
     held["parameters"], held["gradients"] = nbytes(model.parameters()), nbytes(gradients.values())
     held["optimizer"] = nbytes(value for state in optimizer.state.values() for value in state.values())
@@ -227,13 +274,15 @@ def sharded_step(reshard, ranks, lengths):
     )  # layers are gathered in turn, none just then
 
 
-CASES = [(False, 4), (True, 4), (False, 3), (False, 1)]  # (reshard, ranks); 3 ranks leave shards uneven
+# (reshard, ranks, whether adapters alone are trained); 3 ranks leave shards uneven
+CASES = [(False, 4, False), (True, 4, False), (False, 3, False), (False, 1, False)]
+CASES += [(False, 4, True), (True, 3, True), (False, 1, True)]
 
 
 def all_sharded_steps():
     answers = []
-    for reshard, ranks in CASES:
-        answers.append(sharded_step(reshard, ranks, [150, 40, 30]))
+    for reshard, ranks, adapters in CASES:
+        answers.append(sharded_step(reshard, ranks, [150, 40, 30], adapters))
         torch.distributed.destroy_process_group()
     return answers
 

@@ -42,7 +42,9 @@ def test_there_are_presets():
         "llama3_1_8b_128k",
         "llama3_1_8b_128k_pipeline",
         "llama3_1_8b_256k",
+        "llama3_1_8b_dpo_64k",
         "qwen3_8b_64k",
+        "qwen3_8b_lora_64k",
         "qwen3_8b_128k",
         "qwen3_8b_256k",
         "qwen3_32b_128k",
@@ -105,7 +107,7 @@ def test_its_comment_says_how_to_start_it(name):
     started = dict(re.findall(r"(\w+)=(\S+)", first))
     assert int(started["NGPU"]) * int(started.get("NNODES", 1)) == int(environ["NGPU"])
     assert started["CONFIG_FILE"] == f"train_configs/{name}.toml"
-    assert "TRAIN_FILE" not in started
+    assert started.get("TRAIN_FILE") == ("recipes/dpo.py" if "dpo" in name else None)
 
 
 def test_plan_as_a_command(tmp_path, monkeypatch, capsys):

@@ -442,7 +442,7 @@ REFUSED = [
     ({"prompt": "a", "completion": None}, "completion is null: it must be a string, write it"),
     ({"messages": None}, "messages is null: it must be a list, write it"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, 'has "chosen", which is not read: judged answers are for preference training'),
-    ({"prompt": "a", "completion": "b", "label": False}, 'has "label" beside "prompt", true or false: judged answers are for preference'),
+    ({"prompt": "a", "completion": "b", "label": False}, 'has "label" beside "prompt": true or false of one answer is for KTO'),
     ({"chosen": QA, "rejected": QA}, 'has "chosen", which is not read: judged answers'),
     ({"messages": QA, "input_ids": [1]}, 'has both "messages" and "input_ids": a row is'),
     # keys with a meaning

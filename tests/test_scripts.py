@@ -82,7 +82,26 @@ def test_two_ranks_get_the_arguments_as_they_were_given(folder):
 def test_a_failing_recipe_fails_the_script(folder):
     run = train(folder, "--job.description=fails")
     assert run.returncode not in (0, 2)
-    assert "[rank0]:recipe ran" in run.stdout
+    assert "[rank0]:recipe ran" in run.stdout and "ChildFailedError" in run.stderr, "torchrun's report"
+
+
+def test_a_sentence_of_any_rank_is_all_that_is_said(folder):
+    """Rank 0 waits for another that has found something wrong: no traceback, and the sentence once."""
+    (folder / "my recipe.py").write_text(
+        """
+import os, time
+from chunkflow.training.start import main_config, user_errors
+
+main_config()
+with user_errors():
+    if os.environ["RANK"] == "1":
+        raise ValueError("data.jsonl:3: text is 3: it must be a string")
+time.sleep(60)
+"""
+    )
+    run = train(folder, NGPU="2")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == "error: data.jsonl:3: text is 3: it must be a string\n"
 
 
 @pytest.mark.parametrize(
@@ -235,7 +254,7 @@ case "$*" in
     "- "*) [ -e "$venv/installed" ] && [ ! -e "$venv/.installing" ] && echo "$0" ;;
     "-m pip --version") exit 0 ;;
     "-m pip install"*--dry-run) exit ${DRY_STATUS:-0} ;;
-    "-m pip install"*) echo "pip install ${@: -1}" >>"$LOG"; sleep 0.3; [ -z "$KILLED" ] || kill -9 $PPID; touch "$venv/installed" ;;
+    "-m pip install"*) echo "pip install ${@: -1}" >>"$LOG"; sleep 0.3; [ -z "$KILLED" ] || kill -9 $PPID; touch "$venv/installed"; printf "$PIP_SAYS"; printf "$PIP_WARNS" >&2 ;;
     "-m pytest"*) echo "tests ran:" "${@:3}" ;;
 esac
 """
@@ -306,6 +325,20 @@ def test_a_bare_machine_gets_an_environment_once(copy):
     assert second == "tests ran: -x a  b"
     assert installed == [f"-m venv --clear {copy.repo}/.venv", f"pip install {copy.repo}[test]"]
     assert copy() == (0, "tests ran:\n", "", [])
+
+
+def test_installing_says_what_it_fetches(copy):
+    says = (
+        r"Collecting torch==2.13.0\n  Downloading torch-2.13.0-cp311-none-any.whl.metadata (30 kB)\n"
+        r"Downloading https://host/simple/torch-2.13.0-cp311-none-any.whl (530.1 MB)\n"
+        r"  Downloading tqdm-4.67-py3-none-any.whl (78 kB)\nUsing cached six-1.17-py3.whl (11 kB)\n"
+        r"Installing collected packages: torch, tqdm\nSuccessfully installed\n"
+    )
+    warns = r"WARNING: Retrying\nERROR: no\n  such file\nDEPRECATION: old\n"
+    status, out, err, _ = copy(PIP_SAYS=says, PIP_WARNS=warns)
+    assert (status, err) == (0, "ERROR: no\n  such file\n")
+    lines = ["  torch 2.13.0 (530.1 MB)", "  tqdm 4.67 (78 kB)", "  everything is here: installing it"]
+    assert out.splitlines()[1:] == [*lines, "tests ran:"]
 
 
 def test_an_interrupted_install_begins_anew(copy):

@@ -142,7 +142,7 @@ def test_opened_by_name(tmp_path):
 def test_wrong_settings_are_sentences():
     with pytest.raises(
         ValueError,
-        match=r'training.dataset_path is "c4": the synthetic dataset is "lmsys", "llama3_sft", "agent" or "prolong"',
+        match=r'training.dataset_path is "c4": the synthetic dataset is "lmsys", "llama3_sft", "agent", "prolong" or "preference"',
     ):
         open_dataset("synthetic", "c4", None, vocab_size=2048, seed=0)
     with pytest.raises(ValueError, match=r"vocabulary of 583 ids is too small .* uses 584: choose"):

@@ -414,7 +414,7 @@ def test_an_interval_goes_on_after_validation_and_resume_takes_back_rows(tmp_pat
         (["--validation.dataset_path=x.jsonl"], 'is not read by validation.dataset = "python_stdlib"'),
         (
             ["--validation.dataset=synthetic", "--validation.dataset_path=x"],
-            'set "lmsys", "llama3_sft", "agent" or "prolong"',
+            'set "lmsys", "llama3_sft", "agent", "prolong" or "preference"',
         ),
         (["--validation.dataset=c4_validation"], "set validation.dataset to their kind"),
         (["--validation.steps=0"], "or -1 for all of the data"),

@@ -1,7 +1,8 @@
 """Global batches -> plans -> chunk tensors of this rank, made while the step before is still running.
 
 Every rank follows the same order of sequences and builds the same plan from their lengths, then reads only
-the tokens that its replica needs. The data state is one number, equal on all ranks: the sequences passed.
+the tokens that its replica needs. The data state is one number, equal on all ranks: the sequences passed. Of
+preference data it is pairs that are shuffled, counted, and too long: both answers are in the same step.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class StepData:
 
 class ChunkDataLoader:
     """Iterates over steps, without end: after the last sequence a new epoch begins, shuffled anew. With
-    `once` (validation) it ends after one epoch, and the last step may have fewer sequences.
+    `once` (validation) it ends after one epoch, and the last step may have fewer sequences. Of a dataset in
+    pairs the two sequences of a pair count once.
 
     `overlong`: what becomes of sequences longer than `seq_len` tokens, "error" (ValueError here), "truncate"
     or "drop". `loss_weighting`: what counts the same in the loss, "token" or "sequence", besides the weights
@@ -111,11 +113,13 @@ class ChunkDataLoader:
         self.global_batch_size, self.seq_len, self.overlong = global_batch_size, seq_len, overlong
         self.shuffle, self.seed, self.pin_memory = shuffle, seed, pin_memory
         self.loss_weighting = loss_weighting
+        self.pairs = getattr(dataset, "pairs", False)
+        self._each = 2 if self.pairs else 1  # sequences that count once
         self.sources = dataset.names if isinstance(dataset, MixedDataset) else []
         counts, weights = [len(dataset)], [1.0]
         if self.sources:
             counts, weights = dataset.counts, dataset.source_weights
-        self.order = Order(counts, weights, seed, shuffle)
+        self.order = Order([count // self._each for count in counts], weights, seed, shuffle)
         self.ledgers = [Ledger() for _ in counts]  # by source
         self.cursor = 0  # sequences passed by the steps that were handed out
         self._waited = 0.0
@@ -123,48 +127,58 @@ class ChunkDataLoader:
         self.end = math.inf  # of the cursor
         if once:  # a step with nothing but dropped sequences does not come
             self.end = next(
-                end for end in range(len(dataset), 0, -1) if not self._dropped(self.order.row(end - 1))
+                end
+                for end in range(len(dataset) // self._each, 0, -1)
+                if not self._dropped(self.order.row(end - 1))
             )
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence that is trained."""
+        longest = self._longest_each()
         if self.overlong == "drop":
-            return max(length for length in self.dataset.lengths if length <= self.seq_len)
-        return min(max(self.dataset.lengths), self.seq_len)
+            return max(length for length in longest if length <= self.seq_len)
+        return min(max(longest), self.seq_len)
+
+    def _longest_each(self) -> list[int]:
+        """Tokens of each sequence, or of the longer one of each pair."""
+        lengths = self.dataset.lengths
+        return list(map(max, lengths[::2], lengths[1::2])) if self.pairs else lengths
 
     def _check_lengths(self) -> str:
-        lengths = self.dataset.lengths
-        overlong = [index for index, length in enumerate(lengths) if length > self.seq_len]
+        lengths, longest = self.dataset.lengths, self._longest_each()
+        overlong = [index for index, length in enumerate(longest) if length > self.seq_len]
         if not overlong:
             return ""
-        first, tokens = overlong[0], sum(lengths[index] for index in overlong)
+        ofwhat = "pairs" if self.pairs else "sequences"
+        members = [row for index in overlong for row in self._rows_of(index)]
+        tokens = sum(lengths[row] for row in members)
+        cut = sum(max(0, lengths[row] - self.seq_len) for row in members)
         if self.overlong == "error":
-            cut, share = tokens - len(overlong) * self.seq_len, 100 / sum(lengths)
+            first, share = next(row for row in members if lengths[row] > self.seq_len), 100 / sum(lengths)
             raise ValueError(
                 f"{self.dataset.source(first)}: {lengths[first]:,} tokens, but training.seq_len admits"
-                f" {self.seq_len:,} (longer: {len(overlong):,} of {len(lengths):,} sequences; the longest has"
+                f" {self.seq_len:,} (longer: {len(overlong):,} of {len(longest):,} {ofwhat}; the longest has"
                 f" {max(lengths):,} tokens): raise training.seq_len, or set training.overlong to"
                 f' "truncate", which cuts off {cut:,} tokens ({cut * share:.1f} % of all), or to "drop",'
                 f" which leaves out {tokens:,} ({tokens * share:.1f} %)"
             )
-        counts = Counter(map(self._source_of, overlong))
+        counts = Counter(self._source_of(index * self._each) for index in overlong)
         if self.overlong == "drop":
             for source, rows in enumerate(self.order.rows):
                 if counts[source] == len(rows):
                     whose = f' of "{self.sources[source]}"' if self.sources else ""
                     raise ValueError(
-                        f"all {len(rows):,} sequences{whose} are longer than training.seq_len ="
+                        f"all {len(rows):,} {ofwhat}{whose} are longer than training.seq_len ="
                         f' {self.seq_len:,} and training.overlong = "drop" leaves none: raise'
-                        f" training.seq_len to at least {min(lengths[rows.start : rows.stop]):,}"
+                        f" training.seq_len to at least {min(longest[rows.start : rows.stop]):,}"
                     )
-        cut = tokens if self.overlong == "drop" else tokens - len(overlong) * self.seq_len
-        done = "dropped" if self.overlong == "drop" else "truncated"
+        done, cut = ("dropped", tokens) if self.overlong == "drop" else ("truncated", cut)
         named = [
             f'{counts[source]:,} of "{name}"' for source, name in enumerate(self.sources) if counts[source]
         ]
         by_source = f": {', '.join(named)}" if named else ""
-        return f"{done} {len(overlong):,} sequences ({cut:,} tokens){by_source}"
+        return f"{done} {len(overlong):,} {ofwhat} ({cut:,} tokens){by_source}"
 
     def __iter__(self) -> Iterator[StepData]:
         """Steps from the cursor on. A thread prepares the next one meanwhile; its errors are raised here."""
@@ -221,17 +235,19 @@ class ChunkDataLoader:
         ledger by source without trained and masked, and the cursor after it."""
         dataset, ledgers = self.dataset, [Ledger() for _ in self.ledgers]
         rows, lengths = [], []
-        while len(rows) < self.global_batch_size and cursor < self.end:
-            row = self.order.row(cursor)
+        while len(rows) < self.global_batch_size * self._each and cursor < self.end:
+            index = self.order.row(cursor)
             cursor += 1
-            length, ledger = dataset.lengths[row], ledgers[self._source_of(row)]
-            ledger.read += length
-            if self._dropped(row):
-                ledger.dropped += length
-                continue
-            rows.append(row)
-            lengths.append(min(length, self.seq_len))
-            ledger.truncated += length - lengths[-1]
+            dropped = self._dropped(index)
+            for row in self._rows_of(index):
+                length, ledger = dataset.lengths[row], ledgers[self._source_of(row)]
+                ledger.read += length
+                if dropped:
+                    ledger.dropped += length
+                    continue
+                rows.append(row)
+                lengths.append(min(length, self.seq_len))
+                ledger.truncated += length - lengths[-1]
         return rows, lengths, ledgers, cursor
 
     def step_at(self, cursor: int) -> StepData:
@@ -276,8 +292,13 @@ class ChunkDataLoader:
             return None, sums
         return torch.tensor(weights, dtype=torch.float64), sums
 
-    def _dropped(self, row: int) -> bool:
-        return self.overlong == "drop" and self.dataset.lengths[row] > self.seq_len
+    def _rows_of(self, index: int) -> range:
+        """The dataset's rows of what the order counts as one."""
+        return range(index * self._each, (index + 1) * self._each)
+
+    def _dropped(self, index: int) -> bool:
+        lengths = (self.dataset.lengths[row] for row in self._rows_of(index))
+        return self.overlong == "drop" and max(lengths) > self.seq_len
 
     def _source_of(self, row: int) -> int:
         """The number of a row's source, 0 without sources."""

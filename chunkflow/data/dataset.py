@@ -5,7 +5,8 @@ the first `length` tokens, their labels (int64) and the weights of the loss on t
 `dataset.weight(index)`, which scales the loss on all of a sequence; `dataset.supervised(index, length)`, how
 many targets of a weight above 0 the first `length` tokens have, and the sum of these weights;
 `dataset.source(index)`, "FILE:LINE"; `dataset.identity`, all that the sequences depend on. A token's label is
-the token itself, or -100: no loss; its weight belongs to its label. The dataloader shifts both by one.
+the token itself, or -100: no loss; its weight belongs to its label. The dataloader shifts both by one. Where
+`dataset.pairs` is true, sequences 2p and 2p + 1 are the chosen and the rejected answer of preference pair p.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from pathlib import Path
 
 import torch
 
+from chunkflow.data.blocks import records, split
 from chunkflow.data.digests import changed_file, content_digest, stamp
 from chunkflow.data.files import find_files, python_files
-from chunkflow.data.rows import RowSettings, beyond_vocabulary, summed_up
+from chunkflow.data.rows import RowSettings, beyond_vocabulary, holds_pairs, summed_up
 from chunkflow.data.synthetic import SyntheticDataset
 from chunkflow.data.token_cache import CACHE_FORMAT, build_once, read_meta
 from chunkflow.data.tokenizer import Tokenizer
@@ -44,14 +46,15 @@ def open_dataset(
     section: str = "training",
     columns: dict[str, str] | None = None,
     multi_turn: str = "whole",
+    pairs: bool | None = False,
 ) -> TokenDataset | SyntheticDataset:
     """The dataset "python_stdlib", "jsonl", "parquet" or "synthetic" at `path`: dataset and dataset_path of
     the config's `section`. ValueError, one sentence, with FILE:LINE for a faulty row.
 
     Text is tokenised at the first call, into `cache_dir` (None: $CHUNKFLOW_CACHE, $XDG_CACHE_HOME/chunkflow
     or ~/.cache/chunkflow); several processes may call at once. Without a tokenizer only rows of token ids can
-    be read. Ids must be below `vocab_size`, the model's. `seed` is for "synthetic" only. `columns` and
-    `multi_turn`: as in RowSettings.
+    be read. Ids must be below `vocab_size`, the model's. `seed` is for "synthetic" only. `columns`,
+    `multi_turn` and `pairs`: as in RowSettings; `pairs` None: as the first row is.
     """
     if name == "synthetic":
         return SyntheticDataset(path or "lmsys", vocab_size=vocab_size, seed=seed)
@@ -69,13 +72,14 @@ def open_dataset(
     else:
         known = '"python_stdlib", "jsonl", "parquet" or "synthetic"'
         raise ValueError(f'{section}.dataset is "{name}": choose {known}')
-    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    cache_dir = cache_dir or os.environ.get("CHUNKFLOW_CACHE") or f"{user_cache}/chunkflow"
-    cache = Path(cache_dir).expanduser()
+    cache = Path(cache_dir).expanduser() if cache_dir else cache_folder()
+    if pairs is None:
+        first = next((record for block in split(name, files) for record in records(block)), None)
+        pairs = first is not None and holds_pairs(first.content, columns or {})
     stamps = {path: stamp(path) for path in files}
     content = content_digest(files, cache / "digests")
-    settings = RowSettings(tokenizer, vocab_size, columns or {}, multi_turn)
-    ways = [columns or {}, multi_turn]
+    settings = RowSettings(tokenizer, vocab_size, columns or {}, multi_turn, pairs)
+    ways = [columns or {}, multi_turn, *(["pairs"] if pairs else [])]
     key = json.dumps([CACHE_FORMAT, name, tokenizer.digest if tokenizer else None, content, ways])
     folder = cache / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     meta = read_meta(folder) or build_once(folder, name, files, settings)
@@ -101,21 +105,34 @@ def open_dataset(
         identity["training.columns"] = columns
     if multi_turn != "whole":
         identity["training.multi_turn"] = multi_turn
-    dataset = TokenDataset(folder, files, identity, stamps)
+    if pairs:
+        identity["preference pairs"] = meta["sequences"] // 2
+    dataset = TokenDataset(folder, files, identity, stamps, pairs)
     if meta["largest_id"] >= vocab_size:  # the cache may have been made for a larger model
         source = dataset.source(meta["largest_id_row"])
         raise ValueError(f"{source}: {beyond_vocabulary(meta['largest_id'], vocab_size)}")
     return dataset
 
 
+def cache_folder() -> Path:
+    """$CHUNKFLOW_CACHE, $XDG_CACHE_HOME/chunkflow or ~/.cache/chunkflow."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("CHUNKFLOW_CACHE") or f"{user_cache}/chunkflow").expanduser()
+
+
 class TokenDataset:
     """The sequences of a token cache: memory-mapped files, which the processes of a machine share."""
 
     def __init__(
-        self, folder: Path, files: list[str], identity: dict[str, object], stamps: dict[str, tuple | None]
+        self,
+        folder: Path,
+        files: list[str],
+        identity: dict[str, object],
+        stamps: dict[str, tuple | None],
+        pairs: bool = False,
     ):
         self._files, self._stamps = files, stamps
-        self.identity = identity
+        self.identity, self.pairs = identity, pairs
         self._tokens = _map(folder / "tokens.bin", torch.int32)
         self._labels = self._tokens
         if (folder / "labels.bin").exists():

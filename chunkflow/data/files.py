@@ -15,12 +15,16 @@ NAMED = {"jsonl": "*.jsonl and *.json files (also .gz and .zst)", "parquet": "*.
 CONVERT = "convert your data to JSONL (one object a line) or parquet"
 
 
+# Of Python's library: installed packages, tests, what programs wrote (tables of characters, texts of help).
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+
+
 def python_files() -> list[str]:
-    """The source files of Python's standard library, without installed packages and tests, sorted by path."""
+    """The source files that people wrote for Python's standard library, without tests, sorted by path."""
     root = sysconfig.get_paths()["stdlib"]
     paths = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = set(subfolders) - {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+        subfolders[:] = set(subfolders) - LEFT_OUT
         paths += [os.path.join(folder, name) for name in names if name.endswith(".py")]
     return sorted(paths, key=lambda path: Path(path).relative_to(root).as_posix())
 

@@ -20,6 +20,7 @@ class MixedDataset:
 
     def __init__(self, sources: dict[str, TokenDataset | SyntheticDataset], weights: list[float]):
         self.names, self._sources = list(sources), list(sources.values())
+        self.pairs = all(getattr(dataset, "pairs", False) for dataset in self._sources)
         self.source_weights, self.counts = weights, [len(dataset) for dataset in self._sources]
         self._offsets = [0, *accumulate(self.counts)]
         self.lengths: list[int] = list(chain.from_iterable(dataset.lengths for dataset in self._sources))

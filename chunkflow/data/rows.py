@@ -17,6 +17,7 @@ from chunkflow.data.messages import (
     read_messages,
     show,
 )
+from chunkflow.data.preference import has_answers, with_each_answer
 from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.planning.chunks import IGNORE
 
@@ -55,7 +56,8 @@ CONTEXT = ("input", "context")
 REASONING = ("reasoning", "thinking", "reasoning_content")
 
 # Keys that say what is to be trained, and how: an error wherever they are not read. All others are metadata.
-_PREFERENCE = "judged answers are for preference training, which is not done here, remove it or the row"
+_PREFERENCE = "judged answers are for preference training (recipes/dpo.py), remove it or the row"
+_JUDGED = "true or false of one answer is for KTO, which is not there (recipes/dpo.py reads pairs), remove it"
 _TEXT_ONLY = "only text is trained, remove it or the row"
 _OTHER_WEIGHT = 'write "weight", or name it in training.columns'
 _OTHER_MASK = 'write "loss_mask", or name it in training.columns'
@@ -93,6 +95,7 @@ class RowSettings(NamedTuple):
     vocab_size: int  # the model's: ids must be below
     columns: dict[str, str] = {}  # our key -> the files' name of it
     multi_turn: str = "whole"  # or "expand": one sequence for each supervised turn
+    pairs: bool = False  # rows of a prompt and two answers: two sequences of each, the chosen one first
 
 
 class Row(NamedTuple):
@@ -106,14 +109,16 @@ class Row(NamedTuple):
 
 
 def read_rows(record: dict, settings: RowSettings, notes: set[str]) -> list[Row]:
-    """The sequences of a record: one, or with multi_turn = "expand" one for each supervised turn of a chat.
-    ValueError, one sentence, for a faulty record.
+    """The sequences of a record: one, or with multi_turn = "expand" one for each supervised turn of a chat;
+    two of a pair. ValueError, one sentence, for a faulty record.
 
     Adds to `notes` what the user should hear once, a sentence each: such as a key that is not read.
     `summed_up` makes a few of them.
     """
     row = _renamed(record, settings.columns) if settings.columns else record
     row = {key: value for key, value in row.items() if value is not None}
+    if settings.pairs:
+        return _read_preference(row, settings, notes)
     form = _form(row, record, settings.columns)
     weight = checked_weight(row["weight"], "weight", "this row") if "weight" in row else 1.0
     name, tokenizer = form[0], settings.tokenizer
@@ -131,6 +136,11 @@ def read_rows(record: dict, settings: RowSettings, notes: set[str]) -> list[Row]
         return _read_pair(row, form, settings, weight, notes)
     _check_others(row, form, {name}, notes)
     return [Row(_text_spans(checked_text(row[name], name), tokenizer), weight=weight)]
+
+
+def holds_pairs(record: dict, columns: dict[str, str]) -> bool:
+    """Whether a record is a preference row."""
+    return has_answers({key: record.get(columns.get(key, key)) for key in ("chosen", "rejected")})
 
 
 def summed_up(notes: Iterable[str]) -> list[str]:
@@ -243,7 +253,7 @@ def _read_pair(
     """A question and its answer: of strings, or of lists of messages."""
     question, answer = form
     if isinstance(row.get("label"), bool):  # KTO's: whether the answer is a good one
-        raise ValueError(f'the row has "label" beside "{question}", true or false: {_PREFERENCE}')
+        raise ValueError(f'the row has "label" beside "{question}": {_JUDGED}')
     lists = isinstance(row[question], list) or isinstance(row[answer], list)
     if lists:
         _check_others(row, form, {*form, "tools", *SYSTEM}, notes)
@@ -263,6 +273,31 @@ def _read_pair(
     system = checked_text(one_of(row, SYSTEM, "the row") or "", "system")
     prompt = f"{system}\n\n{asked}\n" if system else f"{asked}\n"
     return [Row([(prompt, 0.0), (completion, 1.0), eos], weight=weight)]
+
+
+def _read_preference(row: dict, settings: RowSettings, notes: set[str]) -> list[Row]:
+    """The chosen and the rejected answer after their prompt, with loss on the answer."""
+    if settings.tokenizer is None:
+        raise ValueError("preference pairs are text and there is no tokenizer: set model.tokenizer_path")
+    made = []
+    for form, one in with_each_answer(row, notes):
+        rows = _read_pair(one, form, settings, 1.0, notes)
+        if len(rows) > 1:
+            raise ValueError(
+                f'{form[1]} has {len(rows)} turns of the assistant, and training.multi_turn = "expand" would'
+                ' make a sequence of each: set "whole"'
+            )
+        turns = [turn.weight for turn in rows[0].chat.turns] if rows[0].chat else []
+        weights = {*turns, *(weight for _, weight in rows[0].spans)}
+        if not weights <= {0, 1}:
+            raise ValueError(
+                f"{form[1]} has messages of weight {max(weights):g}, and a log-probability counts each token"
+                " once: write 1, or 0 for no loss on one"
+            )
+        if 1 not in weights:
+            raise ValueError(f"{form[1]} has no message of the assistant with loss: write one")
+        made += rows
+    return made
 
 
 def _message_lists(row: dict, form: tuple[str, str], notes: set[str]) -> Messages:

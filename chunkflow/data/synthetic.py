@@ -24,7 +24,8 @@ VOCABULARY = ANSWER + VALUES
 # Llama 3's SFT data: 99.89 % short (< 1K on average), 0.11 % long (37K on average). Agents: trajectories of
 # coding agents as in CoderForge, 30 % < 32K, 92.5 % < 64K, 99.9 % < 128K, longest 184K. ProLong's
 # first stage: 60 % of the tokens are books and repositories in pieces of exactly 64K, the rest is text of the
-# web, most of it short.
+# web, most of it short. Preference: made up, pairs of answers to short questions and to questions on
+# documents of up to 64K.
 MIXTURES = {
     "lmsys": [(0.0, 16), (0.5, 320), (0.9, 1024), (0.995, 4096), (0.99987, 32768), (1.0, 300_000)],
     "llama3_sft": [(0.0, 16), (0.5, 480), (0.9, 1536), (0.9989, 8192), (0.99945, 21_000), (1.0, 131_072)],
@@ -35,8 +36,12 @@ MIXTURES = {
     "prolong": [
         *((0.0, 32), (0.5, 450), (0.9, 1800), (0.977, 16_384), (0.978, 65_536), (1.0, 65_536)),
     ],
+    "preference": [
+        *((0.0, 64), (0.5, 450), (0.9, 1500), (0.97, 8192), (0.99, 32_768), (0.9995, 65_536), (1.0, 65_536)),
+    ],
 }
-NAMES = ", ".join(f'"{name}"' for name in list(MIXTURES)[:-1]) + ' or "prolong"'
+NAMES = ", ".join(f'"{name}"' for name in list(MIXTURES)[:-1]) + ' or "preference"'
+LONGEST_ANSWER = 512  # tokens, of a pair
 
 
 def synthetic_lengths(mix: str, count: int, seed: int) -> list[int]:
@@ -60,7 +65,11 @@ def synthetic_lengths(mix: str, count: int, seed: int) -> list[int]:
 
 
 class SyntheticDataset:
-    """`count` sequences of mixture `mix`, each generated when it is read, from (seed, index) alone."""
+    """`count` sequences of mixture `mix`, each generated when it is read, from (seed, index) alone.
+
+    "preference" has so many pairs instead: sequences 2p and 2p + 1 are the same questions, of which the last
+    ones are answered rightly in the first and wrongly in the second; the loss is on these answers.
+    """
 
     def __init__(self, mix: str, *, vocab_size: int, seed: int, count: int = DEFAULT_COUNT):
         if vocab_size < VOCABULARY:
@@ -68,7 +77,9 @@ class SyntheticDataset:
                 f"the model's vocabulary of {vocab_size} ids is too small for the synthetic dataset, which"
                 f" uses {VOCABULARY}: choose a model (model.flavor) with at least as many"
             )
-        self.lengths = synthetic_lengths(mix, count, seed)
+        self.lengths, self.pairs = synthetic_lengths(mix, count, seed), mix == "preference"
+        if self.pairs:
+            self.lengths = [length for length in self.lengths for _ in range(2)]
         self._mix, self._seed = mix, seed
         self.identity: dict[str, object] = {  # all that the sequences depend on
             "training.dataset": "synthetic",
@@ -92,7 +103,8 @@ class SyntheticDataset:
         import torch  # here, so that plans of synthetic lengths can be made without it
 
         full = self.lengths[index]
-        digest = hashlib.blake2b(f"{self._seed}/{index}".encode(), digest_size=8).digest()
+        number, wrong = divmod(index, 2) if self.pairs else (index, 0)
+        digest = hashlib.blake2b(f"{self._seed}/{number}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
         header = min(KEYS, full // 2)
         keys = torch.randperm(KEYS, generator=generator)[:header]
@@ -100,7 +112,8 @@ class SyntheticDataset:
         asked = torch.randint(header, (full - header,), generator=generator)  # which fact of the header
         tokens = torch.cat([keys * VALUES + values, QUERY + keys[asked]])
         labels = torch.full_like(tokens, -100)
-        labels[header + 1 :] = ANSWER + values[asked[:-1]]  # after each query its answer
+        labels[header + 1 :] = ANSWER + (values[asked[:-1]] + wrong) % VALUES  # after each query its answer
+        labels[: self._first_target(index)] = -100
         return tokens[:length], labels[:length], None
 
     def weight(self, index: int) -> float:
@@ -108,5 +121,10 @@ class SyntheticDataset:
 
     def supervised(self, index: int, length: int) -> tuple[int, float]:
         """How many of the first `length` tokens are a target, and the sum of their weights."""
-        targets = max(0, length - min(KEYS, self.lengths[index] // 2) - 1)
+        targets = max(0, length - self._first_target(index))
         return targets, float(targets)
+
+    def _first_target(self, index: int) -> int:
+        full = self.lengths[index]
+        first = min(KEYS, full // 2) + 1
+        return max(first, full - LONGEST_ANSWER) if self.pairs else first

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-ROWS = 64  # multiples of 32 and of 128 take as long; the former keep twice the memory, the latter pad more
+# Multiples of 32 and of 128 take as long; the former keep twice the memory, the latter pad more. Each number
+# of rows has a dozen kernels of half a MiB, so long chunks have coarser multiples.
+ROWS = 64
 
 
 @functools.cache
@@ -39,9 +41,11 @@ def widens(tensor: torch.Tensor) -> bool:
 
 
 def padded_rows(rows: int, tensor: torch.Tensor) -> int:
-    """How many rows to multiply, for so many of a tensor of this kind: where rows are padded a multiple of
-    ROWS, the last of them zeros."""
-    return rows + (-rows % ROWS if pads(tensor) else 0)
+    """How many rows to multiply, for so many of a tensor of this kind. Where rows are padded, with zeros, it
+    is a multiple of ROWS, and of an eighth of the next power of two: four numbers between it and its half."""
+    if not pads(tensor):
+        return rows
+    return rows + -rows % max(ROWS, 1 << max(0, (rows - 1).bit_length() - 3))
 
 
 def pad(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -72,7 +76,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        # A frozen weight has no gradient, which alone needs the input.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         bias = None if bias is None else widen(bias)
         return F.linear(widen(pad(x)), widen(weight), bias)[: x.size(0)].to(x.dtype)
 
@@ -82,7 +87,7 @@ class _Linear(torch.autograd.Function):
         factor = widen(pad(dy))
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = (factor @ widen(weight))[: x.size(0)].to(x.dtype)
+            dx = (factor @ widen(weight))[: dy.size(0)].to(dy.dtype)
         if ctx.needs_input_grad[1]:
             dweight = (factor.t() @ widen(pad(x))).to(weight.dtype)
         if ctx.needs_input_grad[2]:

@@ -28,7 +28,8 @@ _LEAST_TOKENS = 512
 def loss_sum(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, chunk: ChunkTensors) -> torch.Tensor:
     """The SUM of the cross-entropies of all positions that have a target, each times its weight: 0-dim;
     logits and sum in at least fp32. Gradients are computed here if `chunk.loss_gradient` is set, else in
-    backward. Leaves the cross-entropies themselves in `chunk.losses` if `chunk.wants_losses`."""
+    backward; of the weight only if it is trained. Leaves the cross-entropies themselves in `chunk.losses` if
+    `chunk.wants_losses`."""
     return _SlicedCrossEntropy.apply(hidden_TC, weight_VC, chunk)
 
 
@@ -52,7 +53,8 @@ class _SlicedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_TC, weight_VC, chunk):
         labels_T, weights_T, gradients = chunk.labels, chunk.loss_weights, None
         if chunk.loss_gradient is not None:
-            gradients = _Gradients(hidden_TC, weight_VC, labels_T, weights_T, chunk.loss_gradient)
+            arguments = hidden_TC, weight_VC, labels_T, weights_T, chunk.loss_gradient
+            gradients = _Gradients(*arguments, ctx.needs_input_grad[1])
         losses_T, lse_T1 = _cross_entropy(hidden_TC, weight_VC, labels_T, gradients)
         ctx.loss_gradient = chunk.loss_gradient
         if gradients:
@@ -71,7 +73,8 @@ class _SlicedCrossEntropy(torch.autograd.Function):
             return *ctx.saved_tensors, None
         hidden_TC, weight_VC, labels_T, weights_T, lse_T1 = ctx.saved_tensors
         head = _Head(hidden_TC, weight_VC)
-        gradients = _Gradients(hidden_TC, weight_VC, labels_T, weights_T, dloss)
+        arguments = hidden_TC, weight_VC, labels_T, weights_T, dloss
+        gradients = _Gradients(*arguments, ctx.needs_input_grad[1])
 
         def one_slice(piece: slice) -> None:
             gradients.add(piece, head.logits(piece).sub_(lse_T1[piece]).exp_())
@@ -117,9 +120,9 @@ def _in_slices(one_slice: Callable[[slice], None], head: "_Head", gradients: "_G
 
 class _Gradients:
     """Gradients of hidden states and weight, a block at a time. `weights_T`: of the loss on each token, None:
-    all 1; `dloss`: the gradient of the loss."""
+    all 1; `dloss`: the gradient of the loss; `trained`: whether the weight has a gradient."""
 
-    def __init__(self, hidden_TC, weight_VC, labels_T, weights_T, dloss: float | torch.Tensor):
+    def __init__(self, hidden_TC, weight_VC, labels_T, weights_T, dloss: float | torch.Tensor, trained: bool):
         self.hidden_TC, self.weight_VC = hidden_TC, weight_VC
         self.compute = torch.promote_types(hidden_TC.dtype, torch.float32)
         self.targets_T1 = labels_T.clamp(min=0).unsqueeze(1)
@@ -128,7 +131,7 @@ class _Gradients:
             self.dloss_T1 *= weights_T.to(self.compute).unsqueeze(1)
         self.minus_one_T1 = torch.full_like(self.dloss_T1, -1)
         self.dhidden_TC = torch.empty_like(hidden_TC)
-        self.dweight_VC: torch.Tensor | None = None
+        self.trained, self.dweight_VC = trained, None
         self.factor = self.compute if widens(hidden_TC) else hidden_TC.dtype  # of the products
         self.block, self.dlogits_BV = slice(0, 0), None  # the block under way
 
@@ -156,6 +159,8 @@ class _Gradients:
         else:
             dlogits_BV[tokens:].zero_()
             self.dhidden_TC[self.block] = torch.mm(dlogits_BV, weight_VC)[:tokens]
+        if not self.trained:
+            return
         first, wide = self.dweight_VC is None, hidden_BC.dtype == self.compute
         if first and (wide or tokens == self.hidden_TC.size(0)):
             self.dweight_VC = dlogits_BV.t() @ hidden_BC
@@ -170,10 +175,10 @@ class _Gradients:
         else:
             self.dweight_VC += dlogits_BV.t() @ hidden_BC
 
-    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def result(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Of hidden states and weight. Frees the block, which may be larger than the weight, first."""
         self.dlogits_BV = None
-        return self.dhidden_TC, self.dweight_VC.to(self.weight_VC.dtype)
+        return self.dhidden_TC, self.dweight_VC.to(self.weight_VC.dtype) if self.trained else None
 
 
 class _Head:

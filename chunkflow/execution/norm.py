@@ -37,10 +37,10 @@ class _RMSNorm(torch.autograd.Function):
         wide, wide_weight, dy = (tensor.to(inverse.dtype) for tensor in (x, weight, dy))
         normed = wide * inverse
         products = dy * normed
-        dweight = products.flatten(0, -2).sum(0)
+        dweight = products.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         mean = (products @ wide_weight).unsqueeze(-1) / x.size(-1)
         dx = (dy * wide_weight).addcmul_(normed, mean, value=-1).mul_(inverse)
-        return dx.to(x.dtype), dweight.to(weight.dtype), None
+        return dx.to(x.dtype), dweight, None
 
 
 def _device_type(tensor: torch.Tensor) -> str:

@@ -59,10 +59,10 @@ def flops(cost: Cost, chunk_size: int, k: int) -> Price:
         before, total = 0, 0.0
         for index, end in enumerate(ends):
             again = index < len(ends) - k
-            work = cost.forward(end - before, prefix=before) / replicas
+            forward, backward = cost.forward(end - before, before), cost.backward(end - before, before)
             before = end
             # Forward gathers K and V; backward does, and scatters their gradients, which are twice as wide.
-            total += (3 + again) * work + (4 + again) * end * per_gathered
+            total += ((1 + again) * forward + backward) / replicas + (4 + again) * end * per_gathered
         return total
 
     return price

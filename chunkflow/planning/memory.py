@@ -7,7 +7,7 @@ PyTorch holds on a CPU; no GPU has confirmed the whole.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -41,6 +41,7 @@ class Layout(NamedTuple):
     compute: int = 2
     reduce: int = 4  # gradients while they are summed, over chunks and ranks
     shards: int = 1
+    replicated: int = 1  # copies of the shards (HSDP)
     reshard: bool = False  # after each forward (ZeRO-3)
     eight_bit: bool = False  # AdamW8bit
     offload: bool = False  # shards and optimizer live in host memory
@@ -62,31 +63,45 @@ def _moment_8bit(elements: int) -> int:
 
 class StageSizes:
     """Bytes that one stage (or the whole model) holds. `args`: the model's ModelArgs; `shapes`: of the
-    stage's parameters, by name."""
+    stage's parameters, by name; `frozen`: the names of those that are not trained, stored in the compute
+    dtype, since only low-rank adapters are."""
 
-    def __init__(self, args, shapes: dict[str, Sequence[int]], layout: Layout):
+    def __init__(
+        self, args, shapes: dict[str, Sequence[int]], layout: Layout, frozen: Collection[str] = frozenset()
+    ):
         self.layout = layout
         # FSDP2 has a group for each layer; all other parameters belong to the root.
         layers = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
-        root_shapes = [shape for name, shape in shapes.items() if not name.startswith("layers.")]
+        root_shapes = {name: shape for name, shape in shapes.items() if not name.startswith("layers.")}
         prefix = f"layers.{min(layers)}." if layers else None  # layers are all alike
-        layer_shapes = [shape for name, shape in shapes.items() if prefix and name.startswith(prefix)]
-        root, layer, self.layers = sum(map(prod, root_shapes)), sum(map(prod, layer_shapes)), len(layers)
+        layer_shapes = {name: shape for name, shape in shapes.items() if prefix and name.startswith(prefix)}
+        self.layers = len(layers)
+        root, layer = (
+            sum(prod(shape) for name, shape in group.items() if name not in frozen)
+            for group in (root_shapes, layer_shapes)
+        )
 
         # Parameters are sharded by rows, rounded up; what is gathered is all shards.
         def shard(shape: Sequence[int]) -> int:
             return -(-shape[0] // layout.shards) * prod(shape[1:])
 
-        sizes = [shard(shape) for shape in shapes.values()]
-        self.parameters = self.gradients = sum(sizes) * layout.stored
-        moments = sum(map(_moment_8bit, sizes)) if layout.eight_bit else self.parameters
-        self.optimizer = 2 * moments + 4 * len(shapes)  # and a step count each
+        sizes = [shard(shape) for name, shape in shapes.items() if name not in frozen]
+        self.gradients = sum(sizes) * layout.stored
+        self.parameters = self.gradients + sum(shard(shapes[name]) for name in frozen) * layout.compute
+        moments = sum(map(_moment_8bit, sizes)) if layout.eight_bit else self.gradients
+        self.optimizer = 2 * moments + 4 * len(sizes)  # and a step count each
 
+        alone = layout.shards == layout.replicated == 1 and not layout.offload
         # "never" keeps everything gathered, and sums the gradients of all chunks unsharded, until the step's
         # last backward. ZeRO-3 does that with the root's; it gathers the layer in use while the next one
         # arrives, and reduces a layer's gradients at once.
-        self.root_gathered = sum(map(shard, root_shapes)) * layout.shards * layout.compute
-        self.layer_gathered = sum(map(shard, layer_shapes)) * layout.shards * layout.compute
+        # Frozen ones of one rank are used where they are.
+        self.root_gathered, self.layer_gathered = (
+            sum(shard(shape) for name, shape in group.items() if name not in (frozen if alone else ()))
+            * layout.shards
+            * layout.compute
+            for group in (root_shapes, layer_shapes)
+        )
         self.gathered = self.root_gathered + (2 if layout.reshard else self.layers) * self.layer_gathered
         self.accumulated = (root + (0 if layout.reshard else self.layers * layer)) * layout.reduce
         self.layer_gradient, self.layer_reduced = layer * layout.compute, layer * layout.reduce
@@ -99,6 +114,16 @@ class StageSizes:
         self.first = "tok_embeddings.weight" in shapes
         self.last = "norm.weight" in shapes
         self.head_norms = any(name.endswith("q_norm.weight") for name in shapes)
+        self.head_gradient = 0 if "output.weight" in frozen or not self.last else self.vocab * self.dim
+        if self.last and "tok_embeddings.weight" in frozen and args.tied_embeddings:
+            self.head_gradient = 0
+        # What the inputs of layers with weights are kept for: weights that are trained, or adapters.
+        self.adapters = [name.split(".")[-3] for name in layer_shapes if name.endswith("lora_a.weight")]
+        self.rank = sum(shape[0] for name, shape in layer_shapes.items() if name.endswith("lora_a.weight"))
+        self.keeps = {
+            group: not frozen or any(name in self.adapters for name in group.split())
+            for group in ("wq wk wv", "w1 w3", "w2")
+        }
         self.hidden_bytes = self.dim * self.compute  # of a token's hidden state
         self.kv_of_layer, self.kv_gradient_of_layer = 2 * self.keys * self.compute, 2 * self.keys * self.wide
 
@@ -106,13 +131,13 @@ class StageSizes:
         """Bytes that autograd keeps of one layer's forward, its input included."""
         if checkpointed:
             return tokens * self.hidden_bytes
-        # Inputs and results of both norms; queries and attention's result; of the feed-forward the two
-        # products, silu of the first, and their product.
-        elements = 4 * self.dim + 2 * self.queries + 4 * self.hidden
-        statistics = self.heads + 2  # log-sum-exp of each head; each norm's factor
-        if self.layout.recompute_cheap:  # norms keep their inputs, the feed-forward two products
-            elements -= 2 * self.dim + 2 * self.hidden
-            statistics -= 2
+        # Inputs of both norms; queries and attention's result; of the feed-forward the two products.
+        elements = 2 * self.dim + 2 * self.queries + 2 * self.hidden + self.rank
+        statistics = self.heads  # log-sum-exp of each head
+        if not self.layout.recompute_cheap:  # results of norms, and their factors; silu, and its product
+            elements += (self.keeps["wq wk wv"] + self.keeps["w1 w3"]) * self.dim
+            elements += (1 + self.keeps["w2"]) * self.hidden
+            statistics += 2
         if self.head_norms:  # their inputs
             elements += self.queries + self.keys
             statistics += self.heads + self.kv_heads
@@ -152,11 +177,11 @@ class StageSizes:
             return 0
         block = min(tokens, HEAD_BLOCK_TOKENS)
         slices = 2 * min(block, self.layout.slice_tokens) * self.vocab * self.wide
-        dlogits, gradient = block * self.vocab * self.compute, self.vocab * self.dim * self.compute
+        dlogits, gradient = block * self.vocab * self.compute, self.head_gradient * self.compute
         if tokens == block:
             most = dlogits + max(slices, gradient)
         else:  # several blocks add up in at least fp32; the sum is narrowed at last
-            summed = self.vocab * self.dim * self.wide
+            summed = self.head_gradient * self.wide
             most = summed + max(dlogits + slices, gradient if self.compute < self.wide else 0)
         return tokens * self.hidden_bytes + most
 
@@ -340,7 +365,7 @@ def peak_parts(
         else:
             new = 0 if entry.chunk else -before
         layer = stage.layer_gradient + (stage.layer_reduced if reduces else 0)
-        head = stage.vocab * stage.dim * stage.layout.compute if stage.last else 0
+        head = stage.head_gradient * stage.layout.compute
         gathered = group.spread.ends[entry.chunk] if group.spread else 0
         in_layer = {
             "temporaries": stage.layer_temporaries(chunk, standalone, gathered),

@@ -36,6 +36,9 @@ class PlanSettings(NamedTuple):
     balance: str = "cost"  # or "tokens"
     lockstep: bool = False  # all replicas run one template of slots (ZeRO-3)
     forward_only: bool = False  # validation, where nothing is recomputed and `k` has no effect
+    # Preference training: before a step comes a pass of forwards over its groups. Forward-only plans then
+    # have the same groups, so that their losses are the same to the last bit.
+    forward_first: bool = False
     stages: tuple[Cost, ...] = ()  # of each pipeline stage; none: one stage, the whole model
     pipeline_ranks: int = 1
     spread_over: int = 1  # most replicas that may share a sequence
@@ -56,6 +59,8 @@ class Plan(NamedTuple):
     template_overhead_percent: float  # slots of the common template / slots of the busiest replica - 1
     spread_sequences: int
     most_ranks_of_a_sequence: int
+    # With forward_first: what the ranks of those wanted run before `programs`, as `programs` has them.
+    forward_programs: dict[int, list[Program]] = {}
 
 
 def plan_step(
@@ -70,8 +75,9 @@ def plan_step(
     half with the most work, half with the most tokens of long sequences.
     """
     chunk_size = settings.chunk_size if settings.enable else max(lengths)
-    k = max(lengths) if settings.forward_only else settings.k  # as many chunks as that: none is recomputed
-    spread, whole, loads = _assign(lengths, settings, chunk_size, k)
+    all_chunks = max(lengths)  # at least: as k, none is recomputed
+    k = all_chunks if settings.forward_only else settings.k
+    spread, whole, loads = _assign(lengths, settings, chunk_size, settings.k if settings.forward_first else k)
     groups: list[list[Group]] = [[] for _ in range(settings.replicas)]
     for sequence, members in spread:
         for replica, group in zip(members, spread_groups(sequence, lengths[sequence], chunk_size, members)):
@@ -86,19 +92,18 @@ def plan_step(
     recomputed = [sum(max(0, count - k) for count in of_replica) for of_replica in counts]
     passes = 1 if settings.forward_only else 2
     slots = [passes * sum(of_replica) + again for of_replica, again in zip(counts, recomputed)]
-    templates: Sequence[list[Action] | None] = [None] * settings.replicas
-    if settings.lockstep:
-        shared = [sum(group.spread is not None for group in of_replica) for of_replica in groups]
-        if settings.forward_only:
-            templates = forward_only(counts, lockstep=True)
-        else:
-            tokens = [[group.tokens for group in of_replica] for of_replica in groups]
-            templates = lockstep(counts, k, shared, tokens, settings.kv_tokens)
-        check_slots(templates, groups)
+    templates = _templates(groups, counts, settings, k)
     wanted = range(settings.replicas) if replicas is None else replicas
     if most is not None and len(wanted) > most:
         wanted = _fullest(groups, loads, most)
     planned = {replica: _run(groups[replica], settings, k, templates[replica]) for replica in wanted}
+    forward_programs = {}
+    if settings.forward_first and not settings.forward_only:
+        forwards = settings._replace(forward_only=True)
+        slots_of = _templates(groups, counts, forwards, all_chunks)
+        forward_programs = {
+            replica: _run(groups[replica], forwards, all_chunks, slots_of[replica])[0] for replica in wanted
+        }
 
     chunks, tokens = sum(map(sum, counts)), sum(lengths)
     return Plan(
@@ -113,7 +118,24 @@ def plan_step(
         template_overhead_percent=100 * (len(templates[0]) / max(slots) - 1) if settings.lockstep else 0.0,
         spread_sequences=len(spread),
         most_ranks_of_a_sequence=max((len(share.replicas) for share in spread), default=1),
+        forward_programs=forward_programs,
     )
+
+
+def _templates(
+    groups: list[list[Group]], counts: list[list[int]], settings: PlanSettings, k: int
+) -> Sequence[list[Action] | None]:
+    """Each replica's actions if all run in lockstep, else None for each. `counts`: chunks of each group."""
+    if not settings.lockstep:
+        return [None] * settings.replicas
+    if settings.forward_only:
+        templates = forward_only(counts, lockstep=True)
+    else:
+        shared = [sum(group.spread is not None for group in of_replica) for of_replica in groups]
+        tokens = [[group.tokens for group in of_replica] for of_replica in groups]
+        templates = lockstep(counts, k, shared, tokens, settings.kv_tokens)
+    check_slots(templates, groups)
+    return templates
 
 
 def _fullest(groups: list[list[Group]], loads: list[float], most: int) -> list[int]:
@@ -194,15 +216,17 @@ def _schedule(costs: Costs, settings: PlanSettings, k: int) -> Schedule:
 
 
 def _costs(groups: list[Group], stages: Sequence[Cost]) -> Costs:
-    """Time of each chunk on each stage; a backward takes as long as two forwards."""
+    """Time of each chunk on each stage; a backward takes as long as two forwards, but in frozen products."""
     unit = sum(cost.per_token for cost in stages) / len(stages)
     amounts = [[tokens_and_pairs(group, chunk) for chunk in range(len(group.chunks))] for group in groups]
 
-    def times(cost: Cost, factor: float) -> list[list[float]]:
-        per_token, per_pair = cost.per_token, cost.per_pair
-        return [[factor * ((n * per_token + pairs * per_pair) / unit) for n, pairs in row] for row in amounts]
+    def times(per_token: float, per_pair: float) -> list[list[float]]:
+        return [[(n * per_token + pairs * per_pair) / unit for n, pairs in row] for row in amounts]
 
-    return Costs([times(cost, 1) for cost in stages], [times(cost, 2) for cost in stages])
+    return Costs(
+        [times(cost.per_token, cost.per_pair) for cost in stages],
+        [times(2 * cost.per_token - cost.frozen_per_token, 2 * cost.per_pair) for cost in stages],
+    )
 
 
 def tokens_and_pairs(group: Group, index: int) -> tuple[float, float]:

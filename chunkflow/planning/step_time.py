@@ -76,7 +76,9 @@ class StepTime:
         elif kind is Kind.RECOMPUTE:
             seconds = rates.forward.seconds(body + head, again, layers)
         elif kind is Kind.BACKWARD:
-            seconds = rates.backward.seconds(body + head, attention, layers)
+            # One product of two is half of a backward, whose FLOPs are counted as its forward's.
+            products = chunk_tokens * (cost.per_token - cost.frozen_per_token / 2)
+            seconds = rates.backward.seconds(products, attention, layers)
             if layout.checkpoint_every:
                 share = stage.checkpointed_layers / layers if layers else 0.0
                 seconds += share * rates.forward.seconds(body, 0.0 if kept else attention, layers)
@@ -93,7 +95,7 @@ class StepTime:
             moved += (before + chunk.tokens) * stage.layers * stage.kv_of_layer
             if action.kind is Kind.BACKWARD:  # gradients of the prefix come and go
                 moved += 2 * before * stage.layers * stage.kv_gradient_of_layer
-        discarded = action.chunk < len(group.chunks) - self.settings.k
+        discarded = action.chunk < len(group.chunks) - self.settings.k and action.kind is not Kind.EVALUATE
         if layout.keep_attention == "host" and (discarded or layout.checkpoint_every):
             again = action.kind is Kind.BACKWARD and not layout.checkpoint_every
             moved += 0 if again else stage.kept_attention(chunk.tokens)
@@ -113,12 +115,14 @@ class StepTime:
     def step(self, plan: Plan) -> float:
         """Seconds of the whole step, of the replicas whose programs the plan has."""
         once = max(map(self._once, self.sizes))
+        passes = [plan.forward_programs, plan.programs] if plan.forward_programs else [plan.programs]
+        return sum(self._pass(programs, plan.groups) for programs in passes) + once
+
+    def _pass(self, programs: dict[int, list[Program]], groups: Sequence[Sequence[Group]]) -> float:
+        """Seconds of the programs of these replicas; `groups`: of all."""
         if self.settings.lockstep:
-            return self._lockstep(plan) + once
-        return (
-            max(self.replica(programs, plan.groups[number]) for number, programs in plan.programs.items())
-            + once
-        )
+            return self._lockstep([(own[0], groups[number]) for number, own in programs.items()])
+        return max(self.replica(own, groups[number]) for number, own in programs.items())
 
     def replica(self, programs: Sequence[Program], groups: Sequence[Group]) -> float:
         """Seconds in which the ranks of a replica run their programs, each action when its input is there."""
@@ -149,15 +153,12 @@ class StepTime:
                     moved = True
         return max(free)
 
-    def _lockstep(self, plan: Plan) -> float:
+    def _lockstep(self, programs: list[tuple[Program, Sequence[Group]]]) -> float:
         """All slots of the common template: in each, layers are gathered while the one before computes, and a
         backward's gradients are reduced."""
         (stage,) = self.stages.values()
         gathers, reduces = self._layer_gathers(stage), self._layer_reduces(stage)
-        seconds, programs = (
-            0.0,
-            [(programs[0], plan.groups[number]) for number, programs in plan.programs.items()],
-        )
+        seconds = 0.0
         for slot in zip(*(program for program, _ in programs)):
             longest = max(self.action(action, groups) for action, (_, groups) in zip(slot, programs))
             moving = gathers + (reduces if slot[0].kind is Kind.BACKWARD else 0.0)
@@ -176,12 +177,12 @@ class StepTime:
     def _once(self, stages: dict[int, StageSizes]) -> float:
         """Seconds of a rank once a step: what is gathered and reduced once, not overlapped, and the
         optimizer, which reads and writes its state, parameters and gradients."""
-        seconds = 0.0
+        seconds, gathers = 0.0, 2 if self.settings.forward_first else 1  # for forwards alone once more
         for stage in stages.values():
             ranks, layout = stage.layout.shards, stage.layout
-            moved = stage.root_gathered + stage.root_reduced
+            moved = gathers * stage.root_gathered + stage.root_reduced
             if not layout.reshard:
-                moved += stage.layers * (stage.layer_gathered + stage.layer_reduced)
+                moved += stage.layers * (gathers * stage.layer_gathered + stage.layer_reduced)
             seconds += moved * (ranks - 1) / ranks / self.rates.between(ranks)
             updated = 2 * (stage.parameters + stage.optimizer) + stage.gradients
             seconds += updated / (self.rates.host if layout.offload else self.rates.memory)

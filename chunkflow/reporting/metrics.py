@@ -112,6 +112,7 @@ class MetricsLogger:
         lr: float,
         supervised_tokens: int,
         by_source: dict[str, float] | None = None,
+        pairs: dict[str, float] | None = None,
         scalars: dict[str, float] | None = None,
     ) -> float:
         """Writes the figures of the step and of the interval that ends with it; returns the loss over all
@@ -119,8 +120,8 @@ class MetricsLogger:
 
         `loss`: this rank's loss sum / the sum of weights of all ranks. `max_loss`: this rank's loss sum / its
         own sum of weights, -inf without targets. `grad_norm`, `lr` and `supervised_tokens` are of all ranks,
-        as is `by_source`, the loss of each source of the data. `scalars`: more values for TensorBoard, by
-        tag.
+        as are `by_source`, the loss of each source of the data, and `pairs`, means over preference pairs.
+        `scalars`: more values for TensorBoard, by tag.
         """
         largest = max_loss, self._data_seconds, *map(max, self._peaks, peak_memory(self.device))
         (loss,) = self._over_ranks(dist.ReduceOp.SUM, loss)
@@ -154,6 +155,8 @@ class MetricsLogger:
             }
             for name, loss_of_source in (by_source or {}).items():
                 figures[f"loss_of_{name}"] = f"loss_by_source/{name}", loss_of_source
+            for name, value in (pairs or {}).items():
+                figures[name] = f"dpo/{name}", value
             row = {"step": step} | {column: value for column, (_, value) in figures.items()}
             self.rows.write(row)
             self._write_line(row)
@@ -173,14 +176,16 @@ class MetricsLogger:
         loss: float,
         tokens: int,
         supervised_tokens: int,
-        by_position: dict[str, tuple[float, int]],
+        by_position: dict[str, tuple[float, int]] | None = None,
+        pairs: dict[str, float] | None = None,
     ) -> None:
         """Writes the figures of the validation after `step`, which began at `interrupt`, and continues
         training's interval. A collective: all ranks call.
 
         The arguments are over all ranks. `by_position`: name of a range of positions -> its mean loss and its
-        supervised tokens.
+        supervised tokens. `pairs`: means over preference pairs.
         """
+        by_position, pairs = by_position or {}, pairs or {}
         memory = Memory(*self._over_ranks(dist.ReduceOp.MAX, *peak_memory(self.device)))
         if self.writes:
             seconds = time.perf_counter() - self._interrupted
@@ -194,6 +199,7 @@ class MetricsLogger:
                 "memory_gib": memory.reserved_gib,
                 **{f"loss_{name}": mean for name, (mean, _) in by_position.items()},
                 **{f"supervised_tokens_{name}": count for name, (_, count) in by_position.items()},
+                **pairs,
             }
             self.validation_rows.write(row)
             colours, percent = self.colours, 100 * memory.reserved_gib / self.capacity_gib
@@ -202,9 +208,10 @@ class MetricsLogger:
                 f"{colours.cyan}memory: {memory.reserved_gib:5.2f}GiB({percent:.2f}%)  "
                 f"{colours.blue}tps: {round(row['tps']):,}{colours.reset}"
                 + "".join(f"  {name}: {mean:.4f}" for name, (mean, _) in by_position.items())
+                + _line_of_pairs(pairs)
             )
             tags = {"loss": loss, "throughput(tps)": row["tps"], **self._memory_tags(memory)}
-            tags |= {f"loss_by_position/{name}": mean for name, (mean, _) in by_position.items()}
+            tags |= {f"loss_by_position/{name}": mean for name, (mean, _) in by_position.items()} | pairs
             self._write_events(step, {f"validation_metrics/{tag}": value for tag, value in tags.items()})
         self._begin += time.perf_counter() - self._interrupted
         reset_peak_memory(self.device)
@@ -240,6 +247,7 @@ class MetricsLogger:
             f"{colours.cyan}tflops: {row['tflops']:,.2f}  {colours.magenta}mfu: {row['mfu_percent']:.2f}%  "
             f"{colours.reset}chunks: {row['chunks']:,}  padding: {row['padding_percent']:.2f}%  "
             f"recomputed: {row['recomputed_chunks']:,}  imbalance: {row['dp_imbalance_percent']:.2f}%"
+            + _line_of_pairs(row)
         )
 
     def _write_events(self, step: int, tags: dict[str, float]) -> None:
@@ -265,6 +273,14 @@ class MetricsLogger:
             "memory/num_alloc_retries": memory.alloc_retries,
             "memory/num_ooms": memory.ooms,
         }
+
+
+def _line_of_pairs(figures: dict[str, float]) -> str:
+    """What the step line says of preference pairs, if the figures are of some."""
+    if "reward_margin" not in figures:
+        return ""
+    percent = 100 * figures["reward_accuracy"]
+    return f"  reward_margin: {figures['reward_margin']:.4f}  reward_accuracy: {percent:.1f}%"
 
 
 def put_events_in_order(folder: Path) -> None:

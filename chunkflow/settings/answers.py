@@ -4,9 +4,10 @@ An answer completes a sentence that begins with the key, or with `key = value`. 
 of its keys that have none. Keys with the same answer are in one string, with spaces between.
 """
 
+from typing import Any
+
 _ANSWERS = {
-    # Keys and sections that are planned but not in this version: delete an entry when its key arrives.
-    "lora peft": "is not available in this version: all parameters are trained, remove the section",
+    "peft": "was renamed: use lora, with rank, alpha and target_modules",
     # Keys and sections of torchtitan that are not used here.
     "job.use_for_integration_test model.print_after_conversion training.gc_debug training.enable_fp8_linear"
     " parallelism.enable_compiled_autograd activation_checkpoint.early_stop activation_checkpoint.debug"
@@ -137,9 +138,55 @@ _VALUE_ANSWERS = {
     " not read): download the files, set training.dataset to their kind and training.dataset_path",
 }
 
+# Keys that are not there -> values with which they ask for nothing, or for what is so anyway: these pass.
+_NOTHING_ASKED = {
+    "profiling.enable_memory_snapshot metrics.save_for_all_ranks metrics.enable_wandb"
+    " model.print_after_conversion model.use_flex_attn optimizer.early_step_in_backward"
+    " training.gc_debug training.enable_fp8_linear"
+    " parallelism.enable_compiled_autograd experimental.enable_compiled_autograd"
+    " parallelism.enable_async_tensor_parallel experimental.enable_async_tensor_parallel"
+    " checkpoint.enable_first_step_checkpoint checkpoint.create_seed_checkpoint checkpoint.load_only"
+    " checkpoint.initial_load_in_hf_quantized activation_checkpoint.debug"
+    " activation_checkpoint.visualize_memory_budget_pareto"
+    " quantize.linear.float8.enable_fsdp_float8_all_gather"
+    " quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp"
+    " quantize.linear.float8.force_recompute_fp8_weight_in_bwd float8.enable_float8_linear"
+    " float8.enable_fsdp_float8_all_gather float8.precompute_float8_dynamic_scale_for_fsdp"
+    " float8.force_recompute_fp8_weight_in_bwd fault_tolerance.enable memory_estimation.enable"
+    " memory_estimation.enabled debug.deterministic_warn_only debug.moe_force_load_balance": (False,),
+    "job.use_for_integration_test training.enable_loss_parallel parallelism.disable_loss_parallel"
+    " activation_checkpoint.early_stop activation_checkpoint.preserve_rng_state"
+    " parallelism.pipeline_parallel_expert_parallel_overlap"
+    " checkpoint.enable_ft_dataloader_checkpoints": (
+        False,
+        True,
+    ),
+    "checkpoint.initial_load_model_only metrics.rank_0_only": (True,),
+    "training.tensor_parallel_degree training.sequence_parallel_degree training.gradient_accumulation_steps"
+    " parallelism.tensor_parallel_degree parallelism.expert_parallel_degree"
+    " parallelism.expert_tensor_parallel_degree": (1,),
+    "parallelism.pipeline_parallel_first_stage_less_layers"
+    " parallelism.pipeline_parallel_last_stage_less_layers": (0,),
+    "job.custom_config_module experimental.custom_import experimental.custom_args_module"
+    " parallelism.pipeline_parallel_schedule_csv": ("",),
+    "parallelism.pipeline_parallel_split_points experimental.pipeline_parallel_split_points"
+    " parallelism.module_fqns_per_model_part": ([],),
+    "parallelism.expert_parallel_comm_backend": ("standard",),
+    "float8.scaling_type_input float8.scaling_type_weight float8.scaling_type_grad_output"
+    " quantize.linear.float8.scaling_type_input quantize.linear.float8.scaling_type_weight"
+    " quantize.linear.float8.scaling_type_grad_output": ("dynamic",),
+    "checkpoint.interval_type": ("steps",),
+    "activation_checkpoint.determinism_check": ("default",),
+    "model.attn_mask_type": ("block_causal",),
+    "model.norm_type": ("rmsnorm", "fused_rmsnorm"),
+    "comm.trace_buf_size": (0, 20000),
+}
 
-def _each(answers: dict[str, str]) -> dict[str, str]:
+
+def _each(answers: dict[str, Any]) -> dict[str, Any]:
     return {key: answer for keys, answer in answers.items() for key in keys.split()}
 
 
-ANSWERS, VALUE_ANSWERS = _each(_ANSWERS), _each(_VALUE_ANSWERS)
+ANSWERS: dict[str, str] = _each(_ANSWERS)
+VALUE_ANSWERS: dict[str, str] = _each(_VALUE_ANSWERS)
+NOTHING_ASKED: dict[str, tuple] = _each(_NOTHING_ASKED)

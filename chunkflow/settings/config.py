@@ -1,9 +1,8 @@
-"""Turns a TOML file and the command line into a checked Config, or into a sentence that says what is wrong.
+"""Turns a TOML file and the command line into a checked Config, or into sentences that say what is wrong.
 Types, rules and suggestions follow from the fields of options.py."""
 
-import difflib
-import math
 import re
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -13,26 +12,33 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-from chunkflow.settings.answers import ANSWERS, VALUE_ANSWERS
-from chunkflow.settings.keys import KEYS, KINDS, SECTIONS, TABLES, Key, help_text, show, split
-from chunkflow.settings.options import Config, Rule, Source, Training, Validation
+from chunkflow.settings.faults import ConfigError, add, collected, refuse
+from chunkflow.settings.keys import KEYS, KINDS, SECTIONS, TABLES, help_text, show, split
+from chunkflow.settings.options import Config, Lora, Source, Training, Validation
+from chunkflow.settings.values import answer, asks_for_nothing, checked, from_text, known, suggest, toml_value
+
+Faults = dict[str, str]  # as in faults.py: sentence -> the key at fault
 
 
-class ConfigError(ValueError):
-    """A setting is wrong. The message is one sentence: value, rule, remedy."""
-
-
-def load_config(argv: list[str]) -> Config:
+def load_config(argv: list[str], faults: Faults | None = None) -> Config:
     """The config of a command line: its overrides, over the file of --job.config_file, over the defaults.
-    ConfigError for all that is wrong in these alone. --help prints all keys and exits."""
-    overrides = _parse_command_line(argv)
-    path = overrides.get("job.config_file", "")
-    values = (_read_toml(path) if path else {}) | overrides
+    ConfigError for all that is wrong in these alone; with `faults`, that goes there, and keys at fault have
+    their defaults (a file that cannot be read still raises). --help prints all keys and exits."""
+    found: Faults = {} if faults is None else faults
+    overrides = _parse_command_line(argv, found)
+    path, values = overrides.get("job.config_file", ""), {}
+    try:
+        values = (_read_toml(path, found) if path else {}) | overrides
+    except ConfigError as error:
+        refuse(found | {str(error): ""})
     config = Config()
     for key, value in values.items():
         section, name = split(key)
         setattr(attrgetter(section)(config), name, value)
-    _check_combinations(config, values)
+    for key, sentence in _contradictions(config, values):
+        add(found, sentence, key, follows=True)
+    if faults is None:
+        refuse(found)
     return config
 
 
@@ -47,7 +53,7 @@ def data_sections(config: Config, section: str = "training") -> dict[str, Traini
 # ----------------------------------------------------------------------------------- command line and file
 
 
-def _parse_command_line(argv: list[str]) -> dict[str, Any]:
+def _parse_command_line(argv: list[str], faults: Faults) -> dict[str, Any]:
     """Key -> value of --section.key value, --section.key=value, --section.flag and --section.no_flag."""
     values, arguments = {}, list(argv)
     while arguments:
@@ -55,53 +61,46 @@ def _parse_command_line(argv: list[str]) -> dict[str, Any]:
         if argument in ("-h", "--help"):
             print(help_text())
             raise SystemExit(0)
-        if not argument.startswith("--"):
-            raise ConfigError(
-                f"{argument!r} is not an option: write --section.key value, and lists with commas"
-            )
-        name, equals, text = argument[2:].partition("=")
-        section, last = split(name)
-        positive = f"{section}.{last.removeprefix('no_')}"
-        if name not in KEYS and positive in KEYS and KEYS[positive].type is bool:
-            if equals:
-                raise ConfigError(
-                    f"--{name} takes no value, but got {text!r}: write --{name} or --{positive}={text}"
-                )
-            values[positive] = False
-            continue
-        if tables := next(filter(name.startswith, TABLES), None):
-            remedy = f"write [[{tables}]] and its keys below in the file of --job.config_file"
-            raise ConfigError(f"--{name} has no place on the command line: {remedy}")
-        key = _known(name, "--")
-        if not equals:
-            following = arguments[0] if arguments else None
-            if key.type is bool and (following is None or following.lower() not in ("true", "false")):
-                values[name] = True
-                continue
-            if following is None or following.startswith("--"):
-                raise ConfigError(f"--{name} has no value: write --{name}=VALUE, with {KINDS[key.type][0]}")
-            text = arguments.pop(0)
-        values[name] = _checked(name, _from_text(name, text))
+        with collected(faults, argument[2:].partition("=")[0]):
+            values |= _option(argument, arguments)
     return values
 
 
-def _from_text(name: str, text: str) -> Any:
+def _option(argument: str, following: list[str]) -> dict[str, Any]:
+    """Key and value of one argument, which takes its value off `following` where it needs one."""
+    if not argument.startswith("--"):
+        raise ConfigError(f"{argument!r} is not an option: write --section.key value, and lists with commas")
+    name, equals, text = argument[2:].partition("=")
+    section, last = split(name)
+    positive = f"{section}.{last.removeprefix('no_')}"
+    if name not in KEYS and positive in KEYS and KEYS[positive].type is bool:
+        if equals:
+            raise ConfigError(
+                f"--{name} takes no value, but got {text!r}: write --{name} or --{positive}={text}"
+            )
+        return {positive: False}
+    if tables := next(filter(name.startswith, TABLES), None):
+        remedy = f"write [[{tables}]] and its keys below in the file of --job.config_file"
+        raise ConfigError(f"--{name} has no place on the command line: {remedy}")
+    has_next = bool(following) and not following[0].startswith("--")
+    if name not in KEYS:
+        if not equals:
+            text = following.pop(0) if has_next else "true"
+        negative = last.startswith("no_") and asks_for_nothing(positive, False)
+        if not negative and not asks_for_nothing(name, toml_value(text)):
+            known(name, "--")
+        return {}
     key = KEYS[name]
-    if key.optional and text.lower() == "none":
-        return None
-    if key.type is str or text in key.words:
-        return text
-    if key.type is list:
-        return [item.strip() for item in text.split(",")] if text else []
-    try:
-        if key.type in (int, float):
-            return key.type(text)
-        return tomllib.loads(f"value = {text.lower() if key.type is bool else text}")["value"]
-    except ValueError:
-        raise _wrong_type(name, text, key.type, "", key.words) from None
+    if not equals:
+        if key.type is bool and (not following or following[0].lower() not in ("true", "false")):
+            return {name: True}
+        if not has_next:
+            raise ConfigError(f"--{name} has no value: write --{name}=VALUE, with {KINDS[key.type][0]}")
+        text = following.pop(0)
+    return {name: checked(name, from_text(name, text))}
 
 
-def _read_toml(path: str) -> dict[str, Any]:
+def _read_toml(path: str, faults: Faults) -> dict[str, Any]:
     try:
         text = Path(path).read_bytes().decode("utf-8")
         tables = tomllib.loads(text)
@@ -120,22 +119,38 @@ def _read_toml(path: str) -> dict[str, Any]:
     def read(table: dict[str, Any], prefix: str) -> None:
         for name, value in table.items():
             name = prefix + name
-            where = _place(path, _line_of(name, text))
-            if name in SECTIONS and isinstance(value, dict):
-                read(value, name + ".")
+            is_table = isinstance(value, dict)
+            if is_table and (name in SECTIONS or (name not in KEYS and _answered(name, value))):
+                if name in SECTIONS or not any(value.get(key) is False for key in ("enable", "enabled")):
+                    read(value, name + ".")  # of a section that is not there, each key is answered
                 continue
-            _known(name, "", where, inside=value if isinstance(value, dict) else ())
-            if name == "job.config_file":
-                raise ConfigError(
-                    f"{where}job.config_file belongs on the command line, where it selects this file: remove"
-                    " it here"
+            with collected(faults, name):
+                where = _place(path, _line_of(name, text))
+                if name not in KEYS and asks_for_nothing(name, value):
+                    continue
+                known(name, "", where, is_table)
+                if name == "job.config_file":
+                    raise ConfigError(
+                        f"{where}job.config_file belongs on the command line, where it selects this file:"
+                        " remove it here"
+                    )
+                values[name] = (
+                    _tables(name, value, path, text) if name in TABLES else checked(name, value, where)
                 )
-            values[name] = (
-                _tables(name, value, path, text) if name in TABLES else _checked(name, value, where)
-            )
 
     read(tables, "")
+    foreign = [key for key in faults.values() if answer(key)]
+    if len(foreign) > 1:
+        faults[
+            f"{path}: if this file is torchtitan's, python -m chunkflow.settings.from_torchtitan {path}"
+            " translates it"
+        ] = ""
     return values
+
+
+def _answered(name: str, table: dict[str, Any]) -> bool:
+    """Whether there is an answer to this table of a file, or to a key in it."""
+    return any(answer(f"{name}.{inner}") for inner in table) or answer(name) is not None
 
 
 def _tables(name: str, tables: Any, path: str, text: str) -> list:
@@ -156,8 +171,8 @@ def _tables(name: str, tables: Any, path: str, text: str) -> list:
             where = _place(path, first + line if line else _line_of(name, text))
             shown = f"{name}[{index}].{inner}"
             if inner not in keys:
-                raise ConfigError(f"{where}unknown key {shown}: {_suggest(inner, keys)}")
-            values[inner] = _checked(shown, value, where, keys[inner])
+                raise ConfigError(f"{where}unknown key {shown}: {suggest(inner, keys)}")
+            values[inner] = checked(shown, value, where, keys[inner])
         made.append(KEYS[name].field.metadata["admits"](**values))
     return made
 
@@ -179,186 +194,128 @@ def _line_of(name: str, text: str) -> int | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------- one key
-
-
-def answer(name: str) -> str | None:
-    """The answer to a key of torchtitan's or of a later version, else that to its section, else None."""
-    while name and name not in ANSWERS:
-        name = split(name)[0]
-    return ANSWERS.get(name)
-
-
-def _known(name: str, dashes: str, where: str = "", inside: Any = ()) -> Key:
-    """The key of that name; else ConfigError with the most helpful sentence. `where`: file and line.
-    `inside`: the names in it, if it is a table of the file."""
-    if name in KEYS:
-        return KEYS[name]
-    for key in [*(f"{name}.{inner}" for inner in inside), name]:
-        if sentence := answer(key):
-            raise ConfigError(f"{where}{dashes}{key} {sentence}")
-    if name in SECTIONS:
-        example = next(key for key in KEYS if key.startswith(name + "."))
-        raise ConfigError(
-            f"{where}{dashes}{name} is a section: set one of its keys, such as {dashes}{example}"
-        )
-    same = [key for key in KEYS if split(key)[1] == split(name)[1]]
-    close = same[:1] or difflib.get_close_matches(name, SECTIONS if inside else KEYS, n=1)
-    remedy = f"did you mean {dashes}{close[0]}?" if close else "see --help for all keys"
-    raise ConfigError(f"{where}unknown {'section' if inside else 'key'} {dashes}{name}: {remedy}")
-
-
-def _checked(name: str, value: Any, where: str = "", key: Key | None = None) -> Any:
-    """The value in the key's type; ConfigError if the key does not admit it. `key`: if not the name's."""
-    key = key or KEYS[name]
-    if value is None and key.optional:
-        return None
-    if value in key.words:
-        return value
-    value = _typed(name, value, key.type, where, key.words)
-    admits = key.field.metadata["admits"]
-    if isinstance(admits, Rule):
-        if not admits.holds(value):
-            raise ConfigError(f"{where}{name} = {show(value)} is out of range: choose a value {admits.words}")
-    elif isinstance(admits, dict):
-        for inner in value:
-            if inner not in admits:
-                raise ConfigError(f"{where}unknown key {name}.{inner}: {_suggest(inner, admits)}")
-        return {inner: _typed(f"{name}.{inner}", value[inner], admits[inner], where) for inner in value}
-    elif admits:
-        for item in value if key.type is list else [value]:
-            if item not in admits:
-                sentence = VALUE_ANSWERS.get(f"{name}={item}") or VALUE_ANSWERS.get(f"{name}=*")
-                sentence = sentence or f"is not admitted: {_suggest(item, admits)}"
-                raise ConfigError(f"{where}{name} = {show(item)} {sentence}")
-    return value
-
-
-def _typed(name: str, value: Any, kind: type, where: str, words: tuple[str, ...] = ()) -> Any:
-    """The value; ConfigError if it is of another type, which with `words` is not all that the key admits. A
-    whole number becomes a float where one is due."""
-    if kind is float and type(value) is int and abs(value) < 2**1000:
-        value = float(value)
-    good = type(value) is kind and (kind is not float or math.isfinite(value))
-    if not good or (kind is list and not all(type(item) is str for item in value)):
-        raise _wrong_type(name, show(value), kind, where, words)
-    return value
-
-
-def _wrong_type(
-    name: str, shown: str, kind: type, where: str = "", words: tuple[str, ...] = ()
-) -> ConfigError:
-    called, example = KINDS[kind]
-    nor, others = ("neither ", " nor " + " nor ".join(map(show, words))) if words else ("not ", "")
-    return ConfigError(f"{where}{name} = {shown} is {nor}{called}{others}: write it like {name} = {example}")
-
-
-def _suggest(word: str, choices: Any) -> str:
-    close = difflib.get_close_matches(word, choices, n=1)
-    meant = f" (did you mean {show(close[0])}?)" if close else ""
-    return f"choose {'one of ' if len(choices) > 1 else ''}{', '.join(map(show, choices))}{meant}"
-
-
 # ----------------------------------------------------------------------------------------------- several keys
 
 
-def _refuse_if(broken: Any, sentence: str) -> None:
-    if broken:
-        raise ConfigError(sentence)
-
-
-def _check_combinations(config: Config, given: dict[str, Any]) -> None:
-    """Checks rules between keys, and sets keys that follow from others: fp64 training computes and reduces in
-    fp64, validation reads training's dataset. `given`: the values of the file and the command line."""
+def _contradictions(config: Config, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong between keys: the key that has to change, and the sentence. Sets keys that follow from
+    others: fp64 training computes and reduces in fp64, validation reads training's dataset. `given`: the
+    values of the file and the command line."""
     training, validation, checkpoint = config.training, config.validation, config.checkpoint
     if training.dtype == "float64":
-        _refuse_if(
-            given.get("training.mixed_precision_param") == "bfloat16",
-            'training.mixed_precision_param = "bfloat16" contradicts training.dtype = "float64", which'
-            " computes in float64: remove one of the two",
-        )
+        if given.get("training.mixed_precision_param") == "bfloat16":
+            yield (
+                "training.mixed_precision_param",
+                'training.mixed_precision_param = "bfloat16" contradicts training.dtype = "float64", which'
+                " computes in float64: remove one of the two",
+            )
         training.mixed_precision_param = training.mixed_precision_reduce = "float64"
     for name in ("mixed_precision_param", "mixed_precision_reduce"):
-        _refuse_if(
-            training.dtype != "float64" and getattr(training, name) == "float64",
-            f'training.{name} = "float64" needs training.dtype = "float64": set that, or "float32" here',
-        )
-    _check_sources(training, given)
+        if training.dtype != "float64" and getattr(training, name) == "float64":
+            yield (
+                f"training.{name}",
+                f'training.{name} = "float64" needs training.dtype = "float64": set that, or "float32" here',
+            )
+    yield from _of_sources(training, given)
     for name, section in data_sections(config).items():
-        _check_dataset(name, section.dataset, section.dataset_path)
+        yield from _of_dataset(name, section.dataset, section.dataset_path)
     if validation.enable:
         if validation.dataset is None:
-            _refuse_if(
-                training.sources,
-                "validation.dataset is unset, and with training.sources there is no one dataset to take for"
-                " it: set validation.dataset and validation.dataset_path",
-            )
+            if training.sources:
+                yield (
+                    "validation.dataset",
+                    "validation.dataset is unset, and with training.sources there is no one dataset to take"
+                    " for it: set validation.dataset and validation.dataset_path",
+                )
             validation.dataset = training.dataset
             if training.dataset == "synthetic":
                 validation.dataset_path = validation.dataset_path or training.dataset_path
-        _check_dataset("validation", validation.dataset, validation.dataset_path)
+        yield from _of_dataset("validation", validation.dataset, validation.dataset_path)
+    yield from _of_lora(config.lora)
     scaling, selective = config.model.rope_scaling, config.activation_checkpoint.selective_ac_option
-    _refuse_if(
-        scaling is not None and "rope_type" not in scaling,
-        f"model.rope_scaling = {show(scaling)} has no rope_type: add one, such as"
-        ' { rope_type = "yarn", factor = 4.0 }',
-    )
-    _refuse_if(
-        checkpoint.initial_load_in_hf and not (checkpoint.initial_load_path or config.model.hf_assets_path),
-        "checkpoint.initial_load_in_hf = true has no folder: set checkpoint.initial_load_path or"
-        " model.hf_assets_path to one",
-    )
-    _refuse_if(
-        checkpoint.load_step != -1 and not checkpoint.enable,
-        f"checkpoint.load_step = {checkpoint.load_step} is not read without checkpoint.enable: set that too",
-    )
-    _refuse_if(
-        selective != "op" and (not selective.isdecimal() or int(selective) < 1),
-        f'activation_checkpoint.selective_ac_option = {show(selective)} is neither "op" nor a whole number of'
-        ' at least 1 in quotes: set "op", or "2" to recompute every second layer',
-    )
-
-
-def _check_sources(training: Training, given: dict[str, Any]) -> None:
-    """Checks training.sources, and names those that have no name."""
-    for key in ("dataset", "dataset_path") if training.sources else ():
-        _refuse_if(
-            f"training.{key}" in given,
-            f"training.{key} = {show(getattr(training, key))} is not read beside training.sources: remove it,"
-            " or the tables",
+    if scaling is not None and "rope_type" not in scaling:
+        yield (
+            "model.rope_scaling",
+            f"model.rope_scaling = {show(scaling)} has no rope_type: add one, such as"
+            ' { rope_type = "yarn", factor = 4.0 }',
         )
+    if checkpoint.initial_load_in_hf and not (checkpoint.initial_load_path or config.model.hf_assets_path):
+        yield (
+            "checkpoint.initial_load_path",
+            "checkpoint.initial_load_in_hf = true has no folder: set checkpoint.initial_load_path or"
+            " model.hf_assets_path to one",
+        )
+    if checkpoint.load_step != -1 and not checkpoint.enable:
+        yield (
+            "checkpoint.load_step",
+            f"checkpoint.load_step = {checkpoint.load_step} is not read without checkpoint.enable: set that"
+            " too",
+        )
+    if selective != "op" and (not selective.isdecimal() or int(selective) < 1):
+        yield (
+            "activation_checkpoint.selective_ac_option",
+            f'activation_checkpoint.selective_ac_option = {show(selective)} is neither "op" nor a whole'
+            ' number of at least 1 in quotes: set "op", or "2" to recompute every second layer',
+        )
+
+
+def _of_lora(lora: Lora) -> Iterator[tuple[str, str]]:
+    """As _contradictions, of keys that are not read without adapters."""
+    for key, default in (("alpha", None), ("target_modules", []), ("base", "compute")):
+        value = getattr(lora, key)
+        if not (lora.rank or lora.adapter_path) and value != default:
+            yield (
+                f"lora.{key}",
+                f"lora.{key} = {show(value)} is not read without adapters: set lora.rank, too, such as 16",
+            )
+
+
+def _of_sources(training: Training, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """As _contradictions, of training.sources; names those that have no name."""
+    for key in ("dataset", "dataset_path") if training.sources else ():
+        if f"training.{key}" in given:
+            yield (
+                f"training.{key}",
+                f"training.{key} = {show(getattr(training, key))} is not read beside training.sources: remove"
+                " it, or the tables",
+            )
     names: dict[str, int] = {}
     for index, source in enumerate(training.sources):
-        _refuse_if(
-            source.dataset is None,
-            f'training.sources[{index}] has no dataset: set one in it, such as dataset = "jsonl"',
-        )
+        if source.dataset is None:
+            yield (
+                f"training.sources[{index}].dataset",
+                f'training.sources[{index}] has no dataset: set one in it, such as dataset = "jsonl"',
+            )
+            continue
         source.name = source.name or Path(source.dataset_path).name or source.dataset
-        _refuse_if(
-            source.name in names,
-            f"training.sources[{index}] and training.sources[{names.get(source.name)}] are both called"
-            f" {show(source.name)}: give one of them another name",
-        )
+        if source.name in names:
+            yield (
+                f"training.sources[{index}].name",
+                f"training.sources[{index}] and training.sources[{names[source.name]}] are both called"
+                f" {show(source.name)}: give one of them another name",
+            )
         names[source.name] = index
 
 
-def _check_dataset(section: str, dataset: str, path: str) -> None:
-    shown = f"{section}.dataset_path = {show(path)}"
-    _refuse_if(
-        dataset in ("jsonl", "parquet") and not path,
-        f"{section}.dataset = {show(dataset)} has no data: set {section}.dataset_path to a file, a folder or"
-        " a glob",
-    )
-    _refuse_if(
-        dataset == "synthetic" and path not in ("", "lmsys", "llama3_sft", "agent", "prolong"),
-        f'{shown} is not known to {section}.dataset = "synthetic": set "lmsys", "llama3_sft", "agent" or'
-        ' "prolong"',
-    )
-    _refuse_if(
-        dataset == "python_stdlib" and path,
-        f'{shown} is not read by {section}.dataset = "python_stdlib": remove the path, or set'
-        f' {section}.dataset = "jsonl"',
-    )
+def _of_dataset(section: str, dataset: str | None, path: str) -> Iterator[tuple[str, str]]:
+    key = f"{section}.dataset_path"
+    if dataset in ("jsonl", "parquet") and not path:
+        yield (
+            key,
+            f"{section}.dataset = {show(dataset)} has no data: set {key} to a file, a folder or a glob",
+        )
+    if dataset == "synthetic" and path not in ("", "lmsys", "llama3_sft", "agent", "prolong", "preference"):
+        yield (
+            key,
+            f'{key} = {show(path)} is not known to {section}.dataset = "synthetic": set "lmsys",'
+            ' "llama3_sft", "agent", "prolong" or "preference"',
+        )
+    if dataset == "python_stdlib" and path:
+        yield (
+            key,
+            f'{key} = {show(path)} is not read by {section}.dataset = "python_stdlib": remove the path, or'
+            f' set {section}.dataset = "jsonl"',
+        )
 
 
 def check_processes(config: Config, processes: int) -> None:
@@ -370,12 +327,13 @@ def check_processes(config: Config, processes: int) -> None:
         f"parallelism.data_parallel_replicate_degree = {replicas} x pipeline_parallel_degree ="
         f" {parallel.pipeline_parallel_degree}"
     )
-    _refuse_if(
-        shards == -1 and processes % others,
-        f"{named} does not divide {processes}, the number of processes: set NGPU to a multiple of {others}",
-    )
-    _refuse_if(
-        shards != -1 and others * shards != processes,
-        f"{named} x data_parallel_shard_degree = {shards} is not {processes}, the number of processes: set"
-        f" data_parallel_shard_degree = -1, or NGPU = {others * shards}",
-    )
+    if shards == -1 and processes % others:
+        raise ConfigError(
+            f"{named} does not divide {processes}, the number of processes: set NGPU to a multiple of"
+            f" {others}"
+        )
+    if shards != -1 and others * shards != processes:
+        raise ConfigError(
+            f"{named} x data_parallel_shard_degree = {shards} is not {processes}, the number of processes:"
+            f" set data_parallel_shard_degree = -1, or NGPU = {others * shards}"
+        )

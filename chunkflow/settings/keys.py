@@ -1,6 +1,8 @@
-"""Every key, by its full name, from the fields of options.py; and configs as text: TOML, --help."""
+"""Every key, by its full name, from the fields of options.py; and configs as text: TOML, --help, and the
+reference in docs/: python -m chunkflow.settings.keys > docs/configuration.md"""
 
 import json
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import Field, asdict, fields, is_dataclass
 from itertools import groupby
@@ -97,13 +99,26 @@ def to_toml(config: Config) -> str:
     )
 
 
+USAGE = """\
+usage: [NGPU=N] [CONFIG_FILE=FILE.toml] ./run_train.sh [--section.key=VALUE ...]
+       python RECIPE.py [--job.config_file FILE.toml] [--section.key=VALUE ...]
+
+  ./run_train.sh --training.steps=20
+        the small model of the default config, for 20 steps
+  NGPU=8 CONFIG_FILE=my.toml ./run_train.sh --chunkflow.chunk_size=8192 --checkpoint.enable
+        your settings on 8 processes, with changes; the same command again goes on from the last checkpoint
+  ./run_train.sh --training.dataset=jsonl --training.dataset_path=my_rows.jsonl --training.seq_len=32768
+        your data
+  NGPU=8 CONFIG_FILE=my.toml ./run_train.sh --check
+        stops after the checks of settings and paths
+
+Options go over the values of the file, and these over the defaults shown in brackets. A flag is
+--section.key or --section.no_key; a list has commas; "none" unsets a key that can be unset."""
+
+
 def help_text() -> str:
-    """Every key with its default, what it means and what it admits."""
-    lines = [
-        "Options, over the values of --job.config_file FILE.toml, over the defaults shown. --check: stop"
-        " after the checks."
-    ]
-    defaults = flat(Config())
+    """Usage and examples, then every key with its default, what it means and what it admits."""
+    lines, defaults = [USAGE], flat(Config())
     for section, names in _by_section(KEYS):
         lines += ["", f"[{section}]"]
         for name in names:
@@ -117,15 +132,75 @@ def help_text() -> str:
 
 
 def _help_of(name: str, key: Key, default: Any) -> list[str]:
-    doc, admits = key.field.metadata["doc"], key.field.metadata["admits"]
-    words = KINDS[key.type][0]
+    lines, admitted = _wrapped(key.field.metadata["doc"]), f"[{_admitted(key)}]"
+    if len(lines[-1]) + len(admitted) < 100:
+        lines[-1] += f" {admitted}"
+    else:
+        lines += _wrapped(admitted)
+    return [f"{name} ({'unset' if default is None else show(default)})", *lines]
+
+
+def _wrapped(text: str) -> list[str]:
+    indent = " " * 8
+    return textwrap.wrap(text, 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _admitted(key: Key) -> str:
+    """What a key admits, in words."""
+    admits, words = key.field.metadata["admits"], KINDS[key.type][0]
     if isinstance(admits, Rule):
         words = f"a value {admits.words}"
     elif isinstance(admits, tuple):
         words = ", ".join(map(show, admits))
-    words = " or ".join([words, *map(show, key.words)])
-    return [f"{name} ({'unset' if default is None else show(default)})", f"        {doc} [{words}]"]
+    elif isinstance(admits, dict):
+        words = f"a table of {', '.join(admits)}"
+    return " or ".join([words, *map(show, key.words)])
+
+
+def reference() -> str:
+    """docs/configuration.md: every key by section, in tables."""
+    lines = [REFERENCE]
+    defaults = flat(Config())
+    for section, names in _by_section(KEYS):
+        below, rows = [], []
+        for name in names:
+            if name in TABLES:
+                own = {inner: (key, key.field.default) for inner, key in TABLES[name].items()}
+                below += ["", f"## [[{name}]]", "", f"{_sentence(KEYS[name])}", "", *_table(own)]
+            else:
+                rows.append(name)
+        own = {split(name)[1]: (KEYS[name], defaults[name]) for name in rows}
+        lines += ["", f"## [{section}]", "", *_table(own), *below]
+    return "\n".join(lines) + "\n"
+
+
+REFERENCE = """\
+# Every setting
+
+Made by `python -m chunkflow.settings.keys > docs/configuration.md`; a test holds it to the options.
+
+`[training] steps = 20` in a TOML file is `--training.steps=20` on the command line, which goes over the
+file. An unset key is left out of the file (`--section.key=none` on the command line). An unknown key, a value
+that is not admitted, or values that contradict each other end with exit status 2 before any process starts,
+all of them said at once."""
+
+
+def _table(keys: dict[str, tuple[Key, Any]]) -> list[str]:
+    lines = ["| key | default | admits | what it does |", "|---|---|---|---|"]
+    for name, (key, default) in keys.items():
+        shown = "unset" if default is None else f"`{show(default)}`"
+        lines.append(f"| `{name}` | {shown} | {_admitted(key)} | {_sentence(key)} |")
+    return lines
+
+
+def _sentence(key: Key) -> str:
+    doc = key.field.metadata["doc"].replace("|", "\\|")
+    return f"{doc[0].upper()}{doc[1:]}."
 
 
 def _by_section(names: Iterable[str]) -> Iterator[tuple[str, Iterator[str]]]:
     return groupby(names, key=lambda name: split(name)[0])
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

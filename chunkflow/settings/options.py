@@ -15,6 +15,7 @@ POSITIVE = Rule("greater than 0", lambda value: value > 0)
 NOT_NEGATIVE = Rule("of at least 0", lambda value: value >= 0)
 AT_LEAST_1 = Rule("of at least 1", lambda value: value >= 1)
 SHARE = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
+BELOW_HALF = Rule("of at least 0 and less than 0.5", lambda value: 0 <= value < 0.5)
 BELOW_1 = Rule("of at least 0 and less than 1", lambda value: 0 <= value < 1)
 DEGREE = Rule("of at least 1, or -1 for all remaining ranks", lambda value: value >= 1 or value == -1)
 STEP = Rule("of at least 1, or -1 for the newest", lambda value: value >= 1 or value == -1)
@@ -38,7 +39,7 @@ ROPE_SCALING |= dict.fromkeys(_FLOATS.split(), float) | {"truncate": bool}
 
 _COLUMNS = """
     text messages conversations prompt completion instruction input output input_ids labels loss_mask system
-    tools weight
+    tools weight chosen rejected
 """
 COLUMNS = dict.fromkeys(_COLUMNS.split(), str)
 
@@ -97,7 +98,7 @@ class Source:
 class Training:
     dataset: str = option("python_stdlib", "where sequences come from", DATASETS)
     dataset_path: str = option(
-        "", 'file, folder or glob; with synthetic: "lmsys", "llama3_sft", "agent", "prolong"'
+        "", 'file, folder or glob; with synthetic: "lmsys", "llama3_sft", "agent", "prolong", "preference"'
     )
     sources: list[Source] = option([], "several of these, mixed; only in a file", Source)
     columns: dict = option({}, 'their name for ours: { prompt = "question" }', COLUMNS)
@@ -110,7 +111,9 @@ class Training:
     loss_weighting: str = option(
         "token", "what counts the same in the loss: each token, or each sequence", ("token", "sequence")
     )
-    global_batch_size: int = option(16, "sequences per optimizer step over all ranks", AT_LEAST_1)
+    global_batch_size: int = option(
+        16, "sequences (recipes/dpo.py: pairs) per optimizer step over all ranks", AT_LEAST_1
+    )
     seq_len: int = option(8192, "longest admissible sequence, tokens", AT_LEAST_1)
     overlong: str = option("error", "what becomes of longer sequences", ("error", "truncate", "drop"))
     shuffle: bool = option(True, "a new order of the sequences in each epoch")
@@ -163,6 +166,36 @@ class ChunkFlow:
         "what a rank may hold: a plan for more is refused, and sequences are shared before that; unset: its"
         " GPU's memory, on a CPU no limit",
         POSITIVE,
+    )
+
+
+@dataclass
+class Lora:
+    rank: int = option(0, "of the adapters, which alone are trained; 0: all parameters are", NOT_NEGATIVE)
+    alpha: float | None = option(
+        None, "adapters' outputs are scaled by alpha / rank; unset: 2 x rank", POSITIVE
+    )
+    target_modules: list[str] = option(
+        [],
+        "linear layers that get adapters, by their names in models/ or Hugging Face's, such as q_proj; empty:"
+        " all in the blocks",
+    )
+    adapter_path: str = option(
+        "", "folder of a PEFT adapter to start from, whose rank, alpha and target modules hold"
+    )
+    base: str = option("compute", "what the frozen weights are stored in", ("compute", "nf4"))
+
+
+@dataclass
+class Dpo:
+    """Read by recipes/dpo.py."""
+
+    beta: float = option(
+        0.1, "what a log-probability above the reference's is worth: the smaller, the further", POSITIVE
+    )
+    label_smoothing: float = option(0.0, "share of the pairs that may be the wrong way round", BELOW_HALF)
+    length_normalised: bool = option(
+        False, "log-probabilities are divided by the targets of their answer; false: they are sums"
     )
 
 
@@ -342,6 +375,8 @@ class Config:
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     chunkflow: ChunkFlow = field(default_factory=ChunkFlow)
+    lora: Lora = field(default_factory=Lora)
+    dpo: Dpo = field(default_factory=Dpo)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LrScheduler = field(default_factory=LrScheduler)
     parallelism: Parallelism = field(default_factory=Parallelism)

@@ -24,8 +24,10 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from chunkflow.settings import options
-from chunkflow.storage import files, hf_weights, manifest, tensors
-from chunkflow.training import parallel
+from chunkflow.settings.faults import collected, refuse
+from chunkflow.settings.options import Config
+from chunkflow.storage import adapters, files, hf_weights, manifest, tensors
+from chunkflow.training import lora, parallel
 from chunkflow.training.optimizer import optimizer_tensors
 from chunkflow.training.progress import Progress
 
@@ -34,6 +36,19 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 3  # saves that fail in a row before the run stops
 SECONDS_BETWEEN_ATTEMPTS = 3  # when no step comes between them
 GROUP_TIMEOUT = timedelta(hours=1)  # ranks wait for the slowest to write its files
+
+
+def check(config: Config, spec) -> None:
+    """What the folders that a run starts from and goes on in can tell before any process starts; `spec`: a
+    build.ModelSpec. ValueError, one sentence a line."""
+    settings, faults = config.checkpoint, {}
+    with collected(faults):
+        hf_weights.check(settings, config.model.hf_assets_path, spec.family, spec.args)
+    with collected(faults):
+        adapters.check(config, spec.family, spec.args)
+    with collected(faults):
+        manifest.check(config, spec.args)
+    refuse(faults)
 
 
 class SaveFailed(Exception):
@@ -63,6 +78,7 @@ class Checkpoints:
         self.hf_folder = manifest.hf_folder(settings, dump_folder, steps)
         self.parameters = parallel.named_parameters(self.models)
         self.identity = manifest.model_identity(config, self.models[0].args)
+        self.lora, self.base = manifest.lora_settings(config), None
         self.rank = dist.get_rank()
         # a group for checkpoints alone: saves go on beside the training's collectives
         self.group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
@@ -71,6 +87,7 @@ class Checkpoints:
         if torch.cuda.is_available():
             device = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)}
         self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", **device)
+        self.at_origin = False  # whether the model has the weights that the run starts from at step 1
         self.saving: Future[None] | None = None  # the save in the background
         self.failures = 0  # saves that failed since the last good one
 
@@ -78,10 +95,13 @@ class Checkpoints:
         """Fills the state that a run starts from; returns its progress.
 
         The state is the run's checkpoint (model, optimizer, loader, random generators); else the weights of
-        another checkpoint or of a Hugging Face folder, or weights drawn from the seed. ValueError for a file
-        that is damaged or does not fit.
+        another checkpoint or of a Hugging Face folder, or weights drawn from the seed. With lora.rank the
+        model in it is the adapters alone, and the base comes from one of the other places. ValueError for a
+        file that is damaged or does not fit.
         """
         kind, folder = self._on_rank_0(lambda: self._choose_start(hf_assets_path))
+        if self.lora.rank:
+            kind = self._choose_adapters(kind, folder, self._load_base(family, hf_assets_path, seed))
         if kind == "checkpoint":
             content = manifest.read_manifest(folder)
             excluded = manifest.excluded(self.settings, content)
@@ -90,14 +110,47 @@ class Checkpoints:
                 self.loader.restore(content)
             self._load_tensors(folder, weights_only=not content["complete"] or "optimizer" in excluded)
             return Progress(**content["progress"])
+        if not self.at_origin:
+            self._load_weights(kind, folder, family, seed)
+        return Progress()
+
+    def load_initial(self, family: ModuleType, hf_assets_path: str, seed: int) -> None:
+        """Fills the model with the weights that the run started from, or starts from, at step 1; with
+        lora.rank the base alone."""
+        if self.lora.rank:
+            self._load_base(family, hf_assets_path, seed)
+            return
+        start = self._on_rank_0(lambda: manifest.initial_start(self.settings, hf_assets_path))
+        self._load_weights(*start, family, seed)
+        self.at_origin = True
+
+    def _load_weights(self, kind: str, folder: Path | None, family: ModuleType, seed: int) -> None:
         if kind == "checkpoint weights":
             self._load_tensors(folder, weights_only=True)
         for model in self.models:
             if kind == "hf":
                 hf_weights.load_weights(model, family, folder)
+            elif kind == "adapter":
+                adapters.load_adapter(model, family, self.lora)
             elif kind == "random":
-                parallel.init_weights(model, seed)
-        return Progress()
+                parallel.init_weights(model, seed, lambda name: not self.lora.rank or lora.is_adapter(name))
+
+    def _load_base(self, family: ModuleType, hf_assets_path: str, seed: int) -> manifest.Start:
+        """Fills the frozen parameters, once, and returns where they come from."""
+        start = self._on_rank_0(lambda: adapters.choose_base(self.settings, hf_assets_path))
+        if self.base is None:
+            if start.kind == "checkpoint weights":
+                self._check_files(start.folder)
+            self.base = adapters.load_base(self.models, family, start, seed, self.group)
+        return start
+
+    def _choose_adapters(self, kind: str, folder: Path | None, base: manifest.Start) -> str:
+        """Where the adapters of a run come from that starts from `kind` and `folder`: "checkpoint",
+        "checkpoint weights", "adapter" (lora.adapter_path) or "random"."""
+        if kind == "checkpoint" or (kind == "checkpoint weights" and folder != base.folder):
+            adapters.check_base(manifest.read_manifest(folder), self.base, folder)
+            return kind
+        return "adapter" if self.lora.adapter_path else "random"
 
     def _choose_start(self, hf_assets_path: str) -> manifest.Start:
         """Decides what the run starts from. Removes unfinished folders of killed runs, and renames
@@ -122,11 +175,9 @@ class Checkpoints:
     def _load_tensors(self, folder: Path, weights_only: bool) -> None:
         logger.info(f"Loading the checkpoint from {folder}.")
         begin = time.perf_counter()
-        recorded = list(manifest.read_manifest(folder)["files"].items())
-        share = dict(recorded[self.rank :: dist.get_world_size()])
-        self._gathered(lambda: files.check_files(folder, share))
+        self._check_files(folder)
         saved, random = tensors.tensors_in(folder), {}
-        wanted = self._model_tensors()
+        wanted = tensors.trained_parameters(self.models)
         if not weights_only:
             wanted |= optimizer_tensors(self.optimizer, self.parameters)
             states = tensors.random_states(self.rank)  # more ranks than before: the new ones have none
@@ -136,8 +187,11 @@ class Checkpoints:
             (torch.cuda if name.startswith("random.cuda") else torch).set_rng_state(state)
         logger.info(f"Finished loading the checkpoint in {time.perf_counter() - begin:.2f} seconds.")
 
-    def _model_tensors(self) -> dict[str, torch.Tensor]:
-        return {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+    def _check_files(self, folder: Path) -> None:
+        """ValueError for a damaged file of a checkpoint. Each rank reads its share."""
+        recorded = list(manifest.read_manifest(folder)["files"].items())
+        share = dict(recorded[self.rank :: dist.get_world_size()])
+        self._gathered(lambda: files.check_files(folder, share))
 
     @property
     def failed_in_background(self) -> bool:
@@ -194,7 +248,7 @@ class Checkpoints:
             now = "it goes on with what it read, but cannot be continued with the new file"
             logger.warning(f"{changed} changed since this run read it: {now}")
         complete = not (self.settings.last_save_model_only and step == self.steps)
-        state = self._model_tensors()
+        state = tensors.trained_parameters(self.models)
         if complete:
             state |= optimizer_tensors(self.optimizer, self.parameters) | tensors.random_states(self.rank)
         content = {
@@ -205,6 +259,7 @@ class Checkpoints:
             "ranks": dist.get_world_size(),
             "config": self.config,
             "model": self.identity,
+            "base": self.base,
             "data": self.loader.identity,
             "excluded": self.settings.exclude_from_loading,
             **self.loader.state,

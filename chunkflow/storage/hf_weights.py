@@ -83,7 +83,7 @@ def check_weights(folder: str | Path, family: ModuleType, args: Any) -> dict[str
     file if one is missing or truncated.
     """
     folder = Path(folder).expanduser()
-    tensors = _tensors(folder)
+    tensors = headers(folder)
     sources = {}
     for parameter, shape in parameter_shapes(family, args).items():
         tied = parameter == "tok_embeddings.weight" and args.tied_embeddings
@@ -91,12 +91,7 @@ def check_weights(folder: str | Path, family: ModuleType, args: Any) -> dict[str
         copies = [(tensors[name][0], name) for name in names if name in tensors]
         for file, name in copies:
             _, size, dtype = tensors.pop(name)
-            if size != list(shape):
-                needs = f"has shape {size}, but the model needs {list(shape)}"
-                raise ValueError(f"{file}: {name} {needs}: {_OTHER_MODEL}")
-            if dtype not in ("F32", "BF16", "F16"):
-                rule = "only bfloat16, float16 and float32 are read, convert it"
-                raise ValueError(f"{file}: {name} is of type {dtype}: {rule}")
+            check_tensor(f"{file}: {name}", size, dtype, shape)
         if not copies:
             raise ValueError(f"{folder} has no tensor {names[0]}, which its model needs: {_COPY_AGAIN}")
         sources[parameter] = Source(*copies[0], *copies[1:])
@@ -109,18 +104,28 @@ def check_weights(folder: str | Path, family: ModuleType, args: Any) -> dict[str
     return sources
 
 
-def _tensors(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
-    """File, shape and type of every tensor in a folder, from the files' headers."""
+def check_tensor(name: str, size: list[int], dtype: str, shape: torch.Size) -> None:
+    """ValueError unless a tensor of a file has this shape, and a type that is read."""
+    if size != list(shape):
+        raise ValueError(f"{name} has shape {size}, but the model needs {list(shape)}: {_OTHER_MODEL}")
+    if dtype not in ("F32", "BF16", "F16"):
+        rule = "only bfloat16, float16 and float32 are read, convert it"
+        raise ValueError(f"{name} is of type {dtype}: {rule}")
+
+
+def headers(folder: Path, only: str = "model.safetensors") -> dict[str, tuple[Path, list[int], str]]:
+    """File, shape and type of every tensor in a folder, from the headers of the file `only`, or of those in
+    its index."""
     safetensors = _safetensors()
-    index, listed = folder / "model.safetensors.index.json", {}
+    index, listed = folder / f"{only}.index.json", {}
     if index.is_file():
         listed = read_json(index, _COPY_AGAIN).get("weight_map")
         names = listed.values() if isinstance(listed, dict) else [None]
         if not all(type(name) is str and Path(name).name == name for name in names):
             raise ValueError(f"{index} has no weight_map of file names: copy it again")
-    missing = _COPY_AGAIN if listed else f"name a folder with model.safetensors or {index.name}"
+    missing = _COPY_AGAIN if listed else f"name a folder with {only} or {index.name}"
     found = {}
-    for file in [folder / name for name in sorted(set(listed.values())) or ["model.safetensors"]]:
+    for file in [folder / name for name in sorted(set(listed.values())) or [only]]:
         try:
             with safetensors.safe_open(file, "pt") as content:
                 keys = content.keys()  # an open file is no mapping: it does not iterate
@@ -149,13 +154,13 @@ def _safetensors() -> ModuleType:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, family: ModuleType, folder: str | Path) -> None:
-    """Fills a model, or a stage of one, from a folder. Each rank reads the rows of its shards, one parameter
-    at a time.
+    """Fills a model, or a stage of one, from a folder; adapters stay as they are. Each rank reads the rows of
+    its shards, one parameter at a time.
 
     Raises what check_weights does, and ValueError with the name of a tensor that is not finite.
     """
     sources, parameters = check_weights(folder, family, model.args), parallel.named_parameters([model])
-    local = {name: parallel.to_local(parameter) for name, parameter in parameters.items()}
+    local = {name: parallel.to_local(parameters[name]) for name in parameters if name in sources}
     elements = sum(part.numel() for part in local.values())
     logger.info(f"Reading weights from {folder}: {elements:,} parameters are this rank's")
     quiet = dist.is_initialized() and dist.get_rank() > 0
@@ -249,8 +254,10 @@ def write_folder(
     assets: str | Path | None,
     chat_template: str = "",
     max_file_bytes: int = MAX_FILE_BYTES,
+    config_file: str = "config.json",
+    stem: str = "model",
 ) -> None:
-    """Writes `tensors` (in the order of `shapes`, by Hugging Face's names) as `dtype`, config.json, and the
+    """Writes `tensors` (in the order of `shapes`, by Hugging Face's names) as `dtype`, `config`, and the
     tokenizer's files of the folder `assets`, with the text `chat_template` in place of its template unless it
     is "". Holds one file's tensors at a time.
 
@@ -277,12 +284,12 @@ def write_folder(
                     content[name] = next(tensors).to(dtype).contiguous()
                     _check_finite(content[name], f"{name}, written as {str(dtype)[6:]},")
                     bar.update(1)
-                save_file(content, temporary / f"model{part}.safetensors", metadata={"format": "pt"})
-                weight_map |= dict.fromkeys(names, f"model{part}.safetensors")
+                save_file(content, temporary / f"{stem}{part}.safetensors", metadata={"format": "pt"})
+                weight_map |= dict.fromkeys(names, f"{stem}{part}.safetensors")
         if len(groups) > 1:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            _write_json(temporary / "model.safetensors.index.json", index)
-        _write_json(temporary / "config.json", config)
+            _write_json(temporary / f"{stem}.safetensors.index.json", index)
+        _write_json(temporary / config_file, config)
         for file in [Path(assets).expanduser() / name for name in ASSETS.split()] if assets else []:
             if file.is_file():
                 shutil.copyfile(file, temporary / file.name)

@@ -11,6 +11,7 @@ from chunkflow.settings import options
 from chunkflow.settings.config import Config, ConfigError
 from chunkflow.settings.keys import flat
 from chunkflow.storage.hf_weights import weights_folder
+from chunkflow.training import lora
 from models import families
 
 FORMAT = 1  # to be raised whenever an older manifest or its tensors would be misread
@@ -62,6 +63,11 @@ def choose_start(settings: options.Checkpoint, dump_folder: str, hf_assets_path:
     """The run's checkpoint, else checkpoint.initial_load_path, else the weights in model.hf_assets_path."""
     if folder := resume_folder(settings, dump_folder):
         return Start("checkpoint", folder)
+    return initial_start(settings, hf_assets_path)
+
+
+def initial_start(settings: options.Checkpoint, hf_assets_path: str) -> Start:
+    """What a run starts from at step 1."""
     if settings.initial_load_path and not settings.initial_load_in_hf:
         return Start("checkpoint weights", Path(settings.initial_load_path).expanduser())
     weights = weights_folder(settings, hf_assets_path)
@@ -103,8 +109,24 @@ def model_identity(config: dict[str, Any], args: Any) -> dict[str, Any]:
     """The keys and sizes that must agree for tensors to fit and to mean the same. `config`: the value of
     every key."""
     sizes = {f"model {name}": value for name, value in dataclasses.asdict(args).items()}
-    named = ("model.name", "model.converters", "training.dtype", "optimizer.name")
-    return {name: config[name] for name in named} | sizes
+    named = ("model.name", "model.converters", "training.dtype", "optimizer.name", "lora.rank")
+    settings, adapters = lora_settings(config), {}
+    if settings.rank:
+        adapters["lora.alpha"] = lora.alpha(settings)
+        adapters["lora.target_modules"] = lora.target_modules(settings, families[config["model.name"]], args)
+    return {name: config[name] for name in named} | adapters | sizes
+
+
+def lora_settings(config: dict[str, Any]) -> options.Lora:
+    """The section of a config given as the value of every key."""
+    names = [field.name for field in dataclasses.fields(options.Lora)]
+    return options.Lora(**{name: config[f"lora.{name}"] for name in names})
+
+
+def adapters_of(manifest: dict[str, Any]) -> options.Lora:
+    """The adapters that a checkpoint has instead of all parameters; with rank 0, none."""
+    found = [manifest["model"].get(f"lora.{key}") for key in ("rank", "alpha", "target_modules")]
+    return options.Lora(found[0] or 0, found[1], found[2] or [])
 
 
 def model_of(manifest: dict[str, Any]) -> tuple[str, Any]:
@@ -161,8 +183,22 @@ def check(config: Config, args: Any) -> None:
         may_differ = {"optimizer.name", "model.converters"}
         may_differ |= {"model rope_theta", "model rope_scaling", "model max_positions"}
         remedy = "name a checkpoint of this model"
+        own, theirs = config.lora, adapters_of(manifest)
+        if not theirs.rank:
+            may_differ.add("lora.rank")  # it is the base
+        elif not own.rank:
+            raise ValueError(
+                f"{folder} has low-rank adapters only (lora.rank = {theirs.rank}): set lora.rank, too, or"
+                " make a whole model of it by recipes/convert.py --merge, and name that"
+            )
+        elif own.adapter_path:
+            raise ValueError(
+                f"checkpoint.initial_load_path = {str(folder)!r} and lora.adapter_path ="
+                f" {own.adapter_path!r} are two adapters to start from: remove one"
+            )
     identity = json.loads(json.dumps(model_identity(flat(config), args)))
-    recorded = {name: value for name, value in manifest["model"].items() if name not in may_differ}
+    recorded = {"lora.rank": 0} | manifest["model"]  # of before there were adapters
+    recorded = {name: value for name, value in recorded.items() if name not in may_differ}
     if difference := _difference(recorded, identity):
         raise ValueError(f"{folder} is of another model: {difference}: {remedy}")
     if kind == "checkpoint" and not manifest["complete"] and manifest["progress"]["step"] < steps:

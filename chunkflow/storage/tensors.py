@@ -6,6 +6,7 @@ the state of a rank's random generator.
 
 import pickle
 import warnings
+from collections.abc import Iterable
 from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any
@@ -88,17 +89,21 @@ def tensors_in(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def read(
-    folder: Path, saved: dict[str, Any], tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None
+    folder: Path,
+    saved: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    group: dist.ProcessGroup | None,
+    converts: bool = False,
 ) -> None:
     """Fills the tensors in-place, with all ranks of the group (None: this process alone). `saved`: what
-    tensors_in returns for the folder. ValueError names a tensor that it lacks or has in another shape or
-    dtype."""
+    tensors_in returns for the folder. ValueError names a tensor that it lacks or has in another shape or,
+    unless `converts`, another dtype."""
     for name, tensor in tensors.items():
         if name not in saved:
             reason = "it is of another model or optimizer, or of another version"
             raise ValueError(f"{folder} has no {name}: {reason}")
         size, dtype = saved[name].size, saved[name].properties.dtype
-        if size != tensor.shape or dtype != tensor.dtype:
+        if size != tensor.shape or (dtype != tensor.dtype and not converts):
             here = f"but the model has {tensor.dtype} of {tuple(tensor.shape)}: it is of another model"
             raise ValueError(f"{folder}: {name} is {dtype} of shape {tuple(size)}, {here}")
     try:
@@ -115,11 +120,17 @@ def read(
 
 
 def load_model_weights(model: nn.Module, folder: str | Path) -> None:
-    """Fills a whole model, in one process, from a checkpoint folder. ValueError if that does not fit."""
+    """Fills all that is trained of a whole model, in one process, from a checkpoint folder. ValueError if
+    that does not fit."""
     folder = Path(folder).expanduser()
     check_files(folder, read_manifest(folder)["files"])
-    parameters = named_parameters([model])
-    read(folder, tensors_in(folder), {f"model.{name}": parameters[name] for name in parameters}, None)
+    read(folder, tensors_in(folder), trained_parameters([model]), None)
+
+
+def trained_parameters(models: Iterable[nn.Module]) -> dict[str, torch.Tensor]:
+    """What checkpoints have of a model, or of stages of one, by its name in them."""
+    parameters = named_parameters(models).items()
+    return {f"model.{name}": parameter.detach() for name, parameter in parameters if parameter.requires_grad}
 
 
 def first_failure(error: BaseException) -> str:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -24,8 +26,10 @@ from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.waits import PESSIMISTIC_FLOPS, longest_wait
 from chunkflow.settings import options
 from chunkflow.settings.config import ConfigError, data_sections
+from chunkflow.settings.faults import collected, refuse
 from chunkflow.settings.options import Config
 from chunkflow.training.converters import check_converters
+from chunkflow.training.lora import check_lora, trained_parameters
 from chunkflow.training.optimizer import check_optimizer
 from chunkflow.training.parallel import reshards
 from chunkflow.training.prediction import most_kv_tokens
@@ -59,33 +63,90 @@ class ModelSpec(NamedTuple):
 
 
 def model_spec(config: Config) -> ModelSpec:
-    """The model, its tokenizer and its stages. ValueError where the settings contradict each other."""
-    tokenizer = open_tokenizer(config)
-    family, args = model_args(config.model, config.training.seq_len, tokenizer.vocab_size if tokenizer else 0)
-    name, parallelism = f"{config.model.name} {config.model.flavor}", config.parallelism
-    if parallelism.pipeline_parallel_degree > 1 and parallelism.fsdp_reshard_after_forward == "always":
+    """The model, its tokenizer and its stages. ValueError, one sentence a line, where the settings contradict
+    each other."""
+    faults, tokenizer = {}, None
+    with collected(faults):
+        check_reshard(config.parallelism)
+    with collected(faults):
+        tokenizer = open_tokenizer(config)
+    with collected(faults):
+        vocab_size = tokenizer.vocab_size if tokenizer else 0
+        family, args = model_args(config.model, config.training.seq_len, vocab_size)
+    refuse(faults)
+    name = f"{config.model.name} {config.model.flavor}"
+    return ModelSpec(name, family, args, tokenizer, layers_of_stages(config.parallelism, args, name))
+
+
+def check(config: Config, *more: Callable[[ModelSpec], object], pairs: bool = False) -> ModelSpec:
+    """Checks the config against the model and this machine's devices; `more`: checks of other rooms, which
+    need the model; `pairs`: the data are to be preference pairs. ValueError, one sentence a line for all that
+    is wrong."""
+    training, fake, faults = config.training, config.comm.mode == "fake_backend", {}
+
+    def converters(spec: ModelSpec) -> None:
+        float8 = config.quantize.linear.float8
+        check_converters(config.model, float8, spec.family, spec.args, training.dtype, fake)
+
+    def lora(spec: ModelSpec) -> None:
+        check_lora(config.lora, spec.family, spec.args)
+
+    checks = [
+        lambda: check_pairs(config, pairs),
+        lambda: check_optimizer(config.optimizer, config.compile, training, fake),
+        lambda: check_cuda_dtype(training),
+        lambda: check_attention(config),
+        lambda: check_torch(config, pairs),
+    ]
+    spec = None
+    with collected(faults):
+        spec = model_spec(config)
+        checks += [functools.partial(of_model, spec) for of_model in (converters, lora, *more)]
+    for each in checks:
+        with collected(faults):
+            each()
+    refuse(faults)
+    return spec
+
+
+def check_reshard(settings: options.Parallelism) -> None:
+    if settings.pipeline_parallel_degree > 1 and settings.fsdp_reshard_after_forward == "always":
         raise ConfigError(
             'parallelism.fsdp_reshard_after_forward = "always" would gather every layer for every chunk, and'
             ' replicas have unequal plans: with a pipeline set "default" or "never"'
         )
-    return ModelSpec(name, family, args, tokenizer, layers_of_stages(parallelism, args, name))
 
 
-def check(config: Config) -> ModelSpec:
-    """Checks the config against the model and this machine's devices. ValueError, one sentence."""
-    spec, training, fake = model_spec(config), config.training, config.comm.mode == "fake_backend"
-    float8 = config.quantize.linear.float8
-    check_converters(config.model, float8, spec.family, spec.args, training.dtype, fake)
-    check_optimizer(config.optimizer, config.compile, training, fake)
-    check_cuda_dtype(training)
-    check_attention(config)
-    check_torch(config)
-    return spec
+def check_pairs(config: Config, pairs: bool) -> None:
+    """ValueError where the config's data cannot be preference pairs, or with `pairs` false can be nothing
+    else; or where it asks for what a loss of pairs does not have."""
+    sections = data_sections(config)
+    if config.validation.enable:
+        sections |= data_sections(config, "validation")
+    for name, section in sections.items():
+        shown, path = f'{name}.dataset = "{section.dataset}"', section.dataset_path
+        made_up = section.dataset == "synthetic" and path == "preference"
+        if made_up and not pairs:
+            raise ConfigError(
+                f'{shown} with dataset_path = "preference" has preference pairs: train on them with'
+                " recipes/dpo.py, or choose another"
+            )
+        if pairs and not made_up and section.dataset in ("python_stdlib", "synthetic"):
+            raise ConfigError(
+                f'{shown} has no preference pairs: set "jsonl" or "parquet" and {name}.dataset_path to rows'
+                ' of {"prompt", "chosen", "rejected"}, or "synthetic" and "preference"'
+            )
+    if pairs and config.training.loss_weighting != "token":
+        raise ConfigError(
+            f'training.loss_weighting = "{config.training.loss_weighting}" is not read by recipes/dpo.py:'
+            " leave it out, and set dpo.length_normalised for log-probabilities by the token"
+        )
 
 
-def check_torch(config: Config) -> None:
+def check_torch(config: Config, pairs: bool = False) -> None:
     """For machines that come with an older torch, and are told to use it (CHUNKFLOW_PYTHON)."""
     uses = {
+        "recipes/dpo.py": pairs,
         "validation.enable": config.validation.enable,
         "parallelism.pipeline_parallel_degree": config.parallelism.pipeline_parallel_degree > 1,
     }
@@ -131,14 +192,20 @@ def activate_attention(config: Config) -> None:
 
 
 def plan_settings(
-    config: Config, spec: ModelSpec, replicas: int, planned: bool = False, device: str = ""
+    config: Config,
+    spec: ModelSpec,
+    replicas: int,
+    planned: bool = False,
+    device: str = "",
+    pairs: bool = False,
 ) -> PlanSettings:
     """What plans depend on, for this number of data-parallel replicas. `planned`: for GPUs that need not be
-    this machine's; `device`: by its name, if not the one that follows."""
+    this machine's; `device`: by its name, if not the one that follows; `pairs`: of preference training."""
     chunkflow, last, most = config.chunkflow, spec.layers[-1], config.parallelism.context_parallel_degree
-    costs = [Cost.of_layers(spec.args, len(layers), head=layers is last) for layers in spec.layers]
+    adapters = trained_parameters(config.lora, spec.family, spec.args) // spec.args.n_layers
+    costs = [Cost.of_layers(spec.args, len(own), head=own is last, adapters=adapters) for own in spec.layers]
     return PlanSettings(
-        Cost.of_model(spec.args),
+        Cost.of_model(spec.args, adapters),
         replicas=replicas,
         enable=chunkflow.enable,
         chunk_size=chunkflow.chunk_size,
@@ -146,6 +213,7 @@ def plan_settings(
         fill_tails=chunkflow.fill_tails,
         balance=chunkflow.balance,
         lockstep=reshards(config.parallelism, replicas),
+        forward_first=pairs,
         stages=tuple(costs),
         pipeline_ranks=config.parallelism.pipeline_parallel_degree,
         spread_over=replicas if most == -1 else most,
@@ -154,10 +222,11 @@ def plan_settings(
 
 
 def open_data(
-    config: Config, spec: ModelSpec, seed: int, section: str = "training"
+    config: Config, spec: ModelSpec, seed: int, section: str = "training", pairs: bool | None = False
 ) -> TokenDataset | SyntheticDataset | MixedDataset:
     """The sequences of the config's `section`, training or validation: of its dataset, or of all its sources
-    if it has some. ValueError for rows that cannot be used."""
+    if it has some. `pairs`: whether these are preference pairs; None: if the first row is one. ValueError for
+    rows that cannot be used."""
     training, opened = config.training, []
     for where, settings in data_sections(config, section).items():
         name, path = settings.dataset, settings.dataset_path
@@ -165,12 +234,17 @@ def open_data(
         arguments = {"vocab_size": spec.args.vocab_size, "seed": seed, "section": where}
         columns = getattr(settings, "columns", None)  # a source's own
         arguments |= {"columns": training.columns if columns is None else columns}
-        dataset = open_dataset(name, path, spec.tokenizer, multi_turn=training.multi_turn, **arguments)
+        arguments |= {"multi_turn": training.multi_turn, "pairs": pairs}
+        dataset = open_dataset(name, path, spec.tokenizer, **arguments)
         total, longest = sum(dataset.lengths), max(dataset.lengths)
-        logger.info(f"{len(dataset):,} sequences, {total:,} tokens, the longest has {longest:,}")
+        of_pairs = f" of {len(dataset) // 2:,} pairs" if dataset.pairs else ""
+        logger.info(f"{len(dataset):,} sequences{of_pairs}, {total:,} tokens, the longest has {longest:,}")
         opened.append(dataset)
     if section != "training" or not training.sources:
         return opened[0]
+    if len({data.pairs for data in opened}) > 1:
+        with_pairs = ", ".join(source.name for source, data in zip(training.sources, opened) if data.pairs)
+        raise ValueError(f"of training.sources only {with_pairs} has preference pairs: leave out one kind")
     weights = [source.weight for source in training.sources]
     mixed = MixedDataset({source.name: data for source, data in zip(training.sources, opened)}, weights)
     rows = [weight * len(data) for weight, data in zip(weights, opened)]

@@ -29,7 +29,7 @@ class Forecaster:
     """Forecasts of one step under changed settings.
 
     `lengths`: of the step's sequences; `ranks`: how many there are; `device`: by its name; `measured`:
-    whether the rates are calibrated.
+    whether the rates are calibrated; `pairs`: whether the step is one of preference training.
     """
 
     def __init__(
@@ -41,7 +41,9 @@ class Forecaster:
         device: str,
         rates: Rates,
         measured: bool = False,
+        pairs: bool = False,
     ):
+        self.pairs = pairs
         self.config, self.spec, self.lengths, self.ranks = config, spec, lengths, ranks
         self.device, self.rates, self.measured = device, rates, measured
         self.budget = prediction.budget_gib(config, device)
@@ -62,7 +64,7 @@ class Forecaster:
             self.spec._replace(layers=layers),
             self.ranks // config.parallelism.pipeline_parallel_degree,
         )
-        settings = build.plan_settings(config, spec, replicas, device=self.device)
+        settings = build.plan_settings(config, spec, replicas, device=self.device, pairs=self.pairs)
         sizes = prediction.stage_sizes(config, spec.family, spec.args, layers, replicas)
         step = forecast.forecast(self.lengths, settings, sizes, self.rates, most)
         fullest = max(range(len(sizes)), key=lambda rank: sum(step.peaks[rank].values()))
@@ -137,7 +139,7 @@ def forecaster(
     lengths = list(lengths)
     lengths[lengths.index(max(lengths))] = loader.longest
     rates = rates_of(spec.name, spec.args, training.mixed_precision_param, device)
-    return Forecaster(config, spec, lengths, ranks, device, *rates)
+    return Forecaster(config, spec, lengths, ranks, device, *rates, pairs=loader.pairs)
 
 
 def layout_of(predicted: Forecaster) -> tuple[int, bool]:

@@ -59,7 +59,8 @@ def _compiles_nothing() -> bool:
 
 
 def build_optimizer(model: nn.Module, settings: options.Optimizer) -> Optimizer:
-    """AdamW, or torchao's AdamW8bit; weight decay applies to all parameters, as in torchtitan."""
+    """AdamW, or torchao's AdamW8bit; weight decay applies to all that is trained, as in torchtitan."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     arguments = {
         "lr": settings.lr,
         "betas": (settings.beta1, settings.beta2),
@@ -67,12 +68,13 @@ def build_optimizer(model: nn.Module, settings: options.Optimizer) -> Optimizer:
         "weight_decay": settings.weight_decay,
     }
     if settings.name == "AdamW8bit":
-        return _adamw_8bit(model, arguments)
+        return _adamw_8bit(model, trained, arguments)
     arguments |= {name: settings.implementation == name for name in ("fused", "foreach")}
-    return torch.optim.AdamW(model.parameters(), **arguments)
+    # In a group, since the list of a stage of frozen parameters is empty.
+    return torch.optim.AdamW([{"params": trained}], **arguments)
 
 
-def _adamw_8bit(model: nn.Module, arguments: dict) -> Optimizer:
+def _adamw_8bit(model: nn.Module, trained: list[nn.Parameter], arguments: dict) -> Optimizer:
     """Moments in 8 bits with a scale for each block of 256; shards of fewer than 4096 elements, or of no
     whole blocks, have theirs in float32. torchao is imported only here: it takes seconds, and it warns."""
     from torchao.optim import AdamW8bit
@@ -85,7 +87,7 @@ def _adamw_8bit(model: nn.Module, arguments: dict) -> Optimizer:
         parts = [function(part, **named) for part in (state.codes, state.scale, state.qmap)]
         return OptimState8bit(*parts, state.signed, dtype=dtype)
 
-    optimizer = AdamW8bit(model.parameters(), **arguments)
+    optimizer = AdamW8bit([{"params": trained}], **arguments)
     tensors = optimizer_tensors(optimizer, dict(model.named_parameters()))
     moments = [to_local(state) for name, state in tensors.items() if not name.endswith(".step")]
     parts = []

@@ -233,6 +233,8 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, settings: options.Training, r
     sharding = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype)}
     if settings.enable_cpu_offload:
         sharding["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    elif mesh.size() == 1:  # frozen parameters are in the compute dtype: FSDP2 would hold a second copy
+        sharding["ignored_params"] = {each for each in model.parameters() if not each.requires_grad}
     for layer in model.layers.values():
         fully_shard(layer, reshard_after_forward=reshard, **sharding)
     fully_shard(model, reshard_after_forward=False, **sharding)
@@ -248,7 +250,8 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, settings: options.Training, r
             module.set_modules_to_forward_prefetch([following])
         for module, preceding in zip((model, *layers[::-1]), layers[::-1]):
             module.set_modules_to_backward_prefetch([preceding])
-    gib = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize / 2**30
+    gathered = [p for p in model.parameters() if p not in sharding.get("ignored_params", ())]
+    gib = sum(parameter.numel() for parameter in gathered) * dtype.itemsize / 2**30
     cost = f"all {gib:.2f}GiB are gathered once a step and stay; ranks need not agree on their chunks"
     if reshard:
         cost = (
@@ -313,14 +316,17 @@ def local_rows(parameter: torch.Tensor) -> slice:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int) -> None:
-    """Fills all parameters. Rows are drawn in blocks, each from a generator seeded by (seed, the parameter's
-    name, the block's number): all layouts start with the same weights, and a rank draws only what it keeps.
+def init_weights(model: nn.Module, seed: int, chosen: Callable[[str], bool] = lambda name: True) -> None:
+    """Fills all parameters, or those whose names are `chosen`. Rows are drawn in blocks, each from a
+    generator seeded by (seed, the parameter's name, the block's number): all layouts start with the same
+    weights, and a rank draws only what it keeps.
 
     Drawn whole, a model of 7 billion parameters takes each rank minutes, since the product of ranks and
     parameters is drawn, by one thread each, through memory instead of a cache.
     """
     for name, parameter in named_parameters([model]).items():
+        if not chosen(name):
+            continue
         local, kept = to_local(parameter), local_rows(parameter)
         rows = max(1, DRAWN_AT_ONCE // math.prod(parameter.shape[1:]))
         for number in range(kept.start // rows, -(-kept.stop // rows)):
@@ -343,13 +349,14 @@ def clip_grad_norm(models: Iterable[nn.Module], max_norm: float, mesh: DeviceMes
         if model.tok_embeddings is None:
             named.pop("tok_embeddings.weight", None)
         counted += [parameter.grad for parameter in named.values() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(counted)
+    # A stage whose parameters are all frozen has none.
+    norm = nn.utils.get_total_norm(counted or [torch.zeros((), device=parameters[0].device)])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if "pp" in mesh.mesh_dim_names:
-        squared = norm.square()
+        squared = norm.double().square()
         dist.all_reduce(squared, group=mesh.get_group("pp"))
-        norm = squared.sqrt()
+        norm = squared.sqrt().to(norm.dtype)
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 

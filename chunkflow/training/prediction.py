@@ -15,12 +15,15 @@ from chunkflow.planning.memory import (
     cuda_bytes,
     kv_tokens,
 )
+from chunkflow.settings import options
 from chunkflow.settings.options import Config
 from chunkflow.training import stages
+from chunkflow.training.lora import apply_lora
 from chunkflow.training.parallel import DTYPES, reshards
 from chunkflow.training.rates import device_of, memory_gib
 
-_shapes: dict[tuple, list[dict[int, dict[str, tuple[int, ...]]]]] = {}  # of models asked for before
+Shapes = tuple[dict[str, tuple[int, ...]], set[str]]
+_shapes: dict[tuple, list[dict[int, Shapes]]] = {}  # of models asked for before
 
 
 def stage_sizes(
@@ -35,6 +38,7 @@ def stage_sizes(
         compute=DTYPES[training.mixed_precision_param].itemsize,
         reduce=DTYPES[training.mixed_precision_reduce].itemsize,
         shards=replicas // config.parallelism.data_parallel_replicate_degree,
+        replicated=config.parallelism.data_parallel_replicate_degree,
         reshard=reshards(config.parallelism, replicas),
         eight_bit=config.optimizer.name == "AdamW8bit",
         offload=training.enable_cpu_offload,
@@ -46,27 +50,26 @@ def stage_sizes(
         keep_attention=getattr(config.chunkflow, "keep_attention", "none"),
     )
     return [
-        {stage: StageSizes(args, shapes, layout) for stage, shapes in of_rank.items()}
-        for of_rank in _shapes_of_stages(family, args, layers, pipeline_ranks)
+        {stage: StageSizes(args, shapes, layout, frozen) for stage, (shapes, frozen) in of_rank.items()}
+        for of_rank in _shapes_of_stages(config.lora, family, args, layers, pipeline_ranks)
     ]
 
 
 def _shapes_of_stages(
-    family: ModuleType, args: Any, layers: list[range], pipeline_ranks: int
-) -> list[dict[int, dict[str, tuple[int, ...]]]]:
-    """Pipeline rank -> stage -> parameter -> its shape."""
-    key = family.__name__, repr(args), tuple(layers), pipeline_ranks
+    adapters: options.Lora, family: ModuleType, args: Any, layers: list[range], pipeline_ranks: int
+) -> list[dict[int, Shapes]]:
+    """Pipeline rank -> stage -> shape of each parameter, and the names of those that are frozen."""
+    key = family.__name__, repr(args), tuple(layers), pipeline_ranks, repr(adapters)
     if key not in _shapes:
-        with torch.device("meta"):
-            _shapes[key] = [
-                {
-                    stage: {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-                    for stage, model in stages.build_stages(
-                        family, args, layers, rank, pipeline_ranks
-                    ).items()
-                }
-                for rank in range(pipeline_ranks)
-            ]
+        _shapes[key] = [{} for _ in range(pipeline_ranks)]
+        for rank, of_rank in enumerate(_shapes[key]):
+            with torch.device("meta"):
+                models = stages.build_stages(family, args, layers, rank, pipeline_ranks)
+            for stage, model in models.items():
+                apply_lora(model, adapters, family, options.Training())
+                parameters = dict(model.named_parameters())
+                frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
+                of_rank[stage] = {name: tuple(p.shape) for name, p in parameters.items()}, frozen
     return _shapes[key]
 
 

@@ -71,7 +71,7 @@ def sum_tied_gradients(models: dict[int, nn.Module], processes: Processes) -> No
     mesh, device = processes.mesh, processes.device
     for model in models.values():
         end = model.tok_embeddings or model.output
-        if end is None or not model.args.tied_embeddings:
+        if end is None or not model.args.tied_embeddings or not end.weight.requires_grad:
             continue
         gradient = to_local(end.weight.grad)
         sent, received = gradient.to(device), torch.empty_like(gradient, device=device)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from chunkflow.settings.config import ConfigError, check_processes, data_sections, load_config
+from chunkflow.settings.faults import add, collected, refuse
 from chunkflow.settings.keys import show, to_toml
 from chunkflow.settings.options import Config
 
@@ -26,26 +27,29 @@ def main_config(
     planned: bool = False,
     chooses: bool = False,
 ) -> Config:
-    """The checked config of a command line, or `error: ...` on stderr and exit status 2.
+    """The checked config of a command line, or a line `error: ...` on stderr for all that is wrong, and exit
+    status 2.
 
-    `check(config)` adds the recipe's rules: it raises ValueError with one sentence. With --check among the
+    `check(config)` adds the recipe's rules: it raises ValueError, one sentence a line. With --check among the
     arguments the process ends after the checks. `planned`: see world_size. `chooses`: the recipe can do with
     "auto" for chunkflow.chunk_size and chunkflow.k.
     """
     argv = sys.argv[1:] if argv is None else argv
-    only_check = "--check" in argv
+    only_check, faults = "--check" in argv, {}
     try:
-        config = read_config([argument for argument in argv if argument != "--check"], chooses)
+        config = read_config([argument for argument in argv if argument != "--check"], chooses, faults)
         if _is_rank_0():  # one process looks at the file system
-            check_paths(config)
-        if check:
-            check(config)
+            check_paths(config, faults)
+        with collected(faults):
+            if check:
+                check(config)
         planned = planned or only_check or config.comm.mode == "fake_backend"
-        check_processes(config, world_size(planned))
+        if not any("pipeline_parallel_degree = " in fault for fault in faults):  # else it will be another
+            with collected(faults):
+                check_processes(config, world_size(planned))
+        refuse(faults)
     except ValueError as error:
-        if _is_rank_0():
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error if _is_rank_0() else "")
     if only_check:
         print("config and paths are good")
         gc.freeze()  # a second less: the interpreter then ends without a collection over all of torch
@@ -65,26 +69,39 @@ def options_beside_config(doc: str) -> argparse.ArgumentParser:
 
 
 def fail(reason: object) -> NoReturn:
-    print(f"error: {reason}", file=sys.stderr)
+    """Ends with exit status 2, and a line for each sentence of the reason."""
+    for sentence in str(reason).splitlines():
+        print(f"error: {sentence}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def read_config(argv: list[str], chooses: bool = False) -> Config:
-    """The config of a command line; the folder model.hf_assets_path determines model.name and model.flavor.
-    ValueError for wrong settings, or where that folder's config.json cannot be used. `chooses`: see
-    main_config."""
-    config = load_config(argv)
+def read_config(argv: list[str], chooses: bool = False, faults: dict[str, str] | None = None) -> Config:
+    """The config of a command line; the folder model.hf_assets_path determines model.name and model.flavor,
+    the adapter of lora.adapter_path its rank, alpha and target modules.
+    ValueError for wrong settings, or where a folder's configuration cannot be used; with `faults`, that goes
+    there, as in load_config. `chooses`: see main_config."""
+    found = {} if faults is None else faults
+    config = load_config(argv, found)
     for name in () if chooses else ("chunk_size", "k"):
         if getattr(config.chunkflow, name) == "auto":
-            raise ConfigError(
-                f'chunkflow.{name} = "auto" is chosen by recipes/finetune.py and recipes/plan.py: set a'
+            sentence = (
+                f'chunkflow.{name} = "auto" is chosen by recipes/finetune.py, dpo.py and plan.py: set a'
                 " number, such as that in the config.toml of a run"
             )
+            add(found, sentence, f"chunkflow.{name}")
+    if config.lora.adapter_path:
+        from chunkflow.training.lora import take_over
+
+        with collected(found, "lora.adapter_path"):
+            take_over(config.lora)
     if folder := config.model.hf_assets_path:
         from models.hf_config import model_of
 
-        config.model.name, _ = model_of(folder)
-        config.model.flavor = Path(folder).expanduser().resolve().name
+        with collected(found, "model.hf_assets_path"):
+            config.model.name, _ = model_of(folder)
+            config.model.flavor = Path(folder).expanduser().resolve().name
+    if faults is None:
+        refuse(found)
     return config
 
 
@@ -104,14 +121,17 @@ def world_size(planned: bool = False) -> int:
     return count
 
 
-def check_paths(config: Config) -> None:
-    """ValueError unless the named files exist and job.dump_folder can be written. Leaves no file behind."""
-    tokenizer = config.model.tokenizer_path
-    if tokenizer and not Path(tokenizer).exists():
-        raise ConfigError(
-            f"model.tokenizer_path = {show(tokenizer)} does not exist: name a tokenizer.json, a sentencepiece"
-            " model, or a folder with one"
+def check_paths(config: Config, faults: dict[str, str] | None = None) -> None:
+    """ValueError unless the named files exist and job.dump_folder can be written; with `faults`, that goes
+    there, as in load_config. Leaves no file behind."""
+    found, model = {} if faults is None else faults, config.model
+    if model.tokenizer_path and not Path(model.tokenizer_path).exists():
+        sentence = (
+            f"model.tokenizer_path = {show(model.tokenizer_path)} does not exist: name a tokenizer.json, a"
+            " sentencepiece model, or a folder with one"
         )
+        add(found, sentence, "model.tokenizer_path")
+        model.tokenizer_path = ""
     sections = data_sections(config)
     if config.validation.enable:
         sections |= data_sections(config, "validation")
@@ -119,32 +139,40 @@ def check_paths(config: Config) -> None:
         if section.dataset in ("jsonl", "parquet"):
             from chunkflow.data.files import find_files
 
-            find_files(section.dataset, section.dataset_path, name)
+            with collected(found):
+                find_files(section.dataset, section.dataset_path, name)
     folder = Path(config.job.dump_folder).absolute()
     while not os.path.lexists(folder):
         folder = folder.parent
     try:
         tempfile.TemporaryDirectory(dir=folder).cleanup()
     except OSError as error:
-        raise ConfigError(
+        sentence = (
             f"job.dump_folder = {show(config.job.dump_folder)} cannot be written ({folder}:"
             f" {error.strerror}): name another folder"
-        ) from None
+        )
+        add(found, sentence, "job.dump_folder")
+    if faults is None:
+        refuse(found)
 
 
 @contextmanager
 def user_errors():
     """Turns ValueError and OSError (of data, model or disk) into `error: ...` on stderr and exit status 1.
-    Ranks other than 0 raise the error, since rank 0 may not have it: torchrun then reports it."""
+    Ranks other than 0, whose error rank 0 may not have, leave the sentence to run_train.sh; without it they
+    raise the error: torchrun then reports it."""
     try:
         yield
     except (OSError, ValueError) as error:
-        if not _is_rank_0():
-            raise
-        sentence = str(error)
+        sentence, folder = str(error), os.environ.get("CHUNKFLOW_CONTROL")
         if isinstance(error, OSError):
             sentence = f"{error.filename or 'a file'} cannot be read or written: {error.strerror}"
-        print(f"error: {sentence}", file=sys.stderr)
+        if folder:
+            (Path(folder) / f"error_of_rank_{os.environ.get('RANK', '0')}").write_text(sentence)
+        elif not _is_rank_0():
+            raise
+        if _is_rank_0():
+            print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -6,13 +6,14 @@ activations are kept. The loss by position shows whether a model makes use of fa
 
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from chunkflow.data.dataloader import StepData
 from chunkflow.data.dataset import TokenDataset
 from chunkflow.data.synthetic import SyntheticDataset
 from chunkflow.execution.runner import Runner
@@ -82,6 +83,7 @@ class Validation:
         seed: int,
     ):
         self.settings, self.last_step, self.device = settings, training.steps, processes.device
+        self.steps = settings.steps if settings.steps > 0 else len(dataset)  # batches, at most
         self.replica, self.pipeline_rank = processes.replica, processes.pipeline_rank
         plan = plan._replace(forward_only=True)
         make_plan = functools.cache(lambda *lengths: plan_step(list(lengths), plan, [self.replica]))
@@ -96,12 +98,16 @@ class Validation:
     def due(self, step: int) -> bool:
         return step % self.settings.freq == 0 or step == self.last_step
 
+    def batches(self) -> Iterator[StepData]:
+        """The global batches of one validation."""
+        self.loader.cursor = 0
+        yield from islice(self.loader, self.steps)
+
     def run(self, step: int, metrics: MetricsLogger, models: Iterable[FSDPModule], runner: Runner) -> None:
         """Measures and logs. `models` and `runner` are this rank's; all ranks must call."""
         metrics.interrupt()
         total, tokens, targets = LossByPosition(self.loader.longest, self.device), 0, 0
-        self.loader.cursor = 0
-        for data in islice(self.loader, self.settings.steps if self.settings.steps > 0 else None):
+        for data in self.batches():
             batch = LossByPosition(self.loader.longest, self.device)
             program = data.plan.programs[self.replica][self.pipeline_rank]
             groups = data.plan.groups[self.replica]

@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 from chunkflow.execution.runner import Runner
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings, plan_step
-from chunkflow.settings.options import Config
+from chunkflow.settings.options import Config, Lora, Training
 from chunkflow.training import parallel, stages
+from chunkflow.training.lora import apply_lora, is_adapter
 from models import families
 from tests.helpers.reference import chunk_tensors, runner_of
 
@@ -41,6 +42,18 @@ def small_model(family, dtype=torch.float64, **changes):
                     0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
                 )
     return model.to(dtype)
+
+
+def with_adapters(model, family, targets=(), rank=3):
+    """The model, in fp64, with adapters of which no part is zero."""
+    fp64 = Training(dtype="float64", mixed_precision_param="float64")
+    apply_lora(model, Lora(rank=rank, target_modules=list(targets)), families[family], fp64)
+    parallel.init_weights(model, seed=1, chosen=is_adapter)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b.weight"):
+                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
+    return model
 
 
 def layout_config(reshard="always", replicas=1, param="float64", mode="none", offload=False) -> Config:
@@ -99,7 +112,11 @@ def sharded_gradients(
     runner = runner_of(model, parallel.before_last_backward, **arguments)
     result, denominator = run_step(runner, program, groups, sequences, targets, weighed)
     dist.all_reduce(result.loss_sum)
-    whole = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    whole = {
+        name: parameter.grad.full_tensor()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     model.zero_grad()
     assert max(result.live_chunks) <= k
     loss = result.loss_sum.item() / denominator
@@ -120,8 +137,20 @@ def run_step(runner, program, groups, sequences, targets, weighed=None):
 class Pipeline:
     """This rank's stages of a small model, with the weights of `whole`, on a ("pp", "dp_shard") mesh."""
 
-    def __init__(self, family, mesh, virtual, whole, dtype=torch.float64, blocks=None, **more):
-        """`more`: of the runner."""
+    def __init__(
+        self,
+        family,
+        mesh,
+        virtual,
+        whole,
+        dtype=torch.float64,
+        blocks=None,
+        bounds=None,
+        targets=None,
+        **more,
+    ):
+        """`bounds`: where stages begin and end, in layers, if not evenly; `targets`: `whole` has adapters on
+        these layers; `more`: of the runner."""
         self.mesh, self.whole = mesh, whole
         self.rank, self.ranks = mesh.get_local_rank("pp"), mesh.size(0)
         self.replica, self.replicas = mesh.get_local_rank("dp_shard"), mesh.size(1)
@@ -129,12 +158,14 @@ class Pipeline:
         own = self.rank, self.ranks, self.replica, self.replicas
         self.processes = parallel.Processes(device, mesh, rank, count, *own, blocks or {})
         args, count = whole.args, self.ranks * virtual
-        bounds = [stage * args.n_layers // count for stage in range(count + 1)]
+        bounds = bounds or [stage * args.n_layers // count for stage in range(count + 1)]
         self.layers = [range(*pair) for pair in zip(bounds, bounds[1:])]
         self.models = stages.build_stages(families[family], args, self.layers, self.rank, self.ranks)
         weights = whole.state_dict()
         for model in self.models.values():
             model.to(dtype)
+            if targets is not None:
+                with_adapters(model, family, targets)
             model.load_state_dict({name: weights[name] for name in model.state_dict()})
             parallel.apply_fsdp(model, mesh["dp_shard"], layout_config().training, False)
         self.stages = stages.make_stages(self.models, count, self.processes, dtype)
@@ -165,6 +196,9 @@ class Pipeline:
         gradients = {}
         for model in self.models.values():
             for name, parameter in model.named_parameters():
+                if not parameter.requires_grad:
+                    assert parameter.grad is None
+                    continue
                 assert isinstance(parameter.grad, DTensor)
                 tied = name == "output.weight" and model.args.tied_embeddings
                 gradients["tok_embeddings.weight" if tied else name] = parameter.grad.full_tensor()

@@ -95,7 +95,11 @@ def whole_sequence(tokens, labels, end):
 
 
 def gradients(model):
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def whole_sequence_gradients(model, sequences, weights=None, denominator=None):
