@@ -113,7 +113,8 @@ def given(command: str) -> bool:
         assert (REPO / arguments[0]).exists()
         return True
     if program == "./run_train.sh":
-        script = "recipes/finetune.py"
+        script = environ.get("TRAIN_FILE", "recipes/finetune.py")
+        script = "recipes/finetune.py" if script == "my_recipe.py" else script  # a copy of it
         config = environ.get("CONFIG_FILE", "train_configs/debug_model.toml")
         arguments = [f"--job.config_file={config}", *arguments]
     elif arguments[0] == "-m":
