@@ -93,7 +93,7 @@ class StepTime:
             moved += (before + chunk.tokens) * stage.layers * stage.kv_of_layer
             if action.kind is Kind.BACKWARD:  # gradients of the prefix come and go
                 moved += 2 * before * stage.layers * stage.kv_gradient_of_layer
-        discarded = action.chunk < len(group.chunks) - self.settings.k
+        discarded = action.kind in (Kind.FORWARD_STATE, Kind.RECOMPUTE)
         if layout.keep_attention == "host" and (discarded or layout.checkpoint_every):
             again = action.kind is Kind.BACKWARD and not layout.checkpoint_every
             moved += 0 if again else stage.kept_attention(chunk.tokens)
