@@ -28,7 +28,8 @@ from chunkflow.settings.options import Config
 from chunkflow.training.converters import check_converters
 from chunkflow.training.optimizer import check_optimizer
 from chunkflow.training.parallel import reshards
-from chunkflow.training.prediction import most_kv_tokens
+from chunkflow.training.prediction import most_kv_tokens, room, stage_sizes
+from chunkflow.training.rates import device_of
 from chunkflow.training.stages import layers_of_stages
 from models import families
 from models.hf_config import model_of
@@ -131,10 +132,17 @@ def activate_attention(config: Config) -> None:
 
 
 def plan_settings(
-    config: Config, spec: ModelSpec, replicas: int, planned: bool = False, device: str = ""
+    config: Config,
+    spec: ModelSpec,
+    replicas: int,
+    device: str = "",
+    adapts: frozenset[str] = frozenset(),
 ) -> PlanSettings:
-    """What plans depend on, for this number of data-parallel replicas. `planned`: for GPUs that need not be
-    this machine's; `device`: by its name, if not the one that follows."""
+    """What plans depend on, for this number of data-parallel replicas. `device`: by its name; "": this
+    machine's. `adapts`: which of "k" and "kv_offload" a step may have its own value of."""
+    device = device or device_of(config, planned=False)
+    sizes = stage_sizes(config, spec.family, spec.args, spec.layers, replicas)
+    memory = sizes, replicas, device
     chunkflow, last, most = config.chunkflow, spec.layers[-1], config.parallelism.context_parallel_degree
     costs = [Cost.of_layers(spec.args, len(layers), head=layers is last) for layers in spec.layers]
     return PlanSettings(
@@ -149,7 +157,9 @@ def plan_settings(
         stages=tuple(costs),
         pipeline_ranks=config.parallelism.pipeline_parallel_degree,
         spread_over=replicas if most == -1 else most,
-        kv_tokens=most_kv_tokens(config, spec.family, spec.args, spec.layers, replicas, planned, device),
+        kv_tokens=most_kv_tokens(config, *memory),
+        kv_offload=chunkflow.kv_offload,
+        room=room(config, *memory, adapts),
     )
 
 

@@ -30,7 +30,7 @@ def main_config(
 
     `check(config)` adds the recipe's rules: it raises ValueError with one sentence. With --check among the
     arguments the process ends after the checks. `planned`: see world_size. `chooses`: the recipe can do with
-    "auto" for chunkflow.chunk_size and chunkflow.k.
+    "auto" for chunkflow.chunk_size, k and kv_offload.
     """
     argv = sys.argv[1:] if argv is None else argv
     only_check = "--check" in argv
@@ -74,11 +74,12 @@ def read_config(argv: list[str], chooses: bool = False) -> Config:
     ValueError for wrong settings, or where that folder's config.json cannot be used. `chooses`: see
     main_config."""
     config = load_config(argv)
-    for name in () if chooses else ("chunk_size", "k"):
+    for name in () if chooses else ("chunk_size", "k", "kv_offload"):
         if getattr(config.chunkflow, name) == "auto":
+            value = "one" if name == "kv_offload" else "a number"
             raise ConfigError(
-                f'chunkflow.{name} = "auto" is chosen by recipes/finetune.py and recipes/plan.py: set a'
-                " number, such as that in the config.toml of a run"
+                f'chunkflow.{name} = "auto" is chosen by recipes/finetune.py and recipes/plan.py: set'
+                f" {value}, such as that in the config.toml of a run"
             )
     if folder := config.model.hf_assets_path:
         from models.hf_config import model_of
