@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from chunkflow.planning.chunks import Chunk, Group, Segment, Spread
 from chunkflow.planning.memory import StageSizes, peak_parts, with_kv_offload
 from chunkflow.planning.pipeline_schedule import live_limit
-from chunkflow.planning.pipeline_transfers import Program
+from chunkflow.planning.pipeline_transfers import Program, Transfer
 from chunkflow.planning.schedule import Kind, linear_schedule
 
+MARGIN = 0.03  # of the budget: by so much an estimate of a pipeline may be wrong
 ONE_TOKEN = Group((Chunk((Segment(1, 0, 1),)),))
 
 
@@ -117,10 +118,11 @@ class Room:
                     chunks, most = longest.get(key, (0, 1))
                     longest[key] = max(chunks, len(group.chunks)), max(most, segments)
             for (k, replicas), (chunks, segments) in longest.items():
-                if self.stages > 1:  # groups are under way together
-                    chunks = sums[replica]
+                margin = 0
+                if self.stages > 1:  # groups are under way together, in an order that a program would tell
+                    chunks, margin = sums[replica], MARGIN * min(self.budgets)
                 beside = max(0, self._held(sums[replica], kv_tokens) - chunks) if lockstep else 0
-                if self.excess(k, chunks, replicas, kv_offload, segments, beside) > 0:
+                if self.excess(k, chunks, replicas, kv_offload, segments, beside) > -margin:
                     return True
             return False
 
@@ -144,16 +146,27 @@ class Room:
         return Group((*(Chunk((span,)) for span in spans[:-1]), Chunk(tail)), spread)
 
     def _peak(self, rank: int, group: Group, k: int, kv_offload: str, beside: int) -> int:
-        stages = self.sizes[kv_offload][rank]
+        stages, last = self.sizes[kv_offload][rank], self.stages - 1
         entries: Program = []
         for number in stages:  # a first group leaves gradients
             entries += [action._replace(stage=number) for action in linear_schedule([1], 1)]
         backwards: Program = []
-        for number in stages:
+        total = 0
+        for number, stage in stages.items():
             live = live_limit(k, self.stages, number)
             for action in linear_schedule([1, len(group.chunks)], live)[2:]:
-                forward = action.kind in (Kind.FORWARD, Kind.FORWARD_STATE)
-                (entries if forward else backwards).append(action._replace(stage=number))
-        total = sum(peak_parts(stages, [ONE_TOKEN, group], entries + backwards).values())
-        kv = sum(stage.layers * stage.kv_of_layer for stage in stages.values())
-        return total + (0 if kv_offload == "host" else beside * self.chunk_size * kv)
+                action = action._replace(stage=number)
+                if action.kind in (Kind.FORWARD, Kind.FORWARD_STATE):
+                    if number:
+                        entries.append(Transfer(False, Kind.FORWARD, 1, action.chunk, number - 1, 0))
+                    entries.append(action)
+                    continue
+                if number < last and action.kind is Kind.BACKWARD:
+                    backwards.append(Transfer(False, Kind.BACKWARD, 1, action.chunk, number + 1, 0))
+                backwards.append(action)
+            if beside or last:  # while these K/V are there, short sequences may run, which keep their own
+                more = stage.activations(self.chunk_size, True) - stage.activations(self.chunk_size, False)
+                total += live * more
+            if kv_offload == "none":
+                total += beside * self.chunk_size * stage.layers * stage.kv_of_layer
+        return total + sum(peak_parts(stages, [ONE_TOKEN, group], entries + backwards).values())
