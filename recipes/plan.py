@@ -8,16 +8,19 @@ plans of the first 20 steps (--steps=N; an epoch at most) for NGPU x NNODES rank
 lengths of the data, and one more with the longest sequence among the first step's; of more than 8 replicas
 the fullest 8. Seconds are those of --device (the GPU there is, else an H100; "cpu": this one), from its data
 sheet or, after --calibrate, as measured on this one. --json prints one JSON object; --write puts the text
-into the file's first comment, behind this command. Memory is arithmetic for CUDA, not measured.
+into the file's first comment, behind this command; --pictures FOLDER draws it, as PNG files and for
+TensorBoard. Memory is arithmetic for CUDA, not measured.
 """
 
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from chunkflow.planning.forecast import Parts, forecast
 from chunkflow.planning.lengths import retention
 from chunkflow.planning.memory import FRAGMENTATION
+from chunkflow.reporting.plan_pictures import write_pictures
 from chunkflow.reporting.plan_text import lengths_table, table, write_comment
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import build, calibration, choice, parallel, prediction
@@ -35,13 +38,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--steps", nargs="?", default="20", const="")
     parser.add_argument("--device", default="")
+    parser.add_argument("--pictures", default="")
     for name in ("--json", "--write", "--calibrate"):
         parser.add_argument(name, action="store_true")
     options, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
         print(
             "--steps N (20): steps to plan. --device NAME: whose rates count. --calibrate: measure this"
-            " device's first. --json: print one JSON object. --write: refresh the file's comment.\n"
+            " device's first. --json: print one JSON object. --write: refresh the file's comment."
+            " --pictures FOLDER: write PNG files and TensorBoard's events there.\n"
         )
     config = main_config(rest, check=check, planned=True, chooses=True)
     if not options.steps.isdecimal() or int(options.steps) < 1:
@@ -61,6 +66,9 @@ def main(argv: list[str] | None = None) -> None:
         report = predict(config, int(options.steps), spec, dataset, seed, device)
         if options.write:
             write_comment(config.job.config_file, table(report))
+        if options.pictures:
+            for path in write_pictures(Path(options.pictures), report, dataset.lengths, config):
+                print(f"wrote {path}", file=sys.stderr)
     print(json.dumps(report) if options.json else table(report))
 
 

@@ -10,9 +10,10 @@ from chunkflow.planning.host_memory import host_parts
 from chunkflow.planning.memory import with_kv_offload
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.schedule import DUMMY, Kind, lockstep
-from chunkflow.training import parallel
+from chunkflow.settings.config import load_config
+from chunkflow.training import build, choice, parallel
 from tests.helpers.layouts import Pipeline, join, layout_config, room_of, sharded_gradients, small_model
-from tests.helpers.processes import run_ranks
+from tests.helpers.processes import rows_of, run, run_ranks, write_rows
 from tests.helpers.reference import (
     assert_same_gradients,
     chunked_gradients,
@@ -235,5 +236,54 @@ def test_bytes_in_host_memory(keep, k):
 
 
 def test_the_recipe_adapts_single_steps_and_a_resume_goes_on_alike(tmp_path, monkeypatch):
-    """A budget that the start's step keeps, and a later one with several long sequences does not."""
+    """Two stages have the K/V of several groups: a budget that the start's step keeps, and the next, with more
+    long sequences, does not."""
     monkeypatch.setenv("CHUNKFLOW_CACHE", str(tmp_path / "cache"))
+    lengths = [900, 50, 50, 50], [890, 880, 870, 50]
+    data = write_rows(tmp_path / "rows.jsonl", [length for step in lengths for length in step])
+    options = [
+        "--model.flavor=debugmodel", "--training.dataset=jsonl", f"--training.dataset_path={data}",
+        "--training.seq_len=1000", "--training.global_batch_size=4", "--training.no_shuffle",
+        "--training.dtype=float64", "--lr_scheduler.warmup_steps=1", "--metrics.log_freq=1",
+        "--metrics.no_enable_tensorboard", "--checkpoint.enable", "--checkpoint.interval=1",
+        "--parallelism.pipeline_parallel_degree=2", "--chunkflow.chunk_size=64", "--debug.deterministic",
+    ]  # fmt: skip
+    config = load_config([*options, "--chunkflow.k=2"])
+    spec = build.model_spec(config)
+    dataset = build.open_data(config, spec, 0)
+    predicted = choice.forecaster(config, spec, dataset, 0, 2, "cpu")
+
+    def peak(of):
+        predicted.lengths = list(of)
+        return predicted.row(64, 2, 2, "default").peak_gib
+
+    first, second = map(peak, lengths)
+    assert first < 0.98 * second
+    auto = [
+        "--chunkflow.k=2",
+        "--chunkflow.kv_offload=auto",
+        f"--chunkflow.memory_budget_gib={(first + second) / 2}",
+    ]
+
+    def train(name, *more):
+        done = run(tmp_path, *options, *more, f"--job.dump_folder={tmp_path / name}", processes=2)
+        assert done.returncode == 0, done.stdout[-3000:]
+        return done.stdout
+
+    log = train("auto", *auto, "--training.steps=2")
+    (line,) = [line for line in log.splitlines() if "too much" in line]
+    assert "step 2: with a sequence of 890 tokens it would take" in line
+    assert line.endswith("so it is run with K/V in host memory")
+    assert (
+        load_config(["--job.config_file", str(tmp_path / "auto/config.toml")]).chunkflow.kv_offload == "none"
+    )
+    assert "too much" not in train("resumed", *auto, "--training.steps=1")
+    assert "it is run with K/V in host memory" in train("resumed", *auto, "--training.steps=2")
+    fixed = train("fixed", "--chunkflow.k=2", "--training.steps=2", auto[-1])
+    assert "step 2: with a sequence of 890 tokens it would take" in fixed and "it is run with" not in fixed
+    names = ("step", "loss", "grad_norm", "tokens")
+    ours, resumed, plain = (
+        [[row[name] for name in names] for row in rows_of(tmp_path / run)]
+        for run in ("auto", "resumed", "fixed")
+    )
+    assert ours == resumed == plain, "to the bit"
