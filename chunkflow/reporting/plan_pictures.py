@@ -81,11 +81,11 @@ def _bars(
     limit: float | None = None,
 ) -> Any:
     """A stacked bar for each column, on a scale of its own unless there is a limit; parts that are below
-    0.5 % in all of them have no name."""
+    0.3 % in all of them have no name."""
     from matplotlib.figure import Figure
 
     totals = {column: sum(parts[part] for part in names) for column, parts in columns.items()}
-    shown = [part for part in names if any(of[part] > 0.005 * totals[name] for name, of in columns.items())]
+    shown = [part for part in names if any(of[part] > 0.003 * totals[name] for name, of in columns.items())]
     figure = Figure(figsize=(10, 3.2 + 0.22 * len(shown)), layout="constrained")
     panels = figure.subplots(len(columns), sharex=limit is not None)
     colours = [*(f"C{number}" for number in range(10)), "0.45", "0.25", "#a0c8f0", "#f0c8a0"]
