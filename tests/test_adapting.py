@@ -75,7 +75,7 @@ def test_the_k_of_a_group_is_the_largest_that_fits():
 @pytest.mark.parametrize("adapts", [BOTH, frozenset(("kv_offload",)), frozenset(("k",)), frozenset()])
 def test_random_steps_fit_or_say_so(how, adapts):
     """By the whole program of every replica; and all ranks make the same plan."""
-    args, noticed, offloaded, ks = small_model("llama3", n_layers=6).args, 0, 0, set()
+    args, noticed, offloaded, shared, ks = small_model("llama3", n_layers=6).args, 0, 0, 0, set()
     for seed in range(25):
         rng = random.Random(f"{how}{seed}")
         lengths = [rng.randint(1, 400 if rng.random() < 0.3 else 40) for _ in range(rng.randint(3, 24))]
@@ -85,8 +85,11 @@ def test_random_steps_fit_or_say_so(how, adapts):
         reshard = "always" if how == "always" else "never"
         room = a_room(args, 250, rng.choice([0, 1.5, 4, 9]), layers, reshard, adapts)
         spread = rng.choice([1, replicas])
-        settings = settings_of(args, room, replicas, stages, spread_over=spread, **more)
+        more |= {"spread_over": spread, "kv_tokens": rng.choice([0, 100])}
+        settings = settings_of(args, room, replicas, stages, **more)
         plan = plan_step(lengths, settings)
+        for own, limits in zip(plan.groups, plan.k):
+            shared += sum(group.spread is not None and len(group.chunks) > k for group, k in zip(own, limits))
         over = max(
             room.over(rank, plan.groups[replica], program, plan.kv_offload)
             for replica, programs in plan.programs.items()
@@ -100,6 +103,7 @@ def test_random_steps_fit_or_say_so(how, adapts):
         assert "k" in adapts or {k for own in plan.k for k in own} <= {more["k"]}
         noticed, offloaded = noticed + bool(plan.notice), offloaded + (plan.kv_offload == "host")
         ks |= {k for own in plan.k for k in own}
+    assert shared, "some that replicas share are computed again"
     assert noticed and (offloaded > 0) == ("kv_offload" in adapts)
     assert len(ks) > 3 or "k" not in adapts or how == "stages"
 
@@ -143,7 +147,7 @@ def test_a_k_of_each_group_is_exact(seed):
 
 def on_ranks():
     """Two ranks, sharing some sequences, with parameters gathered once and layer by layer; two stages."""
-    processes, checked, notices, ks = join(), 0, set(), set()
+    processes, checked, shared, notices, ks = join(), 0, 0, set(), set()
     reference = small_model("llama3")
     for reshard in ("never", "always"):
         config, model = layout_config(reshard=reshard), small_model("llama3")
@@ -153,22 +157,28 @@ def on_ranks():
             lengths = [rng.randint(90, 160), rng.randint(30, 60), *random_lengths(rng, 60)]
             sequences = random_sequences(lengths, 96, seed)
             room = a_room(model.args, rng.choice([60, 120, 160]), rng.choice([0, 1.5, 3]), None, reshard)
-            more = {"room": room, "spread_over": rng.choice([1, 2]), "blocks": processes.blocks}
+            more = {
+                "room": room,
+                "spread_over": 2,
+                "kv_tokens": rng.choice([0, 90]),
+                "blocks": processes.blocks,
+            }
             k = rng.choice([1, 2])
             loss, expected = whole_sequence_gradients(reference, sequences)
             settings = settings_of(model.args, room, 2, lockstep=reshard == "always", k=k)
-            plan = plan_step(lengths, settings._replace(spread_over=more["spread_over"]), [])
+            plan = plan_step(lengths, settings._replace(spread_over=2, kv_tokens=more["kv_tokens"]), [])
+            shared += plan.spread_sequences
             ks |= {limit for own in plan.k for limit in own}
             notices.add(plan.notice[-12:])
             ours, got = sharded_gradients(model, lengths, sequences, config, k, **more)
             assert abs(ours - loss) <= 1e-10 * loss
             assert_same_gradients(got, expected, 1e-10)
             checked += 1
-    return checked, len(ks) > 2, len(notices) > 1
+    return checked, len(ks) > 2, len(notices) > 1, shared > 1
 
 
 def test_ranks_with_a_k_of_each_group_are_exact():
-    assert run_ranks(on_ranks, 2) == [(8, True, True)] * 2
+    assert run_ranks(on_ranks, 2) == [(8, True, True, True)] * 2
 
 
 def on_stages():
