@@ -213,9 +213,12 @@ def _bandwidths(config: Config, device: torch.device) -> dict[str, float]:
         shard = some[: some.numel() // ranks]
         whole = other[: shard.numel() * ranks]
 
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
         def meet() -> None:
-            dist.all_gather_into_tensor(whole, shard)
-            dist.reduce_scatter_tensor(shard, whole)
+            gather(whole, shard)
+            scatter(shard, whole)
 
         between = rate(2 * 4 * shard.numel() * (ranks - 1), meet)  # what each rank sends, and receives
         rates["gather" if _one_node() else "network"] = between
