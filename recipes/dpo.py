@@ -84,14 +84,14 @@ def main() -> None:
     with user_errors():
         # "auto" becomes numbers, and what would not fit into memory is refused.
         saved = manifest.saved_settings(config.checkpoint, config.job.dump_folder)
-        choice.settle(config, spec, dataset, seed, processes, saved)
+        adapts = choice.settle(config, spec, dataset, seed, processes, saved)
     if processes.rank == 0:
         with user_errors():
             claim_folder(config.job.dump_folder, to_toml(config), locked=not fake)
 
     # --- Plans. Lengths become a plan for each step, the same on every rank; the ranks of a replica then read
     # the tokens of its sequences.
-    settings = build.plan_settings(config, spec, processes.replicas, pairs=True)
+    settings = build.plan_settings(config, spec, processes.replicas, adapts=adapts, pairs=True)
     with user_errors():
         loader = build.open_loader(
             training, dataset, settings, replica, seed, pin_memory=device.type == "cuda"
@@ -182,7 +182,10 @@ def main() -> None:
                 parallel.begin_step(model, reshard)
             optimizer.zero_grad()
             program, groups = plan.programs[replica][pipeline_rank], plan.groups[replica]
-            result = runner.step(program, groups, data.chunks, counted or 1, pairs.sequence_weights)
+            if plan.notice:  # it was planned for less memory, or will take too much
+                logger.info(f"step {step}: {plan.notice}")
+            how = {"kv_offload": plan.kv_offload == "host"}
+            result = runner.step(program, groups, data.chunks, counted or 1, pairs.sequence_weights, **how)
             stages.sum_tied_gradients(models, processes)
             grad_norm = parallel.clip_grad_norm(models.values(), training.max_norm, processes.mesh)
             lr = set_learning_rate(optimizer, step, config.optimizer.lr, config.lr_scheduler, training.steps)

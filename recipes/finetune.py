@@ -83,14 +83,14 @@ def main() -> None:
     with user_errors():
         # "auto" becomes numbers, and what would not fit into memory is refused.
         saved = manifest.saved_settings(config.checkpoint, config.job.dump_folder)
-        choice.settle(config, spec, dataset, seed, processes, saved)
+        adapts = choice.settle(config, spec, dataset, seed, processes, saved)
     if processes.rank == 0:
         with user_errors():
             claim_folder(config.job.dump_folder, to_toml(config), locked=not fake)
 
     # --- Plans. Lengths become a plan for each step, the same on every rank; the ranks of a replica then read
     # the tokens of its sequences.
-    settings = build.plan_settings(config, spec, processes.replicas)
+    settings = build.plan_settings(config, spec, processes.replicas, adapts=adapts)
     with user_errors():
         loader = build.open_loader(
             training, dataset, settings, replica, seed, pin_memory=device.type == "cuda"
@@ -166,7 +166,10 @@ def main() -> None:
             logged = not fake and metrics.due(step)
             source_of = data.source_of if logged and len(loader.sources) > 1 else []
             weighed = denominator, data.sequence_weights
-            result = runner.step(program, groups, data.chunks, *weighed, sequences=len(source_of) or None)
+            if plan.notice:  # it was planned for less memory, or will take too much
+                logger.info(f"step {step}: {plan.notice}")
+            how = {"sequences": len(source_of) or None, "kv_offload": plan.kv_offload == "host"}
+            result = runner.step(program, groups, data.chunks, *weighed, **how)
             stages.sum_tied_gradients(models, processes)
             grad_norm = parallel.clip_grad_norm(models.values(), training.max_norm, processes.mesh)
             lr = set_learning_rate(optimizer, step, config.optimizer.lr, config.lr_scheduler, training.steps)

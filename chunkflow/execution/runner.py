@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -117,7 +118,7 @@ class Runner:
     ):
         self.stages, self.device, self.loss, self.blocks = stages, device, loss, blocks or {}
         self.keep_attention = keep_attention
-        self.host = HostMemory(device) if kv_offload else None
+        self.host = self._host_memory if kv_offload else None
 
     def step(
         self,
@@ -128,6 +129,7 @@ class Runner:
         sequence_weights: torch.Tensor | None = None,
         *,
         sequences: int | None = None,
+        kv_offload: bool | None = None,
     ) -> StepResult:
         """Runs this rank's part of a plan: adds gradients of sum(weight x loss) / denominator to the
         parameters' `.grad`, summed over the tokens of the chunks.
@@ -137,10 +139,12 @@ class Runner:
         the token's (`chunk.weights`) times its sequence's: `sequence_weights[s]`, any real number, of the
         plan's sequence s, (sequences,) float64, copied to the device where it is not there yet; None: all 1.
         It is read when the loss of a chunk is computed.
-        `sequences`: how many the plan has, if `StepResult.loss_of_sequences` is wanted.
+        `sequences`: how many the plan has, if `StepResult.loss_of_sequences` is wanted. `kv_offload`: of this
+        step; None: as of the runner.
         """
         weights = self._on_device(sequence_weights)
-        return _Run(self, groups, chunks, 1 / denominator, None, weights, sequences).run(program)
+        host = self.host if kv_offload is None else self._host_memory if kv_offload else None
+        return _Run(self, groups, chunks, 1 / denominator, None, weights, sequences, host=host).run(program)
 
     @torch.no_grad()
     def evaluate(
@@ -155,7 +159,11 @@ class Runner:
         the loss of each token; `chunk.loss_weights` are their weights, as in `step`. Only the K/V of the
         current group are kept; `StepResult.loss_sum` stays 0."""
         weights = self._on_device(sequence_weights)
-        return _Run(self, groups, chunks, take=take, sequence_weights=weights).run(program)
+        return _Run(self, groups, chunks, take=take, sequence_weights=weights, host=self.host).run(program)
+
+    @functools.cached_property
+    def _host_memory(self) -> HostMemory:
+        return HostMemory(self.device)
 
     def _on_device(self, sequence_weights: torch.Tensor | None) -> torch.Tensor | None:
         return None if sequence_weights is None else sequence_weights.to(self.device, non_blocking=True)
@@ -173,10 +181,11 @@ class _Run:
         take: Take | None = None,
         sequence_weights: torch.Tensor | None = None,
         sequences: int | None = None,
+        host: HostMemory | None = None,
     ):
         self.groups, self.chunks, self.device = groups, chunks, runner.device
         self.loss, self.loss_gradient, self.take = runner.loss, loss_gradient, take
-        self.sequence_weights, self.blocks, self.host = sequence_weights, runner.blocks, runner.host
+        self.sequence_weights, self.blocks, self.host = sequence_weights, runner.blocks, host
         self.stages = {stage.stage_index: stage for stage in runner.stages}
         self.places = {index: place for place, index in enumerate(self.stages)}
         self.states: dict[tuple[int, int], KeyValueState | SharedKeyValueState] = {}  # (stage, group)
