@@ -90,6 +90,8 @@ stop() { if [ -e "$CHUNKFLOW_CONTROL/stop" ]; then kill -HUP "$job"; else touch 
         --local-ranks-filter "$LOG_RANK" --role rank --tee 3 "$TRAIN_FILE" "$@"
 ) &
 job=$!
+# Processes write into a pipe of torchrun's; where a person looks at its other end, they draw a bar there.
+[ -t 1 ] && CHUNKFLOW_TERMINAL=$(tty <&1) && export CHUNKFLOW_TERMINAL
 trap stop TERM USR1
 trap : INT # torchrun gets Ctrl-C too, and ends its processes
 status=0

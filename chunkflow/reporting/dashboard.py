@@ -1,0 +1,197 @@
+"""What TensorBoard shows of a run beyond single curves: a dashboard, hyper-parameters, texts, pictures.
+
+The dashboard is the tab CUSTOM SCALARS, hyper-parameters with the latest metrics are the tab HPARAMS. All of
+it is in the run's own folder, so that a run is one line in TensorBoard's list, resumed or not.
+"""
+
+import io
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+DASHBOARD = {  # category -> chart -> patterns of its tags; a chart comes when there is a tag for it
+    "Loss": {
+        "loss: training and validation": [r"loss_metrics/global_avg_loss$", r"validation_metrics/loss$"],
+        "validation loss by position": [r"validation_metrics/loss_by_position/"],
+        "loss by source": [r"loss_by_source/"],
+        "norm of the gradients": [r"grad_norm$"],
+    },
+    "Preferences": {
+        "rewards and accuracy": [r"dpo/.*(reward|margin|accuracy)"],
+        "log-probabilities": [r"dpo/.*logp"],
+    },
+    "Speed": {
+        "tokens a second and device": [r"throughput\(tps\)$"],
+        "mfu (%)": [r"mfu\(%\)$"],
+        "seconds: a step, its wait for data, checkpoints": [r"time_metrics/.*\(s\)$"],
+    },
+    "Memory of the fullest rank (GiB)": {
+        "peak: allocated and reserved": [r"memory/max_(active|reserved)\(GiB\)$"],
+        "K/V and their gradients, kept attention": [r"chunkflow/(kv|kept).*\(GiB\)$"],
+    },
+    "Chunks": {
+        "padding and recomputed (%)": [r"chunkflow/(padding|recomputed)\(%\)$"],
+        "chunks of a step, and live at once": [r"chunkflow/(chunks|live_chunks_peak)$"],
+        "longest sequence of a step (tokens)": [r"data/longest_sequence$"],
+    },
+    "Ranks": {
+        "imbalance and template overhead (%)": [r"chunkflow/(dp_imbalance|template_overhead)\(%\)$"],
+        "waiting for the busiest rank (%)": [r"chunkflow/waiting\(%\)/"],
+        "bubble (%): simulated, and measured by stage": [r"chunkflow/bubble\(%\)/"],
+    },
+}
+
+# What the table of runs compares: of these sections what is not the default, and these keys always.
+HPARAM_SECTIONS = {"model", "training", "chunkflow", "lora", "dpo", "optimizer", "lr_scheduler"}
+HPARAM_SECTIONS |= {"parallelism", "activation_checkpoint", "compile", "debug"}
+HPARAMS = {f"chunkflow.{name}" for name in ("enable", "chunk_size", "k")}
+HPARAMS |= {"model.name", "model.flavor", "training.global_batch_size", "training.seq_len", "optimizer.lr"}
+
+
+def layout(tags: set[str]) -> dict[str, dict[str, list]]:
+    """The dashboard's categories and charts, as SummaryWriter.add_custom_scalars wants them: those for which
+    there is one of these tags."""
+    shown = {
+        category: {
+            chart: ["Multiline", patterns]
+            for chart, patterns in charts.items()
+            if any(re.match(pattern, tag) for pattern in patterns for tag in tags)
+        }
+        for category, charts in DASHBOARD.items()
+    }
+    return {category: charts for category, charts in shown.items() if charts}
+
+
+def hyper_parameters(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Of the config's keys, by their full names, those that TensorBoard's table of runs compares."""
+    chosen = {}
+    for name, value in config.items():
+        changed = name.partition(".")[0] in HPARAM_SECTIONS and value != defaults[name]
+        if value is not None and (name in HPARAMS or changed):
+            chosen[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return chosen
+
+
+def start_wandb(dump_folder: Path, config: dict[str, Any], resumed: bool) -> Any:
+    """A run of Weights & Biases that follows the TensorBoard events written from here on; `finish` ends it.
+    Its names come from torchtitan's variables: WANDB_PROJECT, WANDB_TEAM, WANDB_RUN_NAME, WANDB_RUN_GROUP,
+    and those that wandb reads by itself. A resumed run goes on in the same one."""
+    import wandb
+
+    remembered = dump_folder / "wandb_run_id"
+    run_id = os.environ.get("WANDB_RUN_ID")
+    if not run_id and resumed and remembered.exists():
+        run_id = remembered.read_text()
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "chunkflow"),
+        entity=os.environ.get("WANDB_TEAM"),
+        name=os.environ.get("WANDB_RUN_NAME"),
+        group=os.environ.get("WANDB_RUN_GROUP"),
+        id=run_id,
+        resume="allow",
+        dir=str(dump_folder),
+        config=config,
+        sync_tensorboard=True,
+    )
+    remembered.write_text(run.id)
+    return run
+
+
+class Dashboard:
+    """TensorBoard's events of a run. After the first error of the disk it writes no more, and says so."""
+
+    def __init__(self, folder: Path, start_step: int):
+        """`start_step`: the last step done before; what is later in the folder's events does not count."""
+        from torch.utils.tensorboard import SummaryWriter  # here, since it takes seconds to import
+
+        put_events_in_order(folder)
+        self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=start_step + 1)
+        self.tags: set[str] = set()
+        self.end: Any = None  # the summary that tells the table of runs that this one is complete
+        # Drawing takes as long as a small step: one thread does it beside training, one figure at a time.
+        self.drawing = ThreadPoolExecutor(1, "pictures")
+
+    def _write(self, write: Callable[[Any], None]) -> None:
+        if not self.writer:
+            return
+        try:
+            write(self.writer)
+            self.writer.flush()  # so that a killed run shows all that it logged
+        except OSError as error:  # the writer cannot be used any more
+            self.writer = None
+            logger.warning(
+                f"TensorBoard's events could not be written ({error.strerror}): its curves pause until the"
+                " run is started again, while metrics.jsonl goes on"
+            )
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Writes the values by their tags; new tags get their charts in the dashboard."""
+
+        def write(writer) -> None:
+            for tag, value in values.items():
+                writer.add_scalar(tag, value, step)
+            if not values.keys() <= self.tags:
+                before, self.tags = self.tags, self.tags | values.keys()
+                if layout(self.tags) != layout(before):
+                    writer.add_custom_scalars(layout(self.tags))
+
+        self._write(write)
+
+    def text(self, tag: str, markdown: str, step: int = 0) -> None:
+        self._write(lambda writer: writer.add_text(tag, markdown, step))
+
+    def hyper_parameters(self, values: dict[str, Any]) -> None:
+        """What the table of runs shows of this run. Its metrics are the last values of the run's own curves,
+        which a run has that goes on or was killed, too."""
+        from torch.utils.tensorboard.summary import hparams
+
+        # Without a summary of the experiment the plugin gathers the columns of all runs that it shows.
+        _, start, self.end = hparams(values, {})
+        self._write(lambda writer: writer.file_writer.add_summary(start))
+
+    def figure(self, tag: str, draw: Callable[[], Any], step: int) -> None:
+        """Writes the matplotlib figure that `draw` returns, in a thread of its own."""
+        self.drawing.submit(self._draw, tag, draw, step)
+
+    def _draw(self, tag: str, draw: Callable[[], Any], step: int) -> None:
+        try:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            figure, file = draw(), io.BytesIO()
+            figure.savefig(file, format="png")
+            width, height = figure.canvas.get_width_height()
+            image = Summary.Image(
+                encoded_image_string=file.getvalue(), width=width, height=height, colorspace=4
+            )
+            summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+            self._write(lambda writer: writer.file_writer.add_summary(summary, step))
+        except ModuleNotFoundError as error:
+            logger.info(f"No picture of {tag}: {error.name} is not installed (pip install matplotlib)")
+        except Exception:  # a picture is not worth a run
+            logger.exception(f"No picture of {tag}: it could not be drawn")
+
+    def close(self, complete: bool) -> None:
+        """Waits for the last picture. `complete`: the run has come to its end."""
+        self.drawing.shutdown()
+        if complete and self.end:
+            self._write(lambda writer: writer.file_writer.add_summary(self.end))
+        if self.writer:
+            self.writer.close()
+
+
+def put_events_in_order(folder: Path) -> None:
+    """Renames event files so that one that starts now sorts after them: TensorBoard reads them in the order
+    of their names, which have the second of their start. If the clock was set back, or the last one started
+    in this second, a new file would come before those that it continues."""
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    if files and files[-1].name >= f"events.out.tfevents.{int(time.time()):010}":
+        for number, path in enumerate(files):
+            rest = path.name.split(".", 4)[4]
+            path.rename(folder / f"events.out.tfevents.{number:010}.{rest}")
