@@ -48,7 +48,7 @@ class StepResult:
         self.receive_buffers = 0  # posted receives that no action had taken
         self.state_bytes = 0  # K/V and their gradients, on the device or in host memory
         self.device_state_bytes = 0  # those on the device; of what is in host memory, the copies there
-        # After each action of the clock: chunks with activations, bytes of K/V states before any was freed.
+        # During each action of the clock, at most: chunks with activations, bytes of K/V and gradients.
         self.held: list[tuple[int, int]] = []
         self.kept_attention_bytes = (0, 0)  # results of attention kept on the device, in host memory
         self.clock = Clock(device)
@@ -239,14 +239,14 @@ class _Run:
         if self.host:
             self._chunk(index, key)  # the first one of a group makes the state
             self.host.begin(self._use(action), self._use(following))
-        start = self.result.clock.now()
+        start, live = self.result.clock.now(), sum(self.live.values())
         if kind is Kind.BACKWARD:
             self._backward(index, key)
         else:
             backward_follows = following == action._replace(kind=Kind.BACKWARD)
             self._forward(kind, index, key, self.loss_gradient if backward_follows else None)
         self.result.clock.marks.append((action, start, self.result.clock.now()))
-        self.result.held.append((sum(self.live.values()), self.held_bytes))
+        self.result.held.append((max(live, sum(self.live.values())), self.held_bytes))
 
     def _use(self, action: Action | None) -> Use | None:
         """What an action does with a K/V state that there is already."""

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from chunkflow.settings.keys import show
+
 logger = logging.getLogger(__name__)
 
 DASHBOARD = {  # category -> chart -> patterns of its tags; a chart comes when there is a tag for it
@@ -48,11 +50,19 @@ DASHBOARD = {  # category -> chart -> patterns of its tags; a chart comes when t
     },
 }
 
-# What the table of runs compares: of these sections what is not the default, and these keys always.
-HPARAM_SECTIONS = {"model", "training", "chunkflow", "lora", "dpo", "optimizer", "lr_scheduler"}
-HPARAM_SECTIONS |= {"parallelism", "activation_checkpoint", "compile", "debug"}
-HPARAMS = {f"chunkflow.{name}" for name in ("enable", "chunk_size", "k")}
-HPARAMS |= {"model.name", "model.flavor", "training.global_batch_size", "training.seq_len", "optimizer.lr"}
+# The columns of the table of runs, the same for every run, since TensorBoard takes those of one for all. It
+# shows the first five by name, and the others when they are ticked.
+HPARAMS = """
+    chunkflow.enable chunkflow.chunk_size chunkflow.k chunkflow.keep_attention chunkflow.kv_offload
+    training.global_batch_size training.seq_len training.steps training.loss_weighting training.dataset
+    training.dataset_path training.mixed_precision_param model.name model.flavor optimizer.name optimizer.lr
+    optimizer.weight_decay lr_scheduler.warmup_steps lr_scheduler.decay_type lora.rank dpo.beta processes
+    parallelism.pipeline_parallel_degree parallelism.context_parallel_degree
+    parallelism.fsdp_reshard_after_forward debug.seed
+"""
+FINAL_METRICS = """
+    loss_metrics/global_avg_loss validation_metrics/loss throughput(tps) memory/max_reserved(GiB) mfu(%)
+"""
 
 
 def layout(tags: set[str]) -> dict[str, dict[str, list]]:
@@ -69,14 +79,14 @@ def layout(tags: set[str]) -> dict[str, dict[str, list]]:
     return {category: charts for category, charts in shown.items() if charts}
 
 
-def hyper_parameters(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Of the config's keys, by their full names, those that TensorBoard's table of runs compares."""
-    chosen = {}
-    for name, value in config.items():
-        changed = name.partition(".")[0] in HPARAM_SECTIONS and value != defaults[name]
-        if value is not None and (name in HPARAMS or changed):
-            chosen[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return chosen
+def hyper_parameters(config: dict[str, Any], processes: int) -> dict[str, float | str]:
+    """Of the config's keys, by their full names, those that the table of runs compares."""
+    values = {name: (config | {"processes": processes}).get(name) for name in HPARAMS.split()}
+    return {
+        name: show(value) if isinstance(value, bool) else value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def start_wandb(dump_folder: Path, config: dict[str, Any], resumed: bool) -> Any:
@@ -147,14 +157,14 @@ class Dashboard:
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
         self._write(lambda writer: writer.add_text(tag, markdown, step))
 
-    def hyper_parameters(self, values: dict[str, Any]) -> None:
+    def hyper_parameters(self, values: dict[str, float | str]) -> None:
         """What the table of runs shows of this run. Its metrics are the last values of the run's own curves,
         which a run has that goes on or was killed, too."""
         from torch.utils.tensorboard.summary import hparams
 
-        # Without a summary of the experiment the plugin gathers the columns of all runs that it shows.
-        _, start, self.end = hparams(values, {})
-        self._write(lambda writer: writer.file_writer.add_summary(start))
+        experiment, start, self.end = hparams(values, dict.fromkeys(FINAL_METRICS.split(), 0.0))
+        for summary in (experiment, start):
+            self._write(lambda writer: writer.file_writer.add_summary(summary))
 
     def figure(self, tag: str, draw: Callable[[], Any], step: int) -> None:
         """Writes the matplotlib figure that `draw` returns, in a thread of its own."""

@@ -22,7 +22,6 @@ from chunkflow.reporting.dashboard import Dashboard, hyper_parameters, start_wan
 from chunkflow.reporting.device import Memory, memory_capacity_gib, peak_flops, peak_memory, reset_peak_memory
 from chunkflow.reporting.rows import RowsFile
 from chunkflow.settings import options
-from chunkflow.settings.keys import flat
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +78,7 @@ class MetricsLogger:
                 self.board = Dashboard(self.folder, start_step)
                 logger.info(f"TensorBoard logging enabled. Logs will be saved at {self.folder}")
                 if config:
-                    self.board.hyper_parameters(
-                        hyper_parameters(config, flat(options.Config())) | {"processes": self.ranks}
-                    )
+                    self.board.hyper_parameters(hyper_parameters(config, self.ranks))
                     code = textwrap.indent((dump_folder / "config.toml").read_text(), "    ")
                     self.board.text("config", code, start_step)
         self.start()

@@ -25,7 +25,7 @@ def lengths_figure(lengths: Sequence[int], chunk_size: int, seq_len: int):
         tokens[step - least] += length
     total = sum(lengths)
     long = [length for length in lengths if length > chunk_size]
-    figure = new_figure(9, 6)
+    figure = new_figure(7, 5.5)
     above, below = figure.subplots(2, sharex=True)
     edges = [2 ** ((least + number - 0.5) / 2) for number in range(count + 1)]
     for panel, values, name in (
@@ -67,7 +67,7 @@ def plan_figure(plan: Plan, chunk_size: int, k: int):
 
     ranks = plan.groups[:SHOWN_RANKS]
     most = max(sum(len(group.chunks) for group in groups) for groups in ranks)
-    figure = new_figure(min(24, 9 + most / 20), 2 + 1.5 * len(ranks))
+    figure = new_figure(min(24, 7 + most / 20), 2.5 + 1.5 * len(ranks))
     panels = figure.subplots(len(ranks), sharex=True, sharey=True, squeeze=False)[:, 0]
     colours: dict[int, str] = {}  # sequence -> its colour
     for rank, (groups, panel) in enumerate(zip(ranks, panels)):
@@ -96,22 +96,21 @@ def plan_figure(plan: Plan, chunk_size: int, k: int):
         panels[-1].set_xlim(-1, 2)
     legend = [Patch(color=GREYS[0], label="packed whole")]
     if colours:
-        spread = f", {plan.spread_sequences} shared by ranks" if plan.spread_sequences else ""
-        legend.append(Patch(color="C0", label=f"{len(colours)} cut, a colour each{spread}"))
+        legend.append(Patch(color="C0", label=f"{len(colours)} cut or shared, a colour each"))
     if plan.recomputed_chunks:
         legend.append(Patch(facecolor="0.4", hatch="///", edgecolor="white", label="computed again"))
     shown = f" (the first {len(ranks)} of {len(plan.groups)} ranks)" if len(plan.groups) > len(ranks) else ""
     figure.suptitle(f"{plan.tokens:,} tokens in {plan.chunks:,} chunks{shown}")
-    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
+    figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
 def memory_figure(timeline: Sequence[Timed], held: Sequence[tuple[int, int]]):
-    """A matplotlib figure of what a rank held over a step: after each action of its `timeline` (seconds) so
-    many chunks with activations, and so many bytes of K/V and their gradients (`held`)."""
+    """A matplotlib figure of what a rank held over a step: in each action of its `timeline` (seconds) at most
+    so many chunks with activations, and so many bytes of K/V and their gradients (`held`)."""
     from matplotlib.patches import Patch
 
-    figure = new_figure(9, 6.5)
+    figure = new_figure(7, 6)
     actions, state, live = figure.subplots(3, sharex=True, height_ratios=[1, 4, 3])
     boxes = [(start, end - start) for _, start, end in timeline]
     actions.broken_barh(boxes, (0, 1), facecolors=[COLOURS[action.kind] for action, _, _ in timeline])
@@ -127,12 +126,12 @@ def memory_figure(timeline: Sequence[Timed], held: Sequence[tuple[int, int]]):
         panel.set_ylabel(label)
         panel.set_ylim(bottom=0)
     live.yaxis.get_major_locator().set_params(integer=True)
-    live.set_xlabel("seconds since the step began on rank 0")
+    live.set_xlabel("seconds since the step began")
     kinds = {action.kind for action, _, _ in timeline}
     patches = [Patch(color=COLOURS[kind], label=KINDS[kind]) for kind in Kind if kind in kinds]
     figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False)
-    peaks = f"{max(state_bytes) / unit:.3g} {name} of K/V and their gradients, {max(chunks)} live chunks"
-    figure.suptitle(f"At most {peaks}")
+    title = f"at most {max(state_bytes) / unit:.3g} {name} of K/V and their gradients"
+    figure.suptitle(f"{title},\n{max(chunks)} live chunk{'s' * (max(chunks) > 1)}")
     return figure
 
 
