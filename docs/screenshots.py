@@ -1,10 +1,10 @@
-"""Pictures of a run in TensorBoard, as a browser shows them: `python docs/screenshots.py` trains a small model
-for some steps, twice, starts TensorBoard on both runs, and photographs its pages into docs/pictures/.
+"""Photographs of TensorBoard in a browser: `python docs/screenshots.py` trains a small model for some steps, on
+two ranks in chunks, whole, and on two pipeline stages, starts TensorBoard on the three runs, and photographs
+its pages into docs/pictures/.
 
 Needs Chromium (`apt-get install chromium`) besides what run_train.sh installs.
 """
 
-import argparse
 import base64
 import json
 import os
@@ -15,18 +15,54 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
-PAGES = {"custom_scalars": "dashboard", "images": "pictures", "text": "text", "hparams": "hparams"}
+PAGES = {  # page -> its photograph, and the height of its window
+    "custom_scalars": ("dashboard.png", 1900),
+    "images": ("pictures.png", 1400),
+    "text": ("texts.png", 800),
+    "hparams": ("runs.png", 600),
+}
+RUNS = {  # name -> what its command line adds
+    "chunks": [],
+    "whole": ["--chunkflow.no_enable"],
+    "stages": ["--parallelism.pipeline_parallel_degree=2", "--profiling.enable_profiling"],
+}
+CONFIG = """
+[training]
+dataset = "python_stdlib"
+global_batch_size = 8
+seq_len = 8192
+overlong = "truncate"
+steps = 20
+[chunkflow]
+chunk_size = 512
+k = 2
+[optimizer]
+lr = 3e-3
+[lr_scheduler]
+warmup_steps = 4
+[metrics]
+log_freq = 1
+[validation]
+enable = true
+freq = 5
+steps = 1
+"""
+MODEL = {  # of a config.json
+    "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 2048,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
 # Finds elements in the shadow trees of TensorBoard's components, too.
 DEEP = """
 const deep = (selector, root = document) => [
     ...root.querySelectorAll(selector),
-    ...[...root.querySelectorAll("*")].flatMap((each) => each.shadowRoot ? deep(selector, each.shadowRoot) : []),
+    ...[...root.querySelectorAll("*")].flatMap(
+        (each) => each.shadowRoot ? deep(selector, each.shadowRoot) : []),
 ];
 """
 
@@ -164,3 +200,36 @@ def photograph(address: str, browser: Browser, page: str, path: Path) -> None:
     browser.wait_for(READY[page])
     time.sleep(1)  # what moves comes to rest
     browser.photograph(path)
+
+
+def train(folder: Path) -> None:
+    """The runs, each in a folder of its name."""
+    model, config = folder / "model", folder / "config.toml"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(MODEL))
+    shutil.copy(REPO / "chunkflow" / "data" / "python_2048.model", model / "tokenizer.model")
+    config.write_text(CONFIG)
+    environ = os.environ | {"NGPU": "2", "CONFIG_FILE": str(config), "CUDA_VISIBLE_DEVICES": ""}
+    for name, options in RUNS.items():
+        where = f"--model.hf_assets_path={model}", f"--job.dump_folder={folder / 'runs' / name}"
+        subprocess.run([REPO / "run_train.sh", *where, *options], env=environ, check=True)
+
+
+def main() -> None:
+    program = chromium()
+    if not program:
+        raise SystemExit("error: there is no Chromium: apt-get install chromium")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train(folder)
+        with tensorboard(folder / "runs") as address:
+            for page, (file, height) in PAGES.items():
+                browser = Browser(program, folder / page, height=height)
+                try:
+                    photograph(address, browser, page, REPO / "docs" / "pictures" / file)
+                finally:
+                    browser.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -51,6 +51,10 @@ class Progress:
             with suppress(OSError):
                 print(f"\r{bar} {self}\033[K\r", end="", file=self.terminal, flush=True)
 
+    @property
+    def complete(self) -> bool:
+        return self.done == self.steps
+
     def clear(self) -> None:
         """Takes the bar away."""
         if self.terminal:

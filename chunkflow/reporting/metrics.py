@@ -256,24 +256,20 @@ class MetricsLogger:
     def close(self, ledgers: dict[str, Any] | None = None) -> None:
         """Ends the log, with a table of what the run came to. `ledgers`: what became of the tokens, by the
         name of their source ("": of all)."""
-        if self.totals.steps and self.progress:
-            rows = self.totals.rows()
-            rows += [
-                (f"tokens of {name}" if name else "tokens of the data", f"{ledger}")
-                for name, ledger in (ledgers or {}).items()
-            ]
+        if self.progress and self.totals.steps:
             self.progress.clear()
-            complete = self.progress.done == self.progress.steps
-            logger.info(
-                f"{'Trained' if complete else 'Stopped'} after step {self.progress.done}:\n{table(rows)}"
-            )
+            rows = self.totals.rows()
+            for name, ledger in (ledgers or {}).items():
+                rows.append((f"tokens of {name or 'the data'}", str(ledger)))
+            done = "Trained up to" if self.progress.complete else "Stopped after"
+            logger.info(f"{done} step {self.progress.done}:\n{table(rows)}")
             if self.board:
                 self.board.text("summary", markdown(rows), self.progress.done)
                 logger.info(f"See the curves: tensorboard --logdir {self.folder}")
         for file in filter(None, (self.rows, self.validation_rows)):
             file.close()
         if self.board:
-            self.board.close(complete=not self.progress or self.progress.done == self.progress.steps)
+            self.board.close(complete=not self.progress or self.progress.complete)
         if self.wandb:
             self.wandb.finish()
 
