@@ -1,6 +1,6 @@
-"""Photographs of TensorBoard in a browser: `python docs/screenshots.py` trains a small model for some steps, on
-two ranks in chunks, whole, and on two pipeline stages, starts TensorBoard on the three runs, and photographs
-its pages into docs/pictures/.
+"""Photographs of TensorBoard in a browser: `python docs/screenshots.py` trains a small model for some steps
+(on two ranks in chunks, whole, and on two pipeline stages), starts TensorBoard on the three runs, and takes
+pictures of its pages for docs/pictures/.
 
 Needs Chromium (`apt-get install chromium`) besides what run_train.sh installs.
 """
@@ -22,7 +22,7 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 PAGES = {  # page -> its photograph, and the height of its window
     "custom_scalars": ("dashboard.png", 1900),
-    "images": ("pictures.png", 1400),
+    "images": ("pictures.png", 1000),
     "text": ("texts.png", 800),
     "hparams": ("runs.png", 600),
 }
@@ -34,10 +34,10 @@ RUNS = {  # name -> what its command line adds
 CONFIG = """
 [training]
 dataset = "python_stdlib"
-global_batch_size = 8
-seq_len = 8192
+global_batch_size = 4
+seq_len = 4096
 overlong = "truncate"
-steps = 20
+steps = 16
 [chunkflow]
 chunk_size = 512
 k = 2
@@ -49,7 +49,7 @@ warmup_steps = 4
 log_freq = 1
 [validation]
 enable = true
-freq = 5
+freq = 4
 steps = 1
 """
 MODEL = {  # of a config.json
