@@ -129,7 +129,7 @@ class Browser:
             raise RuntimeError(answer["exceptionDetails"]["exception"]["description"])
         return answer["result"].get("value")
 
-    def wait_for(self, script: str, seconds: float = 30) -> Any:
+    def wait_for(self, script: str, seconds: float = 60) -> Any:
         """The expression's value, once it is true. TimeoutError after `seconds`."""
         deadline = time.monotonic() + seconds
         while not (value := self.evaluate(script)):

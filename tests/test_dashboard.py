@@ -43,7 +43,7 @@ def screenshots() -> types.ModuleType:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of two short runs: on two ranks, with sources and validation; on two pipeline stages."""
+    """Folders of two short runs: on one rank, with sources and validation; on two pipeline stages."""
     folder = tmp_path_factory.mktemp("runs")
     assets = small_assets(folder / "assets")
     files = [
@@ -51,20 +51,20 @@ def runs(tmp_path_factory):
         for seed, name in enumerate("ab")
     ]
     tables = "".join(f'[[training.sources]]\ndataset = "jsonl"\ndataset_path = "{file}"\n' for file in files)
-    (folder / "ranks.toml").write_text(tables)
+    (folder / "rank.toml").write_text(tables)
     (folder / "stages.toml").write_text(f'[training]\ndataset = "jsonl"\ndataset_path = "{files[0]}"\n')
     shared = [
         assets, "--training.global_batch_size=6", "--training.steps=2", "--lr_scheduler.warmup_steps=1",
         "--chunkflow.chunk_size=64", "--metrics.log_freq=1", "--metrics.disable_color_printing",
     ]  # fmt: skip
     more = {
-        "ranks": ["--validation.enable", "--validation.freq=1", "--validation.dataset=jsonl",
+        "rank": ["--validation.enable", "--validation.freq=1", "--validation.dataset=jsonl",
                   f"--validation.dataset_path={files[0]}"],
         "stages": ["--parallelism.pipeline_parallel_degree=2"],
     }  # fmt: skip
-    for name, options in more.items():
+    for processes, (name, options) in enumerate(more.items(), 1):
         where = f"--job.config_file={folder / name}.toml", f"--job.dump_folder={folder / 'out' / name}"
-        done = run(folder, *where, *shared, *options, processes=2, forked=True)
+        done = run(folder, *where, *shared, *options, processes=processes, forked=True)
         assert done.returncode == 0, done.stdout[-3000:]
         (folder / "out" / name / "log").write_text(done.stdout)
     return folder / "out"
@@ -91,14 +91,14 @@ def pattern_of(name: str) -> re.Pattern:
     "heading, kind", [("Curves in TensorBoard", "scalars"), ("Pictures", "images"), ("Texts", "tensors")]
 )
 def test_the_page_lists_every_tag_and_no_other(runs, heading, kind):
-    written = {tag for name in ("ranks", "stages") for tag in events(runs / name / "tb").Tags()[kind]}
+    written = {tag for name in ("rank", "stages") for tag in events(runs / name / "tb").Tags()[kind]}
     written = {tag.removesuffix("/text_summary") for tag in written} - {"custom_scalars__config__"}
     agree(listed(heading), written)
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "validation.jsonl"])
 def test_the_page_lists_every_column_and_no_other(runs, file):
-    written = {key for line in (runs / "ranks" / file).read_text().splitlines() for key in json.loads(line)}
+    written = {key for line in (runs / "rank" / file).read_text().splitlines() for key in json.loads(line)}
     agree(listed(f"`{file}`"), written)
 
 
@@ -121,7 +121,7 @@ def layout_of(read: EventAccumulator) -> dict[str, dict[str, list[str]]]:
 
 def test_the_dashboard_has_a_chart_for_what_there_is_and_no_other(runs):
     shown = {}
-    for name in ("ranks", "stages"):
+    for name in ("rank", "stages"):
         read = events(runs / name / "tb")
         tags, shown[name] = read.Tags()["scalars"], layout_of(read)
         assert next(iter(shown[name])) == "Loss" and next(iter(shown[name]["Loss"])).startswith("loss")
@@ -147,7 +147,7 @@ def hparams_of(folder) -> dict:
 
 
 def test_texts_and_hyper_parameters_of_a_run(runs):
-    folder = runs / "ranks"
+    folder = runs / "rank"
     assert [path.name.split(".")[0] for path in (folder / "tb").iterdir()] == ["events"], (
         "one run, no subfolder"
     )
@@ -162,21 +162,21 @@ def test_texts_and_hyper_parameters_of_a_run(runs):
     )
     assert all(line.startswith("    ") for line in code if line), "a code block"
     tokens = [row["tokens"] for row in rows_of(folder)]
-    assert f"| tokens | {tokens[0]:,} |" in text("plan of step 1") and "| 1 |" in text("plan of step 1")
+    assert f"| tokens | {tokens[0]:,} |" in text("plan of step 1") and "| 0 |" in text("plan of step 1")
     summary = text("summary")
     assert f"| tokens | {sum(tokens):,}, " in summary and "| tokens of a.jsonl | read " in summary
     hparams = hparams_of(folder / "tb")
-    assert hparams["chunkflow.chunk_size"].number_value == 64 and hparams["processes"].number_value == 2
+    assert hparams["chunkflow.chunk_size"].number_value == 64 and hparams["processes"].number_value == 1
     assert hparams["chunkflow.enable"].string_value == "true"
     end = read.SummaryMetadata(metadata.SESSION_END_INFO_TAG).plugin_data.content
     assert metadata.parse_session_end_info_plugin_data(end).status == 1, "complete"
 
 
 def test_the_console_is_quiet_and_ends_with_a_table(runs):
-    said = (runs / "ranks" / "log").read_text()
+    said = (runs / "rank" / "log").read_text()
     assert not re.search("matplotlib|font|PIL", said)
     assert re.search(r"step:  1  loss: .* 1/2, \d:\d\d left", said)
-    rows = rows_of(runs / "ranks")
+    rows = rows_of(runs / "rank")
     table = said.partition("Trained up to step 2:\n")[2].partition("[chunkflow]")[0]
     assert f"loss                          {rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}\n" in table
     for part in (
