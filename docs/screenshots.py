@@ -21,10 +21,10 @@ from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = {  # page -> its photograph, and the height of its window
-    "custom_scalars": ("dashboard.png", 1900),
+    "custom_scalars": ("dashboard.png", 1500),
     "images": ("pictures.png", 1000),
     "text": ("texts.png", 800),
-    "hparams": ("runs.png", 600),
+    "hparams": ("runs.png", 500),
 }
 RUNS = {  # name -> what its command line adds
     "chunks": [],
@@ -186,8 +186,11 @@ def _answers(address: str) -> Any:
     return None
 
 
-READY = {  # page -> what is there when it is drawn
-    "custom_scalars": "deep('path.line').filter((each) => each.getAttribute('d')).length >= 5",
+READY = {  # page -> what is there when it is drawn: a line in each chart that can be seen, and so on
+    "custom_scalars": """deep("tf-line-chart-data-loader").length >= 5
+        && deep("tf-line-chart-data-loader").every((chart) =>
+            chart.getBoundingClientRect().top > innerHeight
+            || deep("path.line", chart.shadowRoot).some((line) => line.getAttribute("d")))""",
     "images": "deep('img').filter((each) => each.naturalWidth > 500).length >= 3",
     "text": "deep('table').length >= 1 && deep('pre').length >= 1",
     "hparams": "deep('vaadin-grid-cell-content').some((each) => each.innerText.includes('chunk_size'))",
@@ -215,6 +218,17 @@ def train(folder: Path) -> None:
         subprocess.run([REPO / "run_train.sh", *where, *options], env=environ, check=True)
 
 
+def photograph_all(program: str, runs: Path, folder: Path) -> None:
+    """Photographs of all pages into docs/pictures/. `folder`: for the browser's own files."""
+    with tensorboard(runs) as address:
+        for page, (file, height) in PAGES.items():
+            browser = Browser(program, folder / page, height=height)
+            try:
+                photograph(address, browser, page, REPO / "docs" / "pictures" / file)
+            finally:
+                browser.close()
+
+
 def main() -> None:
     program = chromium()
     if not program:
@@ -222,13 +236,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train(folder)
-        with tensorboard(folder / "runs") as address:
-            for page, (file, height) in PAGES.items():
-                browser = Browser(program, folder / page, height=height)
-                try:
-                    photograph(address, browser, page, REPO / "docs" / "pictures" / file)
-                finally:
-                    browser.close()
+        photograph_all(program, folder / "runs", folder)
 
 
 if __name__ == "__main__":

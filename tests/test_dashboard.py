@@ -5,7 +5,10 @@ import importlib.util
 import io
 import json
 import logging
+import os
+import pty
 import re
+import subprocess
 import sys
 import time
 import types
@@ -27,7 +30,7 @@ from chunkflow.settings.config import ConfigError, load_config
 from chunkflow.settings.keys import flat, to_toml
 from chunkflow.training import build, prediction
 from tests.helpers.clock import Clock
-from tests.helpers.processes import REPO, rows_of, run, small_assets, write_rows
+from tests.helpers.processes import REPO, end_processes, environment, rows_of, run, small_assets, write_rows
 
 CPU = torch.device("cpu")
 PAGE = (REPO / "docs" / "metrics.md").read_text()
@@ -125,6 +128,13 @@ def test_the_dashboard_has_a_chart_for_what_there_is_and_no_other(runs):
         read = events(runs / name / "tb")
         tags, shown[name] = read.Tags()["scalars"], layout_of(read)
         assert next(iter(shown[name])) == "Loss" and next(iter(shown[name]["Loss"])).startswith("loss")
+        assert not any(
+            "(" in tag
+            for patterns in all_of(shown[name])
+            for p in patterns
+            for tag in tags
+            if re.match(p, tag)
+        )
         for chart, patterns in (pair for charts in shown[name].values() for pair in charts.items()):
             assert any(re.match(pattern, tag) for pattern in patterns for tag in tags), chart
     ranks, stages = ({chart for charts in each.values() for chart in charts} for each in shown.values())
@@ -137,8 +147,13 @@ def test_the_dashboard_has_a_chart_for_what_there_is_and_no_other(runs):
     assert dashboard.layout({"dpo/reward_margin", "dpo/chosen_logp"}).keys() == {"Preferences"}
     # every pattern means a figure that exists
     names = listed("Curves in TensorBoard")
+    names += map(dashboard.plain, names)
     for pattern in (p for charts in dashboard.DASHBOARD.values() for ps in charts.values() for p in ps):
         assert any(re.match(pattern, name) for name in names), pattern
+
+
+def all_of(charts: dict[str, dict[str, list[str]]]) -> list[list[str]]:
+    return [patterns for category in charts.values() for patterns in category.values()]
 
 
 def hparams_of(folder) -> dict:
@@ -321,12 +336,31 @@ def test_time_left_and_the_bar(monkeypatch):
     assert [duration(seconds) for seconds in (0.4, 59.6, 3661)] == ["0:00", "1:00", "1:01:01"]
 
 
-@pytest.mark.quick
-def test_the_bar_goes_to_the_terminal_that_run_train_names(tmp_path, monkeypatch, capsys):
+DRAWS = """
+import sys
+from chunkflow.reporting.console import Progress, open_terminal
+
+if "--check" not in sys.argv:
+    assert not sys.stdout.isatty()
+    Progress(0, 2, open_terminal()).step()
+"""
+
+
+def test_the_bar_goes_to_the_terminal_that_run_train_names(tmp_path):
+    """torchrun's processes write into a pipe, while a person looks at a terminal."""
     assert console.open_terminal() is None
-    monkeypatch.setenv("CHUNKFLOW_TERMINAL", str(tmp_path / "terminal"))
-    with console.open_terminal() as terminal:
-        assert terminal.name == str(tmp_path / "terminal")
+    (tmp_path / "draws.py").write_text(DRAWS)
+    environ = environment(tmp_path, TRAIN_FILE=str(tmp_path / "draws.py"), CONFIG_FILE="/dev/null", NGPU="1")
+    ours, terminal = pty.openpty()
+    os.set_blocking(ours, False)
+    try:
+        command = [REPO / "run_train.sh"]
+        done = subprocess.run(command, env=environ, stdin=subprocess.DEVNULL, stdout=terminal, timeout=120)
+        assert done.returncode == 0 and f"\r{'█' * 15}{'░' * 15} 1/2, ".encode() in os.read(ours, 1 << 16)
+    finally:
+        os.close(ours)
+        os.close(terminal)
+        end_processes(str(tmp_path))
 
 
 @pytest.mark.quick

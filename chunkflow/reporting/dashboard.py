@@ -30,23 +30,25 @@ DASHBOARD = {  # category -> chart -> patterns of its tags; a chart comes when t
         "log-probabilities": [r"dpo/.*logp"],
     },
     "Speed": {
-        "tokens a second and device": [r"throughput\(tps\)$"],
-        "mfu (%)": [r"mfu\(%\)$"],
-        "seconds: a step, its wait for data, checkpoints": [r"time_metrics/.*\(s\)$"],
+        "tokens a second and device": [r"dashboard/throughput_tps$"],
+        "mfu (%)": [r"dashboard/mfu_percent$"],
+        "seconds: a step, its wait for data, checkpoints": [r"dashboard/time_metrics/.*_seconds$"],
     },
     "Memory of the fullest rank (GiB)": {
-        "peak: allocated and reserved": [r"memory/max_(active|reserved)\(GiB\)$"],
-        "K/V and their gradients, kept attention": [r"chunkflow/(kv|kept).*\(GiB\)$"],
+        "peak: allocated and reserved": [r"dashboard/memory/max_(active|reserved)_gib$"],
+        "K/V and their gradients, kept attention": [r"dashboard/chunkflow/(kv|kept).*_gib$"],
     },
     "Chunks": {
-        "padding and recomputed (%)": [r"chunkflow/(padding|recomputed)\(%\)$"],
+        "padding and recomputed (%)": [r"dashboard/chunkflow/(padding|recomputed)_percent$"],
         "chunks of a step, and live at once": [r"chunkflow/(chunks|live_chunks_peak)$"],
         "longest sequence of a step (tokens)": [r"data/longest_sequence$"],
     },
     "Ranks": {
-        "imbalance and template overhead (%)": [r"chunkflow/(dp_imbalance|template_overhead)\(%\)$"],
-        "waiting for the busiest rank (%)": [r"chunkflow/waiting\(%\)/"],
-        "bubble (%): simulated, and measured by stage": [r"chunkflow/bubble\(%\)/"],
+        "imbalance and template overhead (%)": [
+            r"dashboard/chunkflow/(dp_imbalance|template_overhead)_percent$"
+        ],
+        "waiting for the busiest rank (%)": [r"dashboard/chunkflow/waiting_percent/"],
+        "bubble (%): simulated, and measured by stage": [r"dashboard/chunkflow/bubble_percent/"],
     },
 }
 
@@ -63,6 +65,14 @@ HPARAMS = """
 FINAL_METRICS = """
     loss_metrics/global_avg_loss validation_metrics/loss throughput(tps) memory/max_reserved(GiB) mfu(%)
 """
+
+
+def plain(tag: str) -> str:
+    """The name of a curve's copy for the dashboard. TensorBoard takes what is between the first and the last
+    parenthesis of a curve's legend, `tag (run)`, for the run, and draws no curve of a run that is not there."""
+    for unit, word in (("%", "percent"), ("GiB", "gib"), ("s", "seconds"), ("tps", "tps")):
+        tag = tag.replace(f"({unit})", f"_{word}")
+    return f"dashboard/{tag}"
 
 
 def layout(tags: set[str]) -> dict[str, dict[str, list]]:
@@ -143,6 +153,9 @@ class Dashboard:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes the values by their tags; new tags get their charts in the dashboard."""
+
+        copies = {plain(tag): value for tag, value in values.items() if "(" in tag}
+        values = values | {tag: value for tag, value in copies.items() if layout({tag})}
 
         def write(writer) -> None:
             for tag, value in values.items():
