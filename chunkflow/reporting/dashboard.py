@@ -68,8 +68,8 @@ FINAL_METRICS = """
 
 
 def plain(tag: str) -> str:
-    """The name of a curve's copy for the dashboard. TensorBoard takes what is between the first and the last
-    parenthesis of a curve's legend, `tag (run)`, for the run, and draws no curve of a run that is not there."""
+    """The name of a curve's copy for the dashboard. TensorBoard takes what is between the first and the
+    last parenthesis of its legend, `tag (run)`, for the run, and draws none of an unknown run."""
     for unit, word in (("%", "percent"), ("GiB", "gib"), ("s", "seconds"), ("tps", "tps")):
         tag = tag.replace(f"({unit})", f"_{word}")
     return f"dashboard/{tag}"
