@@ -147,7 +147,7 @@ def test_the_dashboard_has_a_chart_for_what_there_is_and_no_other(runs):
     assert dashboard.layout({"dpo/reward_margin", "dpo/chosen_logp"}).keys() == {"Preferences"}
     # every pattern means a figure that exists
     names = listed("Curves in TensorBoard")
-    names += map(dashboard.plain, names)
+    names += [dashboard.plain(name) for name in names]
     for pattern in (p for charts in dashboard.DASHBOARD.values() for ps in charts.values() for p in ps):
         assert any(re.match(pattern, name) for name in names), pattern
 
