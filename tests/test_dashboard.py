@@ -57,7 +57,7 @@ def runs(tmp_path_factory):
     (folder / "rank.toml").write_text(tables)
     (folder / "stages.toml").write_text(f'[training]\ndataset = "jsonl"\ndataset_path = "{files[0]}"\n')
     shared = [
-        assets, "--training.global_batch_size=6", "--training.steps=2", "--lr_scheduler.warmup_steps=1",
+        assets, "--training.global_batch_size=6", "--training.steps=6", "--lr_scheduler.warmup_steps=1",
         "--chunkflow.chunk_size=64", "--metrics.log_freq=1", "--metrics.disable_color_printing",
     ]  # fmt: skip
     more = {
@@ -190,9 +190,9 @@ def test_texts_and_hyper_parameters_of_a_run(runs):
 def test_the_console_is_quiet_and_ends_with_a_table(runs):
     said = (runs / "rank" / "log").read_text()
     assert not re.search("matplotlib|font|PIL", said)
-    assert re.search(r"step:  1  loss: .* 1/2, \d:\d\d left", said)
+    assert re.search(r"step:  1  loss: .* 1/6, \d:\d\d left", said)
     rows = rows_of(runs / "rank")
-    table = said.partition("Trained up to step 2:\n")[2].partition("[chunkflow]")[0]
+    table = said.partition("Trained up to step 6:\n")[2].partition("[chunkflow]")[0]
     assert f"loss                          {rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}\n" in table
     for part in (
         "tokens of the data",
