@@ -49,6 +49,8 @@ class StepResult:
         self.receive_buffers = 0  # posted receives that no action had taken
         self.state_bytes = 0  # K/V and their gradients, on the device or in host memory
         self.device_state_bytes = 0  # those on the device; of what is in host memory, the copies there
+        # During each action of the clock, at most: chunks with activations, bytes of K/V and gradients.
+        self.held: list[tuple[int, int]] = []
         self.kept_attention_bytes = (0, 0)  # results of attention kept on the device, in host memory
         self.clock = Clock(device)
 
@@ -246,13 +248,14 @@ class _Run:
         if self.host:
             self._chunk(index, key)  # the first one of a group makes the state
             self.host.begin(self._use(action), self._use(following))
-        start = self.result.clock.now()
+        start, live = self.result.clock.now(), sum(self.live.values())
         if kind is Kind.BACKWARD:
             self._backward(index, key)
         else:
             backward_follows = following == action._replace(kind=Kind.BACKWARD)
             self._forward(kind, index, key, self.loss_gradient if backward_follows else None)
         self.result.clock.marks.append((action, start, self.result.clock.now()))
+        self.result.held.append((max(live, sum(self.live.values())), self.held_bytes))
 
     def _use(self, action: Action | None) -> Use | None:
         """What an action does with a K/V state that there is already."""
@@ -275,10 +278,9 @@ class _Run:
         keeps_activations = kind in (Kind.FORWARD, Kind.RECOMPUTE)
         with torch.set_grad_enabled(keeps_activations):
             output = stage.forward(key, chunk)
+        self._count_state_bytes()
         if not keeps_activations:
             self.discarded.add((index, key))
-            if kind is Kind.EVALUATE:
-                self._count_state_bytes()
             if stage.is_last:
                 stage.forget_output(key)
                 if kind is Kind.EVALUATE:
@@ -338,6 +340,5 @@ class _Run:
         return SharedKeyValueState(group, self.blocks[group.spread.replicas], self.host)
 
     def _count_state_bytes(self) -> None:
-        if self.states:
-            held = sum(state.bytes() for state in self.states.values())
-            self.result.state_bytes = max(self.result.state_bytes, held)
+        self.held_bytes = sum(state.bytes() for state in self.states.values())
+        self.result.state_bytes = max(self.result.state_bytes, self.held_bytes)

@@ -334,6 +334,7 @@ class Quantize:
 class Metrics:
     log_freq: int = option(10, "steps between logged steps; step 1 is always logged", AT_LEAST_1)
     enable_tensorboard: bool = option(True, "write TensorBoard events")
+    enable_wandb: bool = option(False, "show them in Weights & Biases, too (extra wandb)")
     save_tb_folder: str = option("tb", "their folder in job.dump_folder")
     disable_color_printing: bool = option(False, "step lines without colours")
 

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import functools
-import importlib
+import importlib.util
 import logging
 import math
 from collections.abc import Callable
@@ -98,6 +98,7 @@ def check(config: Config, *more: Callable[[ModelSpec], object], pairs: bool = Fa
         lambda: check_cuda_dtype(training),
         lambda: check_attention(config),
         lambda: check_torch(config, pairs),
+        lambda: check_wandb(config.metrics),
     ]
     spec = None
     with collected(faults):
@@ -154,6 +155,21 @@ def check_torch(config: Config, pairs: bool = False) -> None:
     for name in uses:
         if uses[name] and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
             raise ConfigError(f"{name} needs torch 2.13, but this is {torch.__version__}: leave it out")
+
+
+def check_wandb(settings: options.Metrics) -> None:
+    if not settings.enable_wandb:
+        return
+    if not settings.enable_tensorboard:
+        raise ConfigError(
+            "metrics.enable_wandb shows what TensorBoard's events have, and metrics.enable_tensorboard ="
+            " false writes none: set it to true"
+        )
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "metrics.enable_wandb = true needs the package wandb, which is not installed: pip install"
+            " 'chunkflow[wandb]', or leave it out"
+        )
 
 
 def check_cuda_dtype(settings: options.Training) -> None:

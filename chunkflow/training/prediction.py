@@ -15,8 +15,10 @@ from chunkflow.planning.memory import (
     communicators,
     cuda_bytes,
     kv_tokens,
+    peak_parts,
     with_kv_offload,
 )
+from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.room import Room
 from chunkflow.settings import options
 from chunkflow.settings.options import Config
@@ -140,3 +142,18 @@ def room(
         return None
     offloaded = most_kv_tokens(config, with_kv_offload(sizes, "host"), replicas, device)
     return Room(sizes, usable, config.chunkflow.chunk_size, adapts, offloaded)
+
+
+def memory_of_sequence(config: Config, spec: Any, settings: PlanSettings, tokens: int) -> tuple[float, float]:
+    """GiB that a rank, the fullest, holds in a step with one sequence of so many tokens: planned as the
+    `settings` say, and whole in one micro-batch. `spec`: the model, see build.ModelSpec."""
+    sizes = stage_sizes(config, spec.family, spec.args, spec.layers, settings.replicas)
+    peaks = []
+    for enable in (settings.enable, False):
+        plan = plan_step([tokens], settings._replace(enable=enable), most=1)
+        ((replica, programs),) = plan.programs.items()
+        of_ranks = [
+            peak_parts(sizes[rank], plan.groups[replica], programs[rank]) for rank in range(len(sizes))
+        ]
+        peaks.append(max(sum(parts.values()) for parts in of_ranks) / 2**30)
+    return tuple(peaks)

@@ -181,6 +181,8 @@ def init_logger() -> None:
     """Logs to stdout, one line a record, in torchtitan's format."""
     format = "[chunkflow] %(asctime)s - %(name)s - %(levelname)s - %(message)s"
     logging.basicConfig(level=logging.INFO, format=format, stream=sys.stdout, force=True)
+    for library in ("matplotlib", "PIL", "torchao", "fsspec", "wandb"):  # not what they do inside
+        logging.getLogger(library).setLevel(logging.WARNING)
     os.environ["KINETO_LOG_LEVEL"] = "5"  # silences the profiler's messages
 
 
