@@ -82,6 +82,8 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 CHUNKFLOW_CONTROL=$(mktemp -d) CHUNKFLOW_LAUNCHER=$$
 export CHUNKFLOW_CONTROL CHUNKFLOW_LAUNCHER
 trap 'rm -rf "$CHUNKFLOW_CONTROL"' EXIT
+# Processes write into a pipe of torchrun's; where a person looks at its other end, they draw a bar there.
+[ -t 1 ] && { CHUNKFLOW_TERMINAL=$(tty <&3); } 3>&1 && export CHUNKFLOW_TERMINAL
 stop() { if [ -e "$CHUNKFLOW_CONTROL/stop" ]; then kill -HUP "$job"; else touch "$CHUNKFLOW_CONTROL/stop"; fi; }
 (
     trap '' TERM USR1 # the signal may come to the whole process group: torchrun is to leave it to us

@@ -106,7 +106,8 @@ def figures_of_step(row: Row, lengths: list[int], cost: Cost) -> dict[str, float
         "whole": 1 + whole.imbalance_percent / 100,
         "priced": 1 + shared.imbalance_percent / 100,
         "work": slowest_over_mean(loads_of_ranks(lengths, shared, work)),
-        "against whole": max(loads_of_ranks(lengths, shared, flops(cost, row.chunk_size, 1))) / mean,
+        "against whole": max(loads_of_ranks(lengths, shared, flops(cost, row.chunk_size, lambda *group: 1)))
+        / mean,
         "padding": shared.padding_percent,
         "shared": shared.spread_sequences,
         "most ranks": shared.most_ranks_of_a_sequence,

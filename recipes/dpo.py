@@ -25,7 +25,6 @@ from chunkflow.execution.loss import loss_sum
 from chunkflow.execution.runner import Runner
 from chunkflow.planning.simulate import picture
 from chunkflow.reporting.metrics import MetricsLogger
-from chunkflow.reporting.pictures import plan_figure
 from chunkflow.reporting.profiling import profiler
 from chunkflow.reporting.step_figures import gather_over_ranks, rank_figures, step_scalars
 from chunkflow.reporting.timeline import gather_timeline, write_timelines
@@ -36,7 +35,7 @@ from chunkflow.storage.checkpoint import Checkpoints
 from chunkflow.storage.checkpoint import check as check_folders
 from chunkflow.storage.files import claim_folder
 from chunkflow.storage.references import References
-from chunkflow.training import build, choice, parallel, preference, stages
+from chunkflow.training import build, choice, parallel, prediction, preference, stages
 from chunkflow.training.converters import convert_model
 from chunkflow.training.lora import apply_lora, trained_parameters, without_adapters
 from chunkflow.training.optimizer import build_optimizer, set_learning_rate
@@ -84,14 +83,14 @@ def main() -> None:
     with user_errors():
         # "auto" becomes numbers, and what would not fit into memory is refused.
         saved = manifest.saved_settings(config.checkpoint, config.job.dump_folder)
-        choice.settle(config, spec, dataset, seed, processes, saved)
+        adapts = choice.settle(config, spec, dataset, seed, processes, saved)
     if processes.rank == 0:
         with user_errors():
             claim_folder(config.job.dump_folder, to_toml(config), locked=not fake)
 
     # --- Plans. Lengths become a plan for each step, the same on every rank; the ranks of a replica then read
     # the tokens of its sequences.
-    settings = build.plan_settings(config, spec, processes.replicas, pairs=True)
+    settings = build.plan_settings(config, spec, processes.replicas, adapts=adapts, pairs=True)
     with user_errors():
         loader = build.open_loader(
             training, dataset, settings, replica, seed, pin_memory=device.type == "cuda"
@@ -154,7 +153,8 @@ def main() -> None:
                         for values in references:
                             values.compute(runner, models.values())
                 progress = checkpoints.load(*origin)
-            begin = {"start_step": progress.step, "tokens_seen": progress.tokens_seen}
+            begin = {"start_step": progress.step, "tokens_seen": progress.tokens_seen, "config": flat(config)}
+            begin["memory_of"] = functools.partial(prediction.memory_of_sequence, config, spec, settings)
             metrics = MetricsLogger(
                 folder, config.metrics, device, compute_dtype, validates=config.validation.enable, **begin
             )
@@ -182,7 +182,10 @@ def main() -> None:
                 parallel.begin_step(model, reshard)
             optimizer.zero_grad()
             program, groups = plan.programs[replica][pipeline_rank], plan.groups[replica]
-            result = runner.step(program, groups, data.chunks, counted or 1, pairs.sequence_weights)
+            if plan.notice:  # it was planned for less memory, or will take too much
+                logger.info(f"step {step}: {plan.notice}")
+            how = {"kv_offload": plan.kv_offload == "host"}
+            result = runner.step(program, groups, data.chunks, counted or 1, pairs.sequence_weights, **how)
             stages.sum_tied_gradients(models, processes)
             grad_norm = parallel.clip_grad_norm(models.values(), training.max_norm, processes.mesh)
             lr = set_learning_rate(optimizer, step, config.optimizer.lr, config.lr_scheduler, training.steps)
@@ -204,7 +207,7 @@ def main() -> None:
                 logger.info(f"step {step}: {what}, so nothing was updated")
 
             # ---- Figures, of this rank and gathered over all.
-            metrics.count(plan.tokens, sum(map(settings.cost.training, data.lengths)), loader.take_wait())
+            metrics.count(plan, sum(map(settings.cost.training, data.lengths)), loader.take_wait())
             if metrics.due(step):
                 figures = rank_figures(result, plan.simulations[replica])
                 figures = gather_over_ranks(figures, device)
@@ -221,7 +224,6 @@ def main() -> None:
                     scalars=step_scalars(
                         plan,
                         figures,
-                        targets=data.targets,
                         longest=max(data.lengths),
                         epoch=data.epoch,
                         ledger=vars(loader.ledger),
@@ -229,8 +231,7 @@ def main() -> None:
                     ),
                 )
             if step == 1:
-                draw_plan = functools.partial(plan_figure, plan, config.chunkflow.chunk_size)
-                metrics.add_figure("chunkflow/plan of step 1", draw_plan, step)
+                metrics.show_step(step, plan, result, dataset.lengths)
             traced = profile and step % config.profiling.profile_freq == 0
             if processes.pipeline_ranks > 1 and (step == 1 or traced):
                 group = processes.mesh.get_group("pp")
@@ -258,7 +259,7 @@ def main() -> None:
             if stopping:
                 break
 
-    metrics.close()
+    metrics.close({"": loader.ledger, **loader.ledger_by_source})
     if stopping:
         dist.destroy_process_group()
         stop.leave(saved=config.checkpoint.enable)
@@ -274,11 +275,6 @@ def main() -> None:
                 adapters.save_adapter(*where, config.lora, assets, dtype, device, template)
             else:
                 hf.save_model(*where, config.model, dtype, device, template)
-    logger.info(f"Tokens: {loader.ledger}")
-    for name, ledger in loader.ledger_by_source.items():
-        logger.info(f"Tokens of {name}: {ledger}")
-    if config.metrics.enable_tensorboard:
-        logger.info(f"See the curves: tensorboard --logdir {metrics.folder}")
     logger.info("Training completed")
     dist.destroy_process_group()
 

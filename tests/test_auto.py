@@ -2,14 +2,17 @@
 
 import json
 import re
+import sys
+import time
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from chunkflow.settings.config import load_config
 from chunkflow.storage.manifest import read_manifest
 from chunkflow.training import build, choice, rates
 from recipes import plan
-from tests.helpers.processes import REPO, rows_of, run, write_rows
+from tests.helpers.processes import REPO, rows_of, run, small_assets, write_rows
 
 AUTO = ["--chunkflow.chunk_size=auto", "--chunkflow.k=auto"]
 MODEL = "--model.flavor=debugmodel"
@@ -170,6 +173,60 @@ def test_the_comment_of_a_file_is_refreshed(tmp_path, options, monkeypatch, caps
     with pytest.raises(SystemExit):
         plan.main(["--job.config_file", str(file), *options, "--steps=1", "--write"])
     assert "has no first comment with a command of recipes/plan.py" in capsys.readouterr().err
+
+
+def test_pictures(tmp_path, options, monkeypatch, capsys):
+    monkeypatch.setenv("CHUNKFLOW_CACHE", str(tmp_path / "cache"))
+    more = [*options, "--chunkflow.chunk_size=256", "--steps=1", f"--pictures={tmp_path / 'pictures'}"]
+    plan.main(more)
+    names = {"seconds", "memory", "settings", "lengths"}
+    assert {path.stem for path in (tmp_path / "pictures").glob("*.png")} == names
+    assert all(path.read_bytes()[1:4] == b"PNG" for path in (tmp_path / "pictures").glob("*.png"))
+    events = EventAccumulator(str(tmp_path / "pictures"), {"images": 0})
+    assert set(events.Reload().Tags()["images"]) == {f"plan/{name}" for name in names}
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stopped:
+        plan.main(more)
+    assert stopped.value.code == 1 and "--pictures needs matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("degrees", [[], ["--parallelism.pipeline_parallel_degree=4"]])
+def test_a_plan_for_1024_ranks_takes_seconds(tmp_path, options, monkeypatch, capsys, degrees):
+    """At most 8 replicas are planned, whatever their number."""
+    monkeypatch.setenv("CHUNKFLOW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NGPU", "1024")
+    start = time.process_time()
+    plan.main(
+        [
+            "--model.name=qwen2", "--model.flavor=7B", "--training.dataset=synthetic",
+            "--training.dataset_path=lmsys", "--training.seq_len=32768", "--training.overlong=truncate",
+            "--training.global_batch_size=2048", "--chunkflow.chunk_size=8192", "--steps=1", "--json", *degrees,
+        ]
+    )  # fmt: skip
+    seconds = time.process_time() - start
+    report = json.loads(capsys.readouterr().out)
+    assert report["ranks"] == 1024 and len(report["kv_gib_of_replicas"]) <= 8
+    assert report["table"] and sum(report["seconds_by_part"].values()) == pytest.approx(
+        report["step_seconds"]
+    )
+    assert seconds < 60, "of a machine that others use, too"
+
+
+def test_calibration_of_two_ranks(tmp_path, options, monkeypatch):
+    """What goes between them is measured, too; one of them keeps it and plans."""
+    cache = tmp_path / "cache"
+    size = small_assets(tmp_path / "model")
+    more = [*options, size, "--calibrate", "--steps=1", "--training.mixed_precision_param=float32"]
+    done = run(
+        tmp_path, *more, processes=2, forked=True,
+        TRAIN_FILE=str(REPO / "recipes" / "plan.py"), CHUNKFLOW_CACHE=str(cache),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.stdout.count("GB/s between ranks of a node") == 1 == done.stdout.count("measured rates (cpu)")
+    (kept,) = (cache / "calibration").glob("*.json")
+    measured, assumed = json.loads(kept.read_text()), rates.analytic("cpu")
+    assert measured["gather"] != assumed.gather and measured["gather"] > 0
+    assert measured["network"] == assumed.network, "of which two ranks of one machine know nothing"
 
 
 def plan_text(printed):

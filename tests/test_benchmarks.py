@@ -24,6 +24,7 @@ COMMANDS = {
     "paper, other assumptions": "paper.py --sensitivity --batches 1 --launches --shares",
     "pipeline simulated": "pipeline.py --train-steps 0 --steps 1 --stages 4",
     "pipeline measured": "pipeline.py --steps 0 --train-steps 2 --seq-len 64 --sequences 2 --kinds 'whole sequences'",
+    "planner": "planner.py --dim 128 --layers 2 --vocab 64 --chunk-sizes 64 --k 1 2 --sequences 3 --longest 200 --scale 512 --runs 1 --mixes 1 --layouts 3 4",
     "tokenising": "tokenising.py --rows 40 --workers 0",
     "tokenising of lines": "tokenising.py --rows 40 --workers 2 --kind jsonl",
     "step": f"step.py {SMALL} --longest 128 --chunk-size 64",

@@ -103,6 +103,7 @@ CONTRACT = {
     "compile.backend": "inductor",
     "metrics.log_freq": 10,
     "metrics.enable_tensorboard": True,
+    "metrics.enable_wandb": False,
     "metrics.save_tb_folder": "tb",
     "metrics.disable_color_printing": False,
     "quantize.linear.float8.recipe_name": None,

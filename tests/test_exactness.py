@@ -133,6 +133,14 @@ def test_memory_follows_k(k, monkeypatch):
         len(states) == 2
         and result.state_bytes < 2 * 105 * layers * per_token < 2 * tokens * layers * per_token
     )
+    live, held = zip(*result.held)  # during each action
+    assert len(held) == len(result.clock.timeline())
+    assert max(live) == k and max(held) == result.state_bytes
+    # keys and values, then their gradients too, until the last backward takes them; a group after the other
+    first, both, last, second, both_2, last_2, none = (
+        now for now, before in zip(held, (0, *held)) if now != before
+    )
+    assert first == last < both and second == last_2 < both_2 < both and none == 0
     assert not any(state.gradients for state in states), "gradients that nobody took"
 
 

@@ -451,7 +451,7 @@ def test_sequences_are_spread_until_they_fit(case, expected):
     family, args = families["qwen2"], families["qwen2"].flavors["7B"]
     layout = config, family, args, [range(args.n_layers)], ranks
     (stages,) = prediction.stage_sizes(*layout)
-    limit, budget = prediction.most_kv_tokens(*layout, planned=True), gib * 2**30
+    limit, budget = prediction.most_kv_tokens(config, [stages], ranks, "H100"), gib * 2**30
     cuda = prediction.cuda_of_rank(config, stages, ranks)
     settings = PlanSettings(
         Cost.of_model(args), ranks, chunk_size=chunk_size, lockstep=True, spread_over=ranks, kv_tokens=limit
@@ -494,6 +494,7 @@ def test_a_rank_with_the_head_only_can_hold_any_sequence():
     family = families["llama3"]
     args = dataclasses.replace(family.flavors["debugmodel"], **SMALL)
     layout = config, family, args, [range(3), range(3, 3)], 2
-    assert prediction.most_kv_tokens(*layout, planned=False) == config.chunkflow.chunk_size
-    head = prediction.stage_sizes(*layout)[1]
+    sizes = prediction.stage_sizes(*layout)
+    assert prediction.most_kv_tokens(config, sizes, 2, "cpu") == config.chunkflow.chunk_size
+    head = sizes[1]
     assert kv_tokens(head, 2, 1, config.chunkflow.chunk_size, 9999, budget=0) == 9999

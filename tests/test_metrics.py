@@ -58,7 +58,7 @@ def log(run: MetricsLogger, step: int, **more) -> float:
 def run_steps(folder, first: int, last: int, **more) -> MetricsLogger:
     run = build(folder, start_step=first - 1, **more)
     for step in range(first, last + 1):
-        run.count(PLAN.tokens, 1e6, 0.0)
+        run.count(PLAN, 1e6, 0.0)
         if run.due(step):
             log(run, step)
     run.close()
@@ -111,11 +111,11 @@ def test_seconds_and_rates_are_of_the_interval(tmp_path, monkeypatch):
     run = build(tmp_path, log_freq=3, start_step=1)
     for _step in (2, 3):  # a resumed run's first interval is shorter
         clock.now += 0.1
-        run.count(100, 2e6, 0.05)
+        run.count(PLAN._replace(tokens=100), 2e6, 0.05)
     log(run, 3)
     for _step in (4, 5, 6):
         clock.now += 0.1
-        run.count(10, 1e6, 0.0)
+        run.count(PLAN._replace(tokens=10), 1e6, 0.0)
     log(run, 6)
     run.close()
     third, sixth = written(tmp_path)
@@ -181,7 +181,7 @@ def test_a_killed_rewrite_leaves_the_old_rows(tmp_path, monkeypatch):
 
 def test_tensorboard_has_torchtitans_tags_and_ours(tmp_path):
     run = build(tmp_path)
-    run.count(17, 1e6, 0.0)
+    run.count(PLAN, 1e6, 0.0)
     log(run, 1, scalars={"chunkflow/kv_state(GiB)": 0.25})
     run.add_figure("chunkflow/plan", Figure, 1)
     run.close()
@@ -189,7 +189,7 @@ def test_tensorboard_has_torchtitans_tags_and_ours(tmp_path):
     expected = """loss_metrics/global_avg_loss loss_metrics/global_max_loss grad_norm lr throughput(tps) tflops mfu(%) n_tokens_seen
     time_metrics/end_to_end(s) time_metrics/data_loading(s) time_metrics/data_loading(%) memory/max_active(GiB) memory/max_active(%)
     memory/max_reserved(GiB) memory/max_reserved(%) memory/num_alloc_retries memory/num_ooms chunkflow/chunks chunkflow/padding(%)
-    chunkflow/recomputed_chunks chunkflow/dp_imbalance(%) chunkflow/kv_state(GiB)"""
+    chunkflow/dp_imbalance(%) chunkflow/kv_state(GiB)"""
     assert set(read.Tags()["scalars"]) >= set(expected.split())
     assert read.Tags()["images"] == ["chunkflow/plan"]
     assert read.Scalars("loss_metrics/global_max_loss")[0].value == 3.0
@@ -198,18 +198,18 @@ def test_tensorboard_has_torchtitans_tags_and_ours(tmp_path):
 
 def test_values_that_json_does_not_have_are_null(tmp_path):
     run = build(tmp_path, tensorboard=False)
-    run.count(17, 1e6, 0.0)
+    run.count(PLAN, 1e6, 0.0)
     log(run, 1, loss=math.nan, grad_norm=math.inf, max_loss=-math.inf)
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert row["loss"] is None and row["grad_norm"] is None and row["global_max_loss"] is None
 
 
-SCALARS = """chunkflow/groups chunkflow/recomputed(%) chunkflow/live_chunks_peak chunkflow/kv_state(GiB)
-    chunkflow/kv_on_device(GiB) chunkflow/kept_attention(GiB) chunkflow/tokens_per_supervised_token chunkflow/bad_steps
+SCALARS = """chunkflow/recomputed(%) chunkflow/live_chunks_peak chunkflow/kv_state(GiB)
+    chunkflow/kv_on_device(GiB) chunkflow/kept_attention(GiB) chunkflow/bad_steps
     data/longest_sequence data/epoch data/read_tokens data/dropped_tokens"""
 
 
-def scalars_of(figures: list[RankFigures], replicas: int, targets: int = 14) -> dict[str, float]:
+def scalars_of(figures: list[RankFigures], replicas: int) -> dict[str, float]:
     plan = plan_step([5, 3, 9], PlanSettings(Cost(1.0, 0.0), replicas, chunk_size=4))._replace(
         template_overhead_percent=12.5
     )
@@ -218,7 +218,6 @@ def scalars_of(figures: list[RankFigures], replicas: int, targets: int = 14) -> 
     return step_scalars(
         plan,
         figures,
-        targets=targets,
         longest=9,
         epoch=1,
         ledger=ledger,
@@ -233,15 +232,14 @@ def test_scalars_without_a_pipeline(tmp_path):
     ]
     scalars = scalars_of(figures, replicas=2)
     waiting = {f"chunkflow/waiting(%)/rank_{rank}": share for rank, share in enumerate((0.0, 25.0))}
+    waiting["chunkflow/waiting(%)/mean"] = 12.5
     assert scalars.keys() == {*SCALARS.split(), *waiting, "chunkflow/template_overhead(%)"}
     assert scalars == scalars | waiting | {
-        "chunkflow/groups": 2,  # the sequence of 3 tokens fills a tail
         "chunkflow/recomputed(%)": 100 * PLAN.recomputed_chunks / PLAN.chunks,
         "chunkflow/live_chunks_peak": 2,
         "chunkflow/kv_state(GiB)": 0.5,
         "chunkflow/kept_attention(GiB)": 0.75,
         "chunkflow/kv_on_device(GiB)": 0.2,
-        "chunkflow/tokens_per_supervised_token": 17 / 14,
         "chunkflow/template_overhead(%)": 12.5,
         "chunkflow/bad_steps": 2,
         "data/longest_sequence": 9,
@@ -249,10 +247,9 @@ def test_scalars_without_a_pipeline(tmp_path):
         "data/read_tokens": 17,
         "data/dropped_tokens": 3,
     }
-    assert scalars_of(figures, replicas=2, targets=0)["chunkflow/tokens_per_supervised_token"] == 17
 
     run = build(tmp_path)
-    run.count(17, 1e6, 0.0)
+    run.count(PLAN, 1e6, 0.0)
     log(run, 1, scalars=scalars)
     run.close()
     read = events(tmp_path / "tb")
@@ -304,13 +301,13 @@ STEP_LINE = re.compile(
 
 def test_the_step_line(tmp_path, messages):
     run = build(tmp_path, tensorboard=False)
-    run.count(17, 1e6, 0.0)
+    run.count(PLAN, 1e6, 0.0)
     log(run, 1)
     line = messages()[-1]
     assert line.startswith("step:  1  loss:  2.50000  grad_norm:  0.5000  memory: ")
     assert STEP_LINE.fullmatch(line)
     run.colours = metrics.COLOURS
-    run.count(17, 1e6, 0.0)
+    run.count(PLAN, 1e6, 0.0)
     log(run, 10)
     coloured = messages()[-1]
     assert coloured.count("\033[") == 8 and coloured != line
@@ -325,7 +322,7 @@ def _rank(rank: int, folder: str) -> None:
     )
     metrics.peak_flops = lambda device, dtype: 1e9
     run = build(folder, tensorboard=False)
-    run.count(17, 1e6, 0.0)
+    run.count(PLAN, 1e6, 0.0)
     loss = log(run, 1, loss=[1.0, 0.5][rank], max_loss=[-math.inf, 4.0][rank])
     assert loss == 1.5
     assert (run.rows is None) == (rank == 1)

@@ -129,14 +129,15 @@ def test_what_a_run_leaves(tmp_path, data):
         "tflops",
     } <= set(tags["scalars"])
     assert {
-        "chunkflow/chunks", "chunkflow/groups", "chunkflow/padding(%)", "chunkflow/recomputed(%)", "chunkflow/live_chunks_peak",
-        "chunkflow/kv_state(GiB)", "chunkflow/kv_on_device(GiB)", "chunkflow/tokens_per_supervised_token", "chunkflow/waiting(%)/rank_0",
+        "chunkflow/chunks", "chunkflow/padding(%)", "chunkflow/recomputed(%)", "chunkflow/live_chunks_peak",
+        "chunkflow/kv_state(GiB)", "chunkflow/kv_on_device(GiB)", "chunkflow/waiting(%)/rank_0",
         "chunkflow/template_overhead(%)", "chunkflow/dp_imbalance(%)", "time_metrics/data_loading(%)", "data/dropped_tokens",
     } <= set(tags["scalars"])  # fmt: skip
     assert [event.value for event in events.Scalars("loss_metrics/global_avg_loss")] == pytest.approx(
         [row["loss"] for row in rows]
     )
-    assert tags["images"] == ["chunkflow/plan of step 1"]
+    pictures = ["data/lengths", "chunkflow/plan of step 1", "chunkflow/memory of step 1"]
+    assert tags["images"] == pictures
     assert (tmp_path / "run" / "profile_traces" / "iteration_2" / "rank0_trace.json").stat().st_size > 1000
     # the saved config is the run: started from it, the same curve comes out
     again = run(

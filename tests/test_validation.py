@@ -373,7 +373,7 @@ def test_an_interval_goes_on_after_validation_and_resume_takes_back_rows(tmp_pat
     plan = plan_step([5], PlanSettings(Cost(1.0, 0.0)))
     metrics = start()
     for step in (2, 3):
-        metrics.count(5, 1e6, 0.0)
+        metrics.count(plan, 1e6, 0.0)
         clock.now += 0.1
         peak = torch.ones(1 << 25) if step == 2 else None  # 128 MiB, before validation
         del peak

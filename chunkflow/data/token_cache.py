@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from array import array
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from chunkflow.data.workers import tokenise_blocks, worker_count
 logger = logging.getLogger(__name__)
 
 CACHE_FORMAT = 4  # to be raised when the same rows and tokenizer give other tokens, or other cache files
+
+LINE_SECONDS = 5  # between lines of the log that tell how far tokenising is
 
 
 def read_meta(folder: Path) -> dict | None:
@@ -79,14 +82,26 @@ def build_once(folder: Path, dataset: str, files: list[str], settings: RowSettin
 
 @contextmanager
 def _progress(size: int) -> Iterator[Callable[[int], None]]:
-    """A bar, and the function that tells it how many of `size` bytes are done."""
-    with tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", mininterval=1) as bar:
+    """The function that tells how many of `size` bytes are done: to a bar on a terminal, elsewhere to the
+    log, a line every few seconds."""
+    start = told = time.monotonic()
+    with tqdm(
+        total=size,
+        unit="B",
+        unit_scale=True,
+        desc="tokenising",
+        mininterval=1,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
         shown = 0
 
         def show(done: int) -> None:
-            nonlocal shown
+            nonlocal shown, told
             bar.update(done - shown)
-            shown = done
+            shown, now = done, time.monotonic()
+            if not sys.stderr.isatty() and done and now - told >= LINE_SECONDS:
+                left, told = (now - start) * (size - done) / done, now
+                logger.info(f"tokenising: {done / size:.0%}, {left:.0f} s left")
 
         yield show
         show(size)

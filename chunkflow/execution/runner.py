@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,8 @@ class StepResult:
         self.receive_buffers = 0  # posted receives that no action had taken
         self.state_bytes = 0  # K/V and their gradients, on the device or in host memory
         self.device_state_bytes = 0  # those on the device; of what is in host memory, the copies there
+        # During each action of the clock, at most: chunks with activations, bytes of K/V and gradients.
+        self.held: list[tuple[int, int]] = []
         self.kept_attention_bytes = (0, 0)  # results of attention kept on the device, in host memory
         self.clock = Clock(device)
 
@@ -117,7 +120,7 @@ class Runner:
     ):
         self.stages, self.device, self.loss, self.blocks = stages, device, loss, blocks or {}
         self.keep_attention = keep_attention
-        self.host = HostMemory(device) if kv_offload else None
+        self.host = self._host_memory if kv_offload else None
 
     def step(
         self,
@@ -128,6 +131,7 @@ class Runner:
         sequence_weights: torch.Tensor | None = None,
         *,
         sequences: int | None = None,
+        kv_offload: bool | None = None,
     ) -> StepResult:
         """Runs this rank's part of a plan: adds gradients of sum(weight x loss) / denominator to the
         parameters' `.grad`, summed over the tokens of the chunks.
@@ -137,10 +141,12 @@ class Runner:
         the token's (`chunk.weights`) times its sequence's: `sequence_weights[s]`, any real number, of the
         plan's sequence s, (sequences,) float64, copied to the device where it is not there yet; None: all 1.
         It is read when the loss of a chunk is computed.
-        `sequences`: how many the plan has, if `StepResult.loss_of_sequences` is wanted.
+        `sequences`: how many the plan has, if `StepResult.loss_of_sequences` is wanted. `kv_offload`: of this
+        step; None: as of the runner.
         """
         weights = self._on_device(sequence_weights)
-        return _Run(self, groups, chunks, 1 / denominator, None, weights, sequences).run(program)
+        host = self.host if kv_offload is None else self._host_memory if kv_offload else None
+        return _Run(self, groups, chunks, 1 / denominator, None, weights, sequences, host=host).run(program)
 
     @torch.no_grad()
     def evaluate(
@@ -155,7 +161,11 @@ class Runner:
         the loss of each token; `chunk.loss_weights` are their weights, as in `step`. Only the K/V of the
         current group are kept; `StepResult.loss_sum` stays 0."""
         weights = self._on_device(sequence_weights)
-        return _Run(self, groups, chunks, take=take, sequence_weights=weights).run(program)
+        return _Run(self, groups, chunks, take=take, sequence_weights=weights, host=self.host).run(program)
+
+    @functools.cached_property
+    def _host_memory(self) -> HostMemory:
+        return HostMemory(self.device)
 
     def _on_device(self, sequence_weights: torch.Tensor | None) -> torch.Tensor | None:
         return None if sequence_weights is None else sequence_weights.to(self.device, non_blocking=True)
@@ -173,10 +183,11 @@ class _Run:
         take: Take | None = None,
         sequence_weights: torch.Tensor | None = None,
         sequences: int | None = None,
+        host: HostMemory | None = None,
     ):
         self.groups, self.chunks, self.device = groups, chunks, runner.device
         self.loss, self.loss_gradient, self.take = runner.loss, loss_gradient, take
-        self.sequence_weights, self.blocks, self.host = sequence_weights, runner.blocks, runner.host
+        self.sequence_weights, self.blocks, self.host = sequence_weights, runner.blocks, host
         self.stages = {stage.stage_index: stage for stage in runner.stages}
         self.places = {index: place for place, index in enumerate(self.stages)}
         self.states: dict[tuple[int, int], KeyValueState | SharedKeyValueState] = {}  # (stage, group)
@@ -237,13 +248,14 @@ class _Run:
         if self.host:
             self._chunk(index, key)  # the first one of a group makes the state
             self.host.begin(self._use(action), self._use(following))
-        start = self.result.clock.now()
+        start, live = self.result.clock.now(), sum(self.live.values())
         if kind is Kind.BACKWARD:
             self._backward(index, key)
         else:
             backward_follows = following == action._replace(kind=Kind.BACKWARD)
             self._forward(kind, index, key, self.loss_gradient if backward_follows else None)
         self.result.clock.marks.append((action, start, self.result.clock.now()))
+        self.result.held.append((max(live, sum(self.live.values())), self.held_bytes))
 
     def _use(self, action: Action | None) -> Use | None:
         """What an action does with a K/V state that there is already."""
@@ -266,10 +278,9 @@ class _Run:
         keeps_activations = kind in (Kind.FORWARD, Kind.RECOMPUTE)
         with torch.set_grad_enabled(keeps_activations):
             output = stage.forward(key, chunk)
+        self._count_state_bytes()
         if not keeps_activations:
             self.discarded.add((index, key))
-            if kind is Kind.EVALUATE:
-                self._count_state_bytes()
             if stage.is_last:
                 stage.forget_output(key)
                 if kind is Kind.EVALUATE:
@@ -329,6 +340,5 @@ class _Run:
         return SharedKeyValueState(group, self.blocks[group.spread.replicas], self.host)
 
     def _count_state_bytes(self) -> None:
-        if self.states:
-            held = sum(state.bytes() for state in self.states.values())
-            self.result.state_bytes = max(self.result.state_bytes, held)
+        self.held_bytes = sum(state.bytes() for state in self.states.values())
+        self.result.state_bytes = max(self.result.state_bytes, self.held_bytes)

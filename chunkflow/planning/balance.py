@@ -46,17 +46,17 @@ def block_sizes(replicas: int, most: int) -> list[int]:
 Price = Callable[[int, int], float]  # (tokens of a sequence, replicas) -> time it takes each of them
 
 
-def flops(cost: Cost, chunk_size: int, k: int) -> Price:
+def flops(cost: Cost, chunk_size: int, k_of: Callable[[int, int], int]) -> Price:
     """Time in FLOPs: a sequence's work, recomputation included; when it is spread, an equal share of it and
-    the traffic of K and V."""
+    the traffic of K and V. `k_of`: chunks of a group, and over how many replicas it is -> its k."""
 
     @cache
     def price(length: int, replicas: int) -> float:
         if replicas == 1:
-            return cost.chunked_training(length, chunk_size, k)
+            return cost.chunked_training(length, chunk_size, k_of(-(-length // chunk_size), 1))
         ends = spread_ends(length, chunk_size, replicas)
         per_gathered = cost.per_gathered * (1 if replicas <= NODE else SLOWER)
-        before, total = 0, 0.0
+        before, total, k = 0, 0.0, k_of(len(ends), replicas)
         for index, end in enumerate(ends):
             again = index < len(ends) - k
             forward, backward = cost.forward(end - before, before), cost.backward(end - before, before)

@@ -82,6 +82,21 @@ class Group(NamedTuple):
     def tokens(self) -> int:
         return sum(chunk.tokens for chunk in self.chunks)
 
+    @property
+    def replicas(self) -> int:
+        """How many replicas share it."""
+        return len(self.spread.replicas) if self.spread else 1
+
+    @property
+    def sequence(self) -> int:
+        """Its first one; the only one, if replicas share it or it has several chunks but for the last."""
+        return self.chunks[0].segments[0].sequence
+
+    @property
+    def has_state(self) -> bool:
+        """Whether its K/V are kept from one chunk to the next, or shared."""
+        return len(self.chunks) > 1 or self.spread is not None
+
 
 def whole_sequences(lengths: list[int], sequences: list[int] | None = None) -> list[Group]:
     """One group of one chunk for each sequence, however long: the baseline without ChunkFlow.

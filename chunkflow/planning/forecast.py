@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from chunkflow.planning.memory import StageSizes, peak_parts
+from chunkflow.planning.host_memory import host_parts
+from chunkflow.planning.memory import StageSizes, peak_parts, with_kv_offload
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.step_time import Rates, StepTime
 
@@ -19,6 +20,9 @@ class Forecast(NamedTuple):
     seconds: float
     peaks: list[Parts]  # pipeline rank -> the parts at its peak, on the replica where they are largest
     kv: list[int]  # replica -> bytes of K/V and their gradients at the peak of the rank that has most of them
+    hosts: list[Parts]  # pipeline rank -> the parts in host memory at their peak, likewise
+    times: dict[str, float]  # part of TIMES -> seconds
+    notice: str  # the plan's
 
 
 def forecast(
@@ -27,11 +31,14 @@ def forecast(
     sizes: Sequence[dict[int, StageSizes]],
     rates: Rates,
     most: int = REPLICAS,
+    pinned: bool = True,
 ) -> Forecast:
     """Of a global batch of sequences with these lengths. `sizes`: each pipeline rank's stages, by number;
-    `most`: replicas that are planned, as by `plan_step`."""
+    `most`: replicas that are planned, as by `plan_step`; `pinned`: see `host_parts`."""
     made = plan_step(lengths, settings, most=most)
+    sizes = with_kv_offload(sizes, made.kv_offload)
     peaks: list[Parts] = [{}] * settings.pipeline_ranks
+    hosts: list[Parts] = [{}] * settings.pipeline_ranks
     kv = []
     for replica, programs in made.programs.items():
         of_ranks = []
@@ -39,6 +46,8 @@ def forecast(
             parts = peak_parts(sizes[rank], made.groups[replica], program)
             peaks[rank] = max(peaks[rank], parts, key=lambda parts: sum(parts.values()))
             of_ranks.append(parts["kv"] + parts["kv_gradients"])
+            parts = host_parts(sizes[rank], made.groups[replica], program, pinned)
+            hosts[rank] = max(hosts[rank], parts, key=lambda parts: sum(parts.values()))
         kv.append(max(of_ranks))
     figures = {
         "sequences": len(lengths),
@@ -57,7 +66,8 @@ def forecast(
         simulations, planned = made.simulations.values(), len(made.simulations)
         figures["bubble_percent"] = 100 * sum(pipeline.bubble for pipeline in simulations) / planned
         figures["idle_percent"] = 100 * sum(pipeline.idle for pipeline in simulations) / planned
-    return Forecast(figures, StepTime(settings, sizes, rates).step(made), peaks, kv)
+    times = StepTime(settings, sizes, rates).parts(made)
+    return Forecast(figures, sum(times.values()), peaks, kv, hosts, times, made.notice)
 
 
 class Row(NamedTuple):
@@ -76,6 +86,7 @@ class Row(NamedTuple):
     recomputed_percent: float
     fits: bool
     best: bool = False
+    kv_offload: str = "none"
 
 
 Evaluate = Callable[[int, int], Row]  # of a chunk size and a k

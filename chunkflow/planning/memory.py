@@ -6,6 +6,7 @@ adds to that. Not counted: fragmentation, and what torch.compile would save. Tes
 PyTorch holds on a CPU; no GPU has confirmed the whole.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from math import prod
@@ -251,7 +252,11 @@ def kv_tokens(
         actions += [Action(Kind.BACKWARD, 0, chunk, stage) for chunk in reversed(range(count))]
     parts = peak_parts(stages, [group], actions)
     beside = sum(amount for part, amount in parts.items() if part not in ("kv", "kv_gradients"))
-    each = sum(stage.layers * (stage.kv_of_layer + stage.kv_gradient_of_layer) for stage in stages.values())
+    # Of what lives in host memory the device has two layers' at a time.
+    layers = {
+        n: min(s.layers, WINDOWS) if s.layout.kv_offload == "host" else s.layers for n, s in stages.items()
+    }
+    each = sum(layers[n] * (s.kv_of_layer + s.kv_gradient_of_layer) for n, s in stages.items())
     return max(chunk_size, (budget - beside) // each) if each else longest
 
 
@@ -284,9 +289,17 @@ class _KeptAttention(NamedTuple):
         return stage.kept_attention(tokens, both)
 
 
-def host_bytes(stages: Iterable[StageSizes]) -> int:
-    """Bytes of the shards and optimizer state that offloading keeps in host memory."""
-    return sum(s.parameters + s.optimizer + s.gradients for s in stages if s.layout.offload)
+def with_kv_offload(sizes: Sequence[dict[int, StageSizes]], where: str) -> list[dict[int, StageSizes]]:
+    """The stages of each pipeline rank, with `Layout.kv_offload` = `where`."""
+
+    def changed(stage: StageSizes) -> StageSizes:
+        if stage.layout.kv_offload == where:
+            return stage
+        other = copy.copy(stage)
+        other.layout = stage.layout._replace(kv_offload=where)
+        return other
+
+    return [{number: changed(stage) for number, stage in of_rank.items()} for of_rank in sizes]
 
 
 def peak_parts(

@@ -68,17 +68,20 @@ def describe(entry: Action | Transfer) -> str:
     return f"{kind} of group {entry.group}, chunk {entry.chunk}, stage {entry.stage}"
 
 
-def check_schedule(programs: Sequence[Program], chunks_per_group: Sequence[int], k: int, stages: int) -> None:
+def check_schedule(
+    programs: Sequence[Program], chunks_per_group: Sequence[int], k: int | Sequence[int], stages: int
+) -> None:
     """Raises ValueError, with the action named, unless the program is right and finishes.
 
     On every stage each chunk runs FORWARD, BACKWARD or FORWARD_STATE, RECOMPUTE, BACKWARD, once, or in
     validation EVALUATE alone; within a group forwards ascend and backwards descend; at most `live_limit`
-    chunks hold activations; each action has its input, and its result is sent once. Both ends of every pair
-    of ranks see the same transfers in the same order, and the program finishes even if each send and receive
-    blocks until the other end has reached it.
+    chunks hold activations (`k`: of all groups, or of each); each action has its input, and its result is
+    sent once. Both ends of every pair of ranks see the same transfers in the same order, and the program
+    finishes even if each send and receive blocks until the other end has reached it.
     """
+    ks = [k] * len(chunks_per_group) if isinstance(k, int) else k
     for rank, entries in enumerate(programs):
-        _check_rank(rank, entries, chunks_per_group, k, stages, len(programs))
+        _check_rank(rank, entries, chunks_per_group, ks, stages, len(programs))
     for rank in range(len(programs)):
         for peer in range(rank):
             ours, theirs = _transfers(programs[rank], peer), _transfers(programs[peer], rank)
@@ -110,7 +113,7 @@ def _transfers(entries: Program, peer: int) -> list[Transfer]:
 
 
 def _check_rank(
-    rank: int, entries: Program, chunks_per_group: Sequence[int], k: int, stages: int, ranks: int
+    rank: int, entries: Program, chunks_per_group: Sequence[int], ks: Sequence[int], stages: int, ranks: int
 ) -> None:
     """Checks what one rank's entries alone can show."""
     results: set[tuple[bool, int, int, int]] = set()  # made or received: (gradient, group, chunk, its stage)
@@ -162,7 +165,7 @@ def _check_rank(
             if entry.kind is Kind.EVALUATE:
                 evaluated[on_stage] += 1
             live[stage] += entry.kind is Kind.FORWARD
-        limit = live_limit(k, stages, stage)
+        limit = live_limit(ks[group], stages, stage)
         require(live[stage] <= limit, f"makes {live[stage]} chunks hold activations; at most {limit} may")
         if entry.kind is not Kind.RECOMPUTE:
             message = (entry.kind is Kind.BACKWARD, group, chunk, stage)

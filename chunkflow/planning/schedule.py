@@ -29,11 +29,12 @@ class Action(NamedTuple):
 DUMMY = -1  # `Action.group` of a 1-token chunk without loss, which keeps a rank's collectives in step
 
 
-def linear_schedule(chunks_per_group: Iterable[int], k: int) -> list[Action]:
-    """One stage's actions, group after group; at most k chunks hold activations."""
+def linear_schedule(chunks_per_group: Iterable[int], k: int | Sequence[int]) -> list[Action]:
+    """One stage's actions, group after group; at most k chunks of a group, the same for all or one for each,
+    hold activations."""
     actions = []
     for group, count in enumerate(chunks_per_group):
-        discarded = max(0, count - k)
+        discarded = max(0, count - (k if isinstance(k, int) else k[group]))
         actions += [Action(Kind.FORWARD_STATE, group, chunk) for chunk in range(discarded)]
         actions += [Action(Kind.FORWARD, group, chunk) for chunk in range(discarded, count)]
         for chunk in reversed(range(count)):
@@ -45,14 +46,16 @@ def linear_schedule(chunks_per_group: Iterable[int], k: int) -> list[Action]:
 
 def lockstep(
     chunks_per_group: Sequence[Sequence[int]],
-    k: int,
+    k: int | Sequence[Sequence[int]],
     spread: Sequence[int] | None = None,
     tokens: Sequence[Sequence[int]] | None = None,
     kv_tokens: int = 0,
 ) -> list[list[Action]]:
     """Every rank's actions (from the chunk counts of its groups) in one template of forward and backward
-    slots. `spread`: how many of each rank's groups, the first ones, are shared with other ranks. `tokens`: of
-    each group on this rank; `kv_tokens`: of how many a rank can hold the K/V at once; 0: no limit.
+    slots. `k`: how many chunks of a group keep activations, the same for all, or of each group of each rank;
+    ranks that share one agree on it. `spread`: how many of each rank's groups, the first ones, are shared
+    with other ranks. `tokens`: of each group on this rank; `kv_tokens`: of how many a rank can hold the K/V
+    at once; 0: no limit.
 
     With parameters resharded between chunks (ZeRO-3), the n-th slot of each rank must be of the same kind, or
     gathers of different layers meet. A slot is a backward if every rank has one to run, else a forward; a
@@ -60,7 +63,8 @@ def lockstep(
     template as short as possible for k = 1: 2 x (most backwards of a rank) + (most recomputed chunks of a
     rank). In return, the K/V of all of a rank's long groups are held from the start; where that is more than
     `kv_tokens`, a group begins only when those before it have left room, or its backward is due. At most k
-    chunks of a rank hold activations, dummies aside.
+    chunks of a rank hold activations, dummies aside: the least k of its own groups, whose K/V are there at
+    the same time, or the k of the shared group at hand.
 
     Ranks that share a group must run each of its chunks in the same slot, since keys and values are gathered
     inside. So shared groups come first, one after the other, each action in the first slot of its kind: that
@@ -69,8 +73,10 @@ def lockstep(
     """
     spread = spread or [0] * len(chunks_per_group)
     tokens = tokens or chunks_per_group
+    ks = [[k] * len(counts) for counts in chunks_per_group] if isinstance(k, int) else k
     ranks = [
-        _LockstepRank(*of_rank, k, kv_tokens or math.inf) for of_rank in zip(chunks_per_group, spread, tokens)
+        _LockstepRank(*of_rank, kv_tokens or math.inf)
+        for of_rank in zip(chunks_per_group, spread, tokens, ks)
     ]
     while any(rank.shared or rank.backwards for rank in ranks):
         backward = all(rank.can_backward() for rank in ranks)
@@ -82,11 +88,14 @@ def lockstep(
 class _LockstepRank:
     """How far one rank has come, while the common template is built."""
 
-    def __init__(self, counts: Sequence[int], shared: int, tokens: Sequence[int], k: int, kv_tokens: float):
+    def __init__(
+        self, counts: Sequence[int], shared: int, tokens: Sequence[int], ks: Sequence[int], kv_tokens: float
+    ):
+        k = min(ks[shared:], default=1)  # of its own groups
         self.k, self.counts, self.kv_tokens = k, counts, kv_tokens
         self.actions: list[Action] = []
         # The next one is popped from the end of each list.
-        self.shared = linear_schedule(counts[:shared], k)[::-1]
+        self.shared = linear_schedule(counts[:shared], ks[:shared])[::-1]
         groups = list(enumerate(counts))[shared:]
         self.states = [Action(Kind.FORWARD_STATE, g, c) for g, n in groups for c in range(n - k)][::-1]
         self.kept = [Action(Kind.FORWARD, g, c) for g, n in groups for c in range(max(0, n - k), n)][::-1]

@@ -103,6 +103,12 @@ def chrome_trace(timelines: dict[str, Sequence[Sequence[Timed]]]) -> dict:
     return {"traceEvents": events}
 
 
+KINDS = {
+    Kind.FORWARD: "forward",
+    Kind.FORWARD_STATE: "forward for K/V only",
+    Kind.RECOMPUTE: "forward again",
+    Kind.BACKWARD: "backward",
+}
 COLOURS = {
     Kind.FORWARD: "#5b8fd1",
     Kind.FORWARD_STATE: "#b9d3f0",
@@ -111,34 +117,45 @@ COLOURS = {
 }
 
 
-def picture(timelines: dict[str, Sequence[Sequence[Timed]]]) -> Figure:
-    """Timelines by name as a figure, a line for each rank; up to 60 actions are labelled `group.chunk`.
+def new_figure(width: float, height: float) -> Figure:
+    """A matplotlib figure in inches, with letters that can be read where it is shown at half its size.
 
     Raises ImportError without matplotlib.
     """
+    import matplotlib
     from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update({"font.size": 15, "axes.titlesize": 15, "figure.titlesize": 15})
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def picture(timelines: dict[str, Sequence[Sequence[Timed]]]) -> Figure:
+    """Timelines by name as a figure, a line for each rank; up to 30 actions are labelled `group.chunk`.
+
+    Raises ImportError without matplotlib.
+    """
+    ranks = max(map(len, timelines.values()))
+    figure = new_figure(16, 1.5 + (1.2 + 0.6 * ranks) * len(timelines))
     from matplotlib.patches import Patch
 
-    ranks = max(map(len, timelines.values()))
-    figure = Figure(figsize=(16, 0.5 + (1 + 0.5 * ranks) * len(timelines)), layout="constrained")
     rows = figure.subplots(len(timelines), squeeze=False)[:, 0]
     for (name, timeline), axes in zip(timelines.items(), rows):
         for rank, actions in enumerate(timeline):
             boxes = [(start, end - start) for _, start, end in actions]
             colours = [COLOURS[action.kind] for action, _, _ in actions]
-            axes.broken_barh(boxes, (rank - 0.45, 0.9), facecolors=colours, edgecolor="white", linewidth=0.3)
-            for action, start, end in actions if len(actions) <= 60 else ():
+            axes.broken_barh(boxes, (rank - 0.45, 0.9), facecolors=colours, edgecolor="white", linewidth=0.5)
+            for action, start, end in actions if len(actions) <= 30 else ():
                 label = f"{action.group}.{action.chunk}"
-                axes.text((start + end) / 2, rank, label, ha="center", va="center", fontsize=7)
+                axes.text((start + end) / 2, rank, label, ha="center", va="center", fontsize=11)
         makespan, bubbles, idle = shares(timeline)
         axes.set(xlim=(0, makespan), yticks=range(ranks), ylabel="rank")
         axes.invert_yaxis()
         bubble, idle = sum(bubbles) / len(bubbles), sum(idle) / len(idle)
         title = f"{name}: makespan {makespan:,.6g}, bubble {bubble:.1%}, idle {idle:.1%}"
-        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_title(title, loc="left")
     axes.set_xlabel("time")
-    patches = [Patch(color=colour, label=kind.name) for kind, colour in COLOURS.items()]
-    figure.legend(handles=patches, loc="outside upper right", ncols=len(COLOURS))
+    patches = [Patch(color=colour, label=KINDS[kind]) for kind, colour in COLOURS.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(COLOURS), frameon=False)
     return figure
 
 

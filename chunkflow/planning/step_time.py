@@ -16,6 +16,17 @@ from chunkflow.planning.pipeline_transfers import Program
 from chunkflow.planning.planner import Plan, PlanSettings, tokens_and_pairs
 from chunkflow.planning.schedule import DUMMY, Action, Kind
 
+# The parts of a step's time, for people.
+TIMES = (
+    "forward",
+    "forward once more",
+    "backward",
+    "K/V of shared sequences",
+    "waiting for other ranks, messages and parameters",
+    "parameters gathered and gradients reduced once a step",
+    "optimizer",
+)
+
 
 class Pass(NamedTuple):
     """Seconds that a forward or a backward takes; a backward's FLOPs are counted as its forward's."""
@@ -95,7 +106,7 @@ class StepTime:
             moved += (before + chunk.tokens) * stage.layers * stage.kv_of_layer
             if action.kind is Kind.BACKWARD:  # gradients of the prefix come and go
                 moved += 2 * before * stage.layers * stage.kv_gradient_of_layer
-        discarded = action.chunk < len(group.chunks) - self.settings.k and action.kind is not Kind.EVALUATE
+        discarded = action.kind in (Kind.FORWARD_STATE, Kind.RECOMPUTE)
         if layout.keep_attention == "host" and (discarded or layout.checkpoint_every):
             again = action.kind is Kind.BACKWARD and not layout.checkpoint_every
             moved += 0 if again else stage.kept_attention(chunk.tokens)
@@ -114,15 +125,37 @@ class StepTime:
 
     def step(self, plan: Plan) -> float:
         """Seconds of the whole step, of the replicas whose programs the plan has."""
-        once = max(map(self._once, self.sizes))
+        return sum(self.parts(plan).values())
+
+    def parts(self, plan: Plan) -> dict[str, float]:
+        """Seconds of the step by TIMES: of the replica whose ranks compute most, their mean."""
+        once = max((self._once(stages) for stages in self.sizes), key=sum)
         passes = [plan.forward_programs, plan.programs] if plan.forward_programs else [plan.programs]
-        return sum(self._pass(programs, plan.groups) for programs in passes) + once
+        actions = sum(self._pass(programs, plan.groups) for programs in passes)
+        of_replicas = [
+            self._by_kind(
+                plan.groups[number], [entries for programs in passes for entries in programs[number]]
+            )
+            for number in plan.programs
+        ]
+        parts = max(of_replicas, key=lambda parts: sum(parts.values()))
+        waiting = max(0.0, actions - sum(parts.values()))  # sums may be rounded otherwise
+        return parts | dict(zip(TIMES[4:], (waiting, *once)))
 
     def _pass(self, programs: dict[int, list[Program]], groups: Sequence[Sequence[Group]]) -> float:
         """Seconds of the programs of these replicas; `groups`: of all."""
         if self.settings.lockstep:
             return self._lockstep([(own[0], groups[number]) for number, own in programs.items()])
         return max(self.replica(own, groups[number]) for number, own in programs.items())
+
+    def _by_kind(self, groups: Sequence[Group], programs: Sequence[Program]) -> dict[str, float]:
+        """Of the first four of TIMES, the mean of a replica's ranks. `programs`: all that they run."""
+        parts, ranks = dict.fromkeys(TIMES[:4], 0.0), len(self.sizes)
+        names = {Kind.RECOMPUTE: TIMES[1], Kind.BACKWARD: TIMES[2]}
+        for entry in (entry for program in programs for entry in program if isinstance(entry, Action)):
+            parts[names.get(entry.kind, TIMES[0])] += self._computing(entry, groups) / ranks
+            parts[TIMES[3]] += self._sharing(entry, groups) / ranks
+        return parts
 
     def replica(self, programs: Sequence[Program], groups: Sequence[Group]) -> float:
         """Seconds in which the ranks of a replica run their programs, each action when its input is there."""
@@ -174,16 +207,17 @@ class StepTime:
         ranks = stage.layout.shards
         return stage.layers * stage.layer_reduced * (ranks - 1) / ranks / self.rates.between(ranks)
 
-    def _once(self, stages: dict[int, StageSizes]) -> float:
-        """Seconds of a rank once a step: what is gathered and reduced once, not overlapped, and the
+    def _once(self, stages: dict[int, StageSizes]) -> tuple[float, float]:
+        """Seconds of a rank once a step: of what is gathered and reduced once, not overlapped, and of the
         optimizer, which reads and writes its state, parameters and gradients."""
-        seconds, gathers = 0.0, 2 if self.settings.forward_first else 1  # for forwards alone once more
+        gathering = updating = 0.0
+        gathers = 2 if self.settings.forward_first else 1  # for forwards alone once more
         for stage in stages.values():
             ranks, layout = stage.layout.shards, stage.layout
             moved = gathers * stage.root_gathered + stage.root_reduced
             if not layout.reshard:
                 moved += stage.layers * (gathers * stage.layer_gathered + stage.layer_reduced)
-            seconds += moved * (ranks - 1) / ranks / self.rates.between(ranks)
+            gathering += moved * (ranks - 1) / ranks / self.rates.between(ranks)
             updated = 2 * (stage.parameters + stage.optimizer) + stage.gradients
-            seconds += updated / (self.rates.host if layout.offload else self.rates.memory)
-        return seconds
+            updating += updated / (self.rates.host if layout.offload else self.rates.memory)
+        return gathering, updating

@@ -1,17 +1,24 @@
-"""The log of a run's figures: the step line, metrics.jsonl and validation.jsonl, TensorBoard."""
+"""The log of a run's figures: the step line, metrics.jsonl and validation.jsonl, TensorBoard; a table at the
+end."""
 
 import logging
 import math
+import textwrap
 import time
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from chunkflow.execution.runner import StepResult
 from chunkflow.planning.planner import Plan
+from chunkflow.reporting import pictures
+from chunkflow.reporting.console import Progress, Totals, markdown, open_terminal, table
+from chunkflow.reporting.dashboard import Dashboard, hyper_parameters, start_wandb
 from chunkflow.reporting.device import Memory, memory_capacity_gib, peak_flops, peak_memory, reset_peak_memory
 from chunkflow.reporting.rows import RowsFile
 from chunkflow.settings import options
@@ -38,15 +45,20 @@ class MetricsLogger:
         validates: bool = False,
         start_step: int = 0,
         tokens_seen: int = 0,
+        config: dict[str, Any] | None = None,
+        memory_of: Callable[[int], tuple[float, float]] | None = None,
     ):
         """`dtype`: what the model computes in. `validates`: whether `log_validation` will be called.
-        `start_step`: the last step done before, after `tokens_seen` tokens; later rows are removed."""
+        `start_step`: the last step done before, after `tokens_seen` tokens; later rows are removed.
+        `config`: the value of every key of a run, whose hyper-parameters and config.toml TensorBoard then
+        shows; without it there is no progress. `memory_of`: as for Totals."""
         self.every_steps, self.device, self.tokens_seen = settings.log_freq, device, tokens_seen
         self.folder = dump_folder / settings.save_tb_folder  # of TensorBoard's events
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
         self.colours = Colours(*[""] * 7) if settings.disable_color_printing else COLOURS
-        self.rows = self.validation_rows = self.tensorboard = None
+        self.rows = self.validation_rows = self.board = self.wandb = self.progress = None
+        self.totals, self.config = Totals(memory_of), config
         if self.writes:
             self.capacity_gib = memory_capacity_gib(device)
             cuda = device.type == "cuda"
@@ -58,12 +70,17 @@ class MetricsLogger:
             self.rows = RowsFile(dump_folder / "metrics.jsonl", start_step)
             if validates:
                 self.validation_rows = RowsFile(dump_folder / "validation.jsonl", start_step)
+            if config:
+                self.progress = Progress(start_step, config["training.steps"], open_terminal())
+            if settings.enable_wandb:  # before the events that it follows
+                self.wandb = start_wandb(dump_folder, config or {}, resumed=start_step > 0)
             if settings.enable_tensorboard:
-                from torch.utils.tensorboard import SummaryWriter  # here, since it takes seconds to import
-
-                put_events_in_order(self.folder)
-                self.tensorboard = SummaryWriter(str(self.folder), purge_step=start_step + 1)
+                self.board = Dashboard(self.folder, start_step)
                 logger.info(f"TensorBoard logging enabled. Logs will be saved at {self.folder}")
+                if config:
+                    self.board.hyper_parameters(hyper_parameters(config, self.ranks))
+                    code = textwrap.indent((dump_folder / "config.toml").read_text(), "    ")
+                    self.board.text("config", code, start_step)
         self.start()
 
     def start(self) -> None:
@@ -82,13 +99,17 @@ class MetricsLogger:
         self._peaks = Memory(*map(max, self._peaks, peak_memory(self.device)))
         reset_peak_memory(self.device)
 
-    def count(self, tokens: int, flops: float, data_seconds: float) -> None:
-        """Adds a finished step: tokens and useful FLOPs of all ranks, and this rank's wait for data."""
+    def count(self, plan: Plan, flops: float, data_seconds: float) -> None:
+        """Adds a finished step: its plan, useful FLOPs of all ranks, and this rank's wait for data."""
         self._steps += 1
-        self._tokens += tokens
+        self._tokens += plan.tokens
         self._flops += flops
         self._data_seconds += data_seconds
-        self.tokens_seen += tokens
+        self.tokens_seen += plan.tokens
+        if self.writes:
+            self.totals.count(plan)
+        if self.progress:
+            self.progress.step()
 
     def saved(self, seconds: float) -> None:
         """Training waited `seconds` for a checkpoint: logged by themselves, not in the steps' time."""
@@ -130,7 +151,7 @@ class MetricsLogger:
         seconds = time.perf_counter() - self._begin  # after the reduction, which waits for the device
         if self.writes:
             flops = self._flops / seconds / self.ranks
-            figures = {  # column of metrics.jsonl -> its tag in TensorBoard, and the value
+            figures = {  # column of metrics.jsonl -> its tag in TensorBoard (or none), and the value
                 "loss": ("loss_metrics/global_avg_loss", loss),
                 "grad_norm": ("grad_norm", grad_norm),
                 "lr": ("lr", lr),
@@ -142,13 +163,10 @@ class MetricsLogger:
                 "mfu_percent": ("mfu(%)", 100 * flops / self.peak_flops),
                 "chunks": ("chunkflow/chunks", plan.chunks),
                 "padding_percent": ("chunkflow/padding(%)", plan.padding_percent),
-                "recomputed_chunks": ("chunkflow/recomputed_chunks", plan.recomputed_chunks),
+                "recomputed_chunks": ("", plan.recomputed_chunks),
                 "dp_imbalance_percent": ("chunkflow/dp_imbalance(%)", plan.imbalance_percent),
                 "spread_sequences": ("chunkflow/spread_sequences", plan.spread_sequences),
-                "most_ranks_of_a_sequence": (
-                    "chunkflow/most_ranks_of_a_sequence",
-                    plan.most_ranks_of_a_sequence,
-                ),
+                "most_ranks_of_a_sequence": ("", plan.most_ranks_of_a_sequence),
                 "memory_gib": ("memory/max_reserved(GiB)", memory.reserved_gib),
                 "global_max_loss": ("loss_metrics/global_max_loss", max_loss),
                 "n_tokens_seen": ("n_tokens_seen", self.tokens_seen),
@@ -160,12 +178,14 @@ class MetricsLogger:
             row = {"step": step} | {column: value for column, (_, value) in figures.items()}
             self.rows.write(row)
             self._write_line(row)
-            values = dict(figures.values()) | {
+            self.totals.loss("loss", loss, memory.reserved_gib)
+            values = {tag: value for tag, value in figures.values() if tag} | {
                 "time_metrics/data_loading(s)": data_seconds / self._steps,
                 "time_metrics/data_loading(%)": 100 * data_seconds / seconds,
                 "time_metrics/checkpoint(s)": self._saving_seconds,
             }
-            self._write_events(step, values | self._memory_tags(memory) | (scalars or {}))
+            if self.board:
+                self.board.scalars(step, values | self._memory_tags(memory) | (scalars or {}))
         self.start()
         return loss
 
@@ -202,6 +222,7 @@ class MetricsLogger:
                 **pairs,
             }
             self.validation_rows.write(row)
+            self.totals.loss("validation loss", loss, memory.reserved_gib)
             colours, percent = self.colours, 100 * memory.reserved_gib / self.capacity_gib
             logger.info(
                 f"{colours.yellow}validate step: {step:2}  {colours.green}loss: {loss:7.4f}  "
@@ -212,22 +233,52 @@ class MetricsLogger:
             )
             tags = {"loss": loss, "throughput(tps)": row["tps"], **self._memory_tags(memory)}
             tags |= {f"loss_by_position/{name}": mean for name, (mean, _) in by_position.items()} | pairs
-            self._write_events(step, {f"validation_metrics/{tag}": value for tag, value in tags.items()})
+            if self.board:
+                self.board.scalars(step, {f"validation_metrics/{tag}": value for tag, value in tags.items()})
         self._begin += time.perf_counter() - self._interrupted
         reset_peak_memory(self.device)
 
-    def add_figure(self, tag: str, draw: Callable[[], Any], step: int) -> None:
-        """Puts the matplotlib figure that `draw` returns into TensorBoard."""
-        if not self.tensorboard:
+    def show_step(self, step: int, plan: Plan, result: StepResult, lengths: Sequence[int]) -> None:
+        """Puts a step into TensorBoard: its plan as text and as a picture, what this rank held in it; and the
+        `lengths` (tokens) of all sequences of the data."""
+        if not self.board:
             return
-        try:
-            self.tensorboard.add_figure(tag, draw(), step)
-        except ModuleNotFoundError as error:
-            logger.info(f"No picture of {tag}: {error.name} is not installed (pip install matplotlib)")
+        chunk_size, k, seq_len = map(
+            self.config.get, ("chunkflow.chunk_size", "chunkflow.k", "training.seq_len")
+        )
+        self.board.text(f"plan of step {step}", pictures.plan_text(plan), step)
+        draw_lengths = partial(pictures.lengths_figure, lengths, chunk_size, seq_len)
+        self.add_figure("data/lengths", draw_lengths, step)
+        self.add_figure(
+            f"chunkflow/plan of step {step}", partial(pictures.plan_figure, plan, chunk_size, k), step
+        )
+        held = result.clock.timeline(), result.held
+        self.add_figure(f"chunkflow/memory of step {step}", partial(pictures.memory_figure, *held), step)
 
-    def close(self) -> None:
-        for file in filter(None, (self.rows, self.validation_rows, self.tensorboard)):
+    def add_figure(self, tag: str, draw: Callable[[], Any], step: int) -> None:
+        """Puts the matplotlib figure that `draw` returns into TensorBoard. It is drawn in another thread."""
+        if self.board:
+            self.board.figure(tag, draw, step)
+
+    def close(self, ledgers: dict[str, Any] | None = None) -> None:
+        """Ends the log, with a table of what the run came to. `ledgers`: what became of the tokens, by the
+        name of their source ("": of all)."""
+        if self.progress and self.totals.steps:
+            self.progress.clear()
+            rows = self.totals.rows()
+            for name, ledger in (ledgers or {}).items():
+                rows.append((f"tokens of {name or 'the data'}", str(ledger)))
+            done = "Trained up to" if self.progress.complete else "Stopped after"
+            logger.info(f"{done} step {self.progress.done}:\n{table(rows)}")
+            if self.board:
+                self.board.text("summary", markdown(rows), self.progress.done)
+                logger.info(f"See the curves: tensorboard --logdir {self.folder}")
+        for file in filter(None, (self.rows, self.validation_rows)):
             file.close()
+        if self.board:
+            self.board.close(complete=not self.progress or self.progress.complete)
+        if self.wandb:
+            self.wandb.finish()
 
     def _over_ranks(self, operation: dist.ReduceOp, *values: float) -> list[float]:
         """Each value, reduced over all ranks."""
@@ -248,21 +299,8 @@ class MetricsLogger:
             f"{colours.reset}chunks: {row['chunks']:,}  padding: {row['padding_percent']:.2f}%  "
             f"recomputed: {row['recomputed_chunks']:,}  imbalance: {row['dp_imbalance_percent']:.2f}%"
             + _line_of_pairs(row)
+            + (f"  {self.progress}" if self.progress else "")
         )
-
-    def _write_events(self, step: int, tags: dict[str, float]) -> None:
-        if not self.tensorboard:
-            return
-        try:
-            for tag, value in tags.items():
-                self.tensorboard.add_scalar(tag, value, step)
-            self.tensorboard.flush()  # so that a killed run shows all that it logged
-        except OSError as error:  # the writer cannot be used any more
-            self.tensorboard = None
-            logger.warning(
-                f"TensorBoard's events could not be written ({error.strerror}): its curves pause until the"
-                " run is started again, while metrics.jsonl goes on"
-            )
 
     def _memory_tags(self, memory: Memory) -> dict[str, float]:
         return {
@@ -281,14 +319,3 @@ def _line_of_pairs(figures: dict[str, float]) -> str:
         return ""
     percent = 100 * figures["reward_accuracy"]
     return f"  reward_margin: {figures['reward_margin']:.4f}  reward_accuracy: {percent:.1f}%"
-
-
-def put_events_in_order(folder: Path) -> None:
-    """Renames event files so that one that starts now sorts after them: TensorBoard reads them in the order
-    of their names, which have the second of their start. If the clock was set back, or the last one started
-    in this second, a new file would come before those that it continues."""
-    files = sorted(folder.glob("events.out.tfevents.*"))
-    if files and files[-1].name >= f"events.out.tfevents.{int(time.time()):010}":
-        for number, path in enumerate(files):
-            rest = path.name.split(".", 4)[4]
-            path.rename(folder / f"events.out.tfevents.{number:010}.{rest}")

@@ -12,6 +12,8 @@ from chunkflow.planning.planner import Plan
 from chunkflow.planning.simulate import Simulation
 from chunkflow.reporting.timeline import useful_time
 
+SHOWN_RANKS = 16  # with a curve of their own: a page has room for so many
+
 
 class RankFigures(NamedTuple):
     """One rank's figures of a step."""
@@ -85,7 +87,6 @@ def step_scalars(
     plan: Plan,
     figures: list[RankFigures],
     *,
-    targets: int,
     longest: int,
     epoch: int,
     ledger: dict[str, int],
@@ -93,17 +94,15 @@ def step_scalars(
 ) -> dict[str, float]:
     """What TensorBoard shows of a step beyond torchtitan's tags: tag -> value.
 
-    `figures`: of all ranks; rank = pipeline_rank * replicas + replica. `targets` and `longest` (tokens of a
-    sequence) are of the global batch. `ledger`: the run's tokens so far, by what became of them.
+    `figures`: of all ranks; rank = pipeline_rank * replicas + replica. `longest`: tokens of the
+    global batch's longest sequence. `ledger`: the run's tokens so far, by what became of them.
     """
     scalars = {f"data/{name}_tokens": count for name, count in ledger.items()} | {
-        "chunkflow/groups": sum(map(len, plan.groups)),
         "chunkflow/recomputed(%)": 100 * plan.recomputed_chunks / plan.chunks,
         "chunkflow/live_chunks_peak": max(rank.live_chunks for rank in figures),
         "chunkflow/kv_state(GiB)": max(rank.state_gib for rank in figures),
         "chunkflow/kept_attention(GiB)": max(rank.kept_attention_gib for rank in figures),
         "chunkflow/kv_on_device(GiB)": max(rank.device_state_gib for rank in figures),
-        "chunkflow/tokens_per_supervised_token": plan.tokens / max(targets, 1),
         "chunkflow/bad_steps": bad_steps,
         "data/longest_sequence": longest,
         "data/epoch": epoch,
@@ -112,8 +111,10 @@ def step_scalars(
     if len(figures) == replicas:  # no pipeline: ranks wait for each other once, at the end of the step
         scalars["chunkflow/template_overhead(%)"] = plan.template_overhead_percent
         busiest = max(rank.busy_seconds for rank in figures)
-        for number, rank in enumerate(figures):
-            scalars[f"chunkflow/waiting(%)/rank_{number}"] = 100 * (1 - rank.busy_seconds / busiest)
+        waiting = [100 * (1 - rank.busy_seconds / busiest) for rank in figures]
+        scalars["chunkflow/waiting(%)/mean"] = sum(waiting) / len(waiting)
+        for number, percent in enumerate(waiting[:SHOWN_RANKS]):
+            scalars[f"chunkflow/waiting(%)/rank_{number}"] = percent
         return scalars
     scalars["chunkflow/stage_inputs_peak"] = max(rank.stage_inputs for rank in figures)
     bubbles = [rank.simulated_bubble for rank in figures]

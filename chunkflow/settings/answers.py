@@ -46,8 +46,6 @@ _ANSWERS = {
     " every logged step is in metrics.jsonl, remove the key",
     "metrics.save_for_all_ranks metrics.rank_0_only": "is not used: rank 0 writes figures that are reduced"
     " over all ranks already",
-    "metrics.enable_wandb": "is not used: set metrics.enable_tensorboard, or read metrics.jsonl in"
-    " job.dump_folder",
     "metrics.enable_color_printing": "was turned round: set metrics.disable_color_printing",
     "model.norm_type": "is not used: each model has its own normalisation, remove the key",
     "model.use_flex_attn": "is not used: attention is exact within each sequence on every device, remove the"

@@ -146,14 +146,18 @@ class ChunkFlow:
         2048, 'tokens in a chunk; "auto": the fastest that fits, by arithmetic', AT_LEAST_1
     )
     k: int | Literal["auto"] = option(
-        1, 'chunks of a group that keep their activations; "auto": as for chunk_size', AT_LEAST_1
+        1,
+        'chunks of a group that keep their activations; "auto": as for chunk_size, and without a pipeline'
+        " more of shorter sequences, where a memory budget is known",
+        AT_LEAST_1,
     )
     fill_tails: bool = option(True, "top up the last chunk of a long sequence with short ones")
     balance: str = option("cost", "what is evened out over data-parallel ranks", ("cost", "tokens"))
     kv_offload: str = option(
         "none",
-        "K/V of sequences longer than a chunk, and their gradients, live on the device, or in host memory",
-        ("none", "host"),
+        "K/V of sequences longer than a chunk, and their gradients, live on the device, or in host memory;"
+        ' "auto": there, in the steps that would not fit otherwise',
+        ("none", "host", "auto"),
     )
     keep_attention: str = option(
         "none",
@@ -330,6 +334,7 @@ class Quantize:
 class Metrics:
     log_freq: int = option(10, "steps between logged steps; step 1 is always logged", AT_LEAST_1)
     enable_tensorboard: bool = option(True, "write TensorBoard events")
+    enable_wandb: bool = option(False, "show them in Weights & Biases, too (extra wandb)")
     save_tb_folder: str = option("tb", "their folder in job.dump_folder")
     disable_color_printing: bool = option(False, "step lines without colours")
 

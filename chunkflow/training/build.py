@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import functools
-import importlib
+import importlib.util
 import logging
 import math
 from collections.abc import Callable
@@ -32,7 +32,8 @@ from chunkflow.training.converters import check_converters
 from chunkflow.training.lora import check_lora, trained_parameters
 from chunkflow.training.optimizer import check_optimizer
 from chunkflow.training.parallel import reshards
-from chunkflow.training.prediction import most_kv_tokens
+from chunkflow.training.prediction import most_kv_tokens, room, stage_sizes
+from chunkflow.training.rates import device_of
 from chunkflow.training.stages import layers_of_stages
 from models import families
 from models.hf_config import model_of
@@ -97,6 +98,7 @@ def check(config: Config, *more: Callable[[ModelSpec], object], pairs: bool = Fa
         lambda: check_cuda_dtype(training),
         lambda: check_attention(config),
         lambda: check_torch(config, pairs),
+        lambda: check_wandb(config.metrics),
     ]
     spec = None
     with collected(faults):
@@ -155,6 +157,21 @@ def check_torch(config: Config, pairs: bool = False) -> None:
             raise ConfigError(f"{name} needs torch 2.13, but this is {torch.__version__}: leave it out")
 
 
+def check_wandb(settings: options.Metrics) -> None:
+    if not settings.enable_wandb:
+        return
+    if not settings.enable_tensorboard:
+        raise ConfigError(
+            "metrics.enable_wandb shows what TensorBoard's events have, and metrics.enable_tensorboard ="
+            " false writes none: set it to true"
+        )
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "metrics.enable_wandb = true needs the package wandb, which is not installed: pip install"
+            " 'chunkflow[wandb]', or leave it out"
+        )
+
+
 def check_cuda_dtype(settings: options.Training) -> None:
     if torch.cuda.is_available() and settings.mixed_precision_param != "bfloat16":
         raise ConfigError(
@@ -195,12 +212,16 @@ def plan_settings(
     config: Config,
     spec: ModelSpec,
     replicas: int,
-    planned: bool = False,
     device: str = "",
+    adapts: frozenset[str] = frozenset(),
     pairs: bool = False,
 ) -> PlanSettings:
-    """What plans depend on, for this number of data-parallel replicas. `planned`: for GPUs that need not be
-    this machine's; `device`: by its name, if not the one that follows; `pairs`: of preference training."""
+    """What plans depend on, for this number of data-parallel replicas. `device`: by its name; "": this
+    machine's. `adapts`: which of "k" and "kv_offload" a step may have its own value of; `pairs`: of
+    preference training."""
+    device = device or device_of(config, planned=False)
+    sizes = stage_sizes(config, spec.family, spec.args, spec.layers, replicas)
+    memory = sizes, replicas, device
     chunkflow, last, most = config.chunkflow, spec.layers[-1], config.parallelism.context_parallel_degree
     adapters = trained_parameters(config.lora, spec.family, spec.args) // spec.args.n_layers
     costs = [Cost.of_layers(spec.args, len(own), head=own is last, adapters=adapters) for own in spec.layers]
@@ -217,7 +238,9 @@ def plan_settings(
         stages=tuple(costs),
         pipeline_ranks=config.parallelism.pipeline_parallel_degree,
         spread_over=replicas if most == -1 else most,
-        kv_tokens=most_kv_tokens(config, spec.family, spec.args, spec.layers, replicas, planned, device),
+        kv_tokens=most_kv_tokens(config, *memory),
+        kv_offload=chunkflow.kv_offload,
+        room=room(config, *memory, adapts),
     )
 
 

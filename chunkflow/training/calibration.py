@@ -54,17 +54,29 @@ def calibrate(config: Config, spec: build.ModelSpec) -> str:
     if name != "cpu":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    points, layers = measure(config, spec, device)
-    rates = fitted(points, Cost.of_layers(spec.args, layers, head=False), layers, analytic(name))
-    rates = rates._replace(**_bandwidths(config, device))
+    rates, points = measured_rates(config, spec, device, name)
     if int(os.environ.get("RANK", 0)):
         raise SystemExit(0)
     path = save(rates, spec.name, spec.args, config.training.mixed_precision_param, name)
     products, attention = (f"{1e-12 / seconds:.3g}" if seconds else "any" for seconds in rates.forward[:2])
+    between = ""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        where = "of a node" if _one_node() else "of several nodes"
+        speed = rates.gather if _one_node() else rates.network
+        between = f", {speed / 1e9:.3g} GB/s between ranks {where}"
     return (
         f"{name}: {products} TFLOP/s in products, {attention} in attention,"
-        f" {1e6 * rates.forward.layer:.3g} us a layer, from {len(points)} chunks; kept in {path}"
+        f" {1e6 * rates.forward.layer:.3g} us a layer{between}, from {points} chunks; kept in {path}"
     )
+
+
+def measured_rates(
+    config: Config, spec: build.ModelSpec, device: torch.device, name: str
+) -> tuple[Rates, int]:
+    """The rates of the device with this `name`, and from how many chunks. All ranks call."""
+    points, layers = measure(config, spec, device)
+    rates = fitted(points, Cost.of_layers(spec.args, layers, head=False), layers, analytic(name))
+    return rates._replace(**_bandwidths(config, device)), len(points)
 
 
 def measure(config: Config, spec: build.ModelSpec, device: torch.device) -> tuple[list[Point], int]:
@@ -125,6 +137,12 @@ def _point(model: nn.Module, tokens: int, prefix: int, device: torch.device) -> 
         marks.append(_busy(device))
         times.append((marks[1] - marks[0], marks[2] - marks[1]))
     return Point(tokens, prefix, *(min(runs) for runs in zip(*times[1:])))
+
+
+def _one_node() -> bool:
+    """Whether all ranks that torchrun has started are on this machine."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    return os.environ.get("LOCAL_WORLD_SIZE", ranks) == ranks
 
 
 def _now(device: torch.device) -> float:
@@ -188,12 +206,22 @@ def _bandwidths(config: Config, device: torch.device) -> dict[str, float]:
         rates["host"] = rate(BYTES, lambda: some.copy_(host, non_blocking=True))
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
-        timeout = timedelta(seconds=config.comm.init_timeout_seconds)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        joins = not dist.is_initialized()
+        if joins:
+            timeout = timedelta(seconds=config.comm.init_timeout_seconds)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
         shard = some[: some.numel() // ranks]
         whole = other[: shard.numel() * ranks]
-        between = rate(4 * shard.numel() * (ranks - 1), lambda: dist.all_gather_into_tensor(whole, shard))
-        one_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) == ranks
-        rates["gather" if one_node else "network"] = between
-        dist.destroy_process_group()
+
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+        def meet() -> None:
+            gather(whole, shard)
+            scatter(shard, whole)
+
+        between = rate(2 * 4 * shard.numel() * (ranks - 1), meet)  # what each rank sends, and receives
+        rates["gather" if _one_node() else "network"] = between
+        if joins:
+            dist.destroy_process_group()
     return rates

@@ -1,4 +1,5 @@
-"""chunk_size and k by prediction: the fastest that fit the budget; and the refusal of plans that do not."""
+"""chunk_size, k and kv_offload by prediction: the fastest that fit the budget; and the refusal of what does
+not."""
 
 import copy
 import logging
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from chunkflow.data.dataloader import ChunkDataLoader
 from chunkflow.planning import forecast
 from chunkflow.planning.forecast import Forecast, Row, candidates, powers, ranked
+from chunkflow.planning.host_memory import HOST_PARTS
 from chunkflow.planning.memory import PARTS
 from chunkflow.planning.planner import PlanSettings
 from chunkflow.planning.step_time import Rates
@@ -17,12 +19,13 @@ from chunkflow.settings.config import ConfigError
 from chunkflow.settings.options import Config
 from chunkflow.training import build, prediction
 from chunkflow.training.parallel import Processes, reshards
-from chunkflow.training.rates import device_of, rates_of
+from chunkflow.training.rates import device_of, host_gib, rates_of
 from chunkflow.training.stages import layers_of_stages
 
 logger = logging.getLogger(__name__)
 
 PIPELINE_RANKS = 8  # at most, of the layouts that are tried
+KEYS = ("chunk_size", "k", "kv_offload")  # that may be "auto"
 
 
 class Forecaster:
@@ -46,12 +49,16 @@ class Forecaster:
         self.pairs = pairs
         self.config, self.spec, self.lengths, self.ranks = config, spec, lengths, ranks
         self.device, self.rates, self.measured = device, rates, measured
-        self.budget = prediction.budget_gib(config, device)
+        self.budget, self.host_budget = prediction.budget_gib(config, device), host_gib(device)
+        self.adapts = adapts(config)
 
-    def changed(self, chunk_size: int, k: int, pipeline_ranks: int, reshard: str) -> Config:
+    def changed(
+        self, chunk_size: int, k: int, pipeline_ranks: int, reshard: str, kv_offload: str = "none"
+    ) -> Config:
         """The config with these settings."""
         config = copy.deepcopy(self.config)
         config.chunkflow.chunk_size, config.chunkflow.k = chunk_size, k
+        config.chunkflow.kv_offload = kv_offload
         config.parallelism.pipeline_parallel_degree = pipeline_ranks
         config.parallelism.fsdp_reshard_after_forward = reshard
         return config
@@ -65,16 +72,27 @@ class Forecaster:
             self.ranks // config.parallelism.pipeline_parallel_degree,
         )
         settings = build.plan_settings(config, spec, replicas, device=self.device, pairs=self.pairs)
+        settings = settings._replace(room=None)  # what it takes, not what would be done about it
         sizes = prediction.stage_sizes(config, spec.family, spec.args, layers, replicas)
-        step = forecast.forecast(self.lengths, settings, sizes, self.rates, most)
+        pinned = self.device != "cpu"
+        step = forecast.forecast(self.lengths, settings, sizes, self.rates, most, pinned)
         fullest = max(range(len(sizes)), key=lambda rank: sum(step.peaks[rank].values()))
         return settings, step, prediction.cuda_of_rank(config, sizes[fullest], replicas)
 
     def row(self, chunk_size: int, k: int, pipeline_ranks: int, reshard: str) -> Row:
-        """What these settings would do."""
+        """What these settings would do; where kv_offload is "auto", with K/V in host memory if they would not
+        fit otherwise."""
+        if "kv_offload" not in self.adapts:
+            return self._row(chunk_size, k, pipeline_ranks, reshard, self.config.chunkflow.kv_offload)
+        row = self._row(chunk_size, k, pipeline_ranks, reshard, "none")
+        return row if row.fits else self._row(chunk_size, k, pipeline_ranks, reshard, "host")
+
+    def _row(self, chunk_size: int, k: int, pipeline_ranks: int, reshard: str, kv_offload: str) -> Row:
         # A pipeline's replicas do not wait for one another; those with the most work tell the time.
         most = 2 if pipeline_ranks > 1 else forecast.REPLICAS
-        settings, step, cuda = self.of(self.changed(chunk_size, k, pipeline_ranks, reshard), most)
+        config = self.changed(chunk_size, k, pipeline_ranks, reshard, kv_offload)
+        settings, step, cuda = self.of(config, most)
+        host = max(sum(parts.values()) for parts in step.hosts) / 2**30
         gib = max(prediction.total_gib(parts, cuda, self.device) for parts in step.peaks)
         figures = step.figures
         return Row(
@@ -89,7 +107,9 @@ class Forecaster:
             imbalance_percent=figures["imbalance_percent"],
             padding_percent=figures["padding_percent"],
             recomputed_percent=figures["recomputed_percent"],
-            fits=self.budget is None or gib <= self.budget,
+            fits=(self.budget is None or gib <= self.budget)
+            and (self.host_budget is None or host <= self.host_budget),
+            kv_offload=kv_offload,
         )
 
     def rows(self, chunk_size: int | str = "auto", k: int | str = "auto") -> Iterator[Row]:
@@ -159,11 +179,11 @@ def compare(predicted: Forecaster) -> tuple[list[Row], str]:
         return [], ""
     rows = list(predicted.rows())
     settled = {name: getattr(chunkflow, name) for name in ("chunk_size", "k")}
-    if "auto" in settled.values():
+    if "auto" in (*settled.values(), chunkflow.kv_offload):
         given = [row for row in rows if settled["chunk_size"] in ("auto", row.chunk_size)]
         given = [row for row in given if settled["k"] in ("auto", row.k)] or list(predicted.rows(**settled))
         best = (ranked(given) or sorted(given, key=lambda row: row.peak_gib))[0]
-        chunkflow.chunk_size, chunkflow.k = best[:2]
+        chunkflow.chunk_size, chunkflow.k, chunkflow.kv_offload = *best[:2], best.kv_offload
     layout = degrees.pipeline_parallel_degree, degrees.fsdp_reshard_after_forward
     if (chunkflow.chunk_size, chunkflow.k) not in [row[:2] for row in rows]:
         rows.append(predicted.row(chunkflow.chunk_size, chunkflow.k, *layout))
@@ -190,27 +210,9 @@ def hint(config: Config, recomputed_percent: float) -> str:
     )
 
 
-def table_lines(report: dict, most: int = 6) -> list[str]:
-    """The first rows of a report's table, the config's own among them, and why the best is, as text."""
-    if not report["table"]:
-        return []
-    own = report["chunk_size"], report["k"], len(report["memory"]["pipeline_ranks_gib"])
-    own = (*own, report["reshard_after_forward"])
-    rows = [Row(**row) for row in report["table"]]
-    shown = [row for number, row in enumerate(rows) if number < most or row[:4] == own]
-    heads = "chunk_size", "k", "pipeline", "ZeRO-3", "s a step", "tokens/s", "GiB", "recomputed %", "bubble %"
-    lines = ["", "other settings, with that sequence: the fastest that fit first"]
-    lines.append("".join(f"{head:>{len(head) + 3}}" for head in heads))
-    for row in shown:
-        zero = "yes" if row.fsdp_reshard_after_forward else "no"
-        texts = [f"{row.chunk_size:,}", f"{row.k}", f"{row.pipeline_parallel_degree}", zero]
-        texts += [f"{row.step_seconds:,.3g}", f"{row.tps:,.0f}", f"{row.peak_gib:,.1f}"]
-        texts += [f"{row.recomputed_percent:.1f}", f"{row.bubble_percent:.1f}"]
-        line = "".join(f"{text:>{len(head) + 3}}" for text, head in zip(texts, heads))
-        marks = ["best"] * row.best + ["this config"] * (row[:4] == own) + ["too large"] * (not row.fits)
-        lines.append(line + (f"  <- {', '.join(marks)}" if marks else ""))
-    lines += report["why"].split("; ")
-    return lines + ([report["hint"]] if report["hint"] else [])
+def adapts(config: Config) -> frozenset[str]:
+    """The keys that a single step may have its own value of, while they are "auto"."""
+    return frozenset(name for name in ("k", "kv_offload") if getattr(config.chunkflow, name) == "auto")
 
 
 def settle(
@@ -220,10 +222,10 @@ def settle(
     seed: int,
     processes: Processes,
     saved: dict[str, Any],
-) -> None:
-    """Puts numbers in the place of "auto", the same on all ranks: rank 0's choice, or what the checkpoint
-    that is resumed has (`saved`: its value of every key; else empty). ValueError where a step would hold
-    more than the budget."""
+) -> frozenset[str]:
+    """Puts values in the place of "auto", the same on all ranks: rank 0's choice, or what the checkpoint that
+    is resumed has (`saved`: its value of every key; else empty). Returns the keys that a single step may have
+    its own value of. ValueError where a step would hold more than the budget."""
     answer: list[Any] = [None]
     if processes.rank == 0:
         try:
@@ -234,39 +236,49 @@ def settle(
         dist.broadcast_object_list(answer, src=0, device=processes.device)
     if isinstance(answer[0], Exception):
         raise answer[0]
-    config.chunkflow.chunk_size, config.chunkflow.k = answer[0]
+    adapted = adapts(config)
+    for name in KEYS:
+        setattr(config.chunkflow, name, answer[0][name])
+    return adapted
 
 
 def _settled(
     config: Config, spec: build.ModelSpec, dataset: Any, seed: int, ranks: int, saved: dict[str, Any]
-) -> tuple[int, int]:
+) -> dict[str, Any]:
+    """The value of each of KEYS."""
     chunkflow, device = config.chunkflow, device_of(config, planned=False)
-    if not chunkflow.enable:  # whole sequences: neither is read
-        chunk_size = 1 if chunkflow.chunk_size == "auto" else chunkflow.chunk_size
-        return chunk_size, 1 if chunkflow.k == "auto" else chunkflow.k
-    wanted = [name for name in ("chunk_size", "k") if getattr(chunkflow, name) == "auto"]
-    if not wanted and prediction.budget_gib(config, device) is None:
-        return chunkflow.chunk_size, chunkflow.k
+    settled = {name: getattr(chunkflow, name) for name in KEYS}
+    wanted = [name for name in KEYS if settled[name] == "auto"]
+    if not chunkflow.enable:  # whole sequences: none is read
+        return settled | {name: value for name, value in zip(KEYS, (1, 1, "none")) if name in wanted}
+    if not wanted and prediction.budget_gib(config, device) is None and not _uses_host(config):
+        return settled
     predicted = forecaster(config, spec, dataset, seed, ranks, device)
-    settled = {name: getattr(chunkflow, name) for name in ("chunk_size", "k")}
     if wanted and saved:
         settled |= {name: saved[f"chunkflow.{name}"] for name in wanted}
         logger.info(f"{_shown(**settled)}: as the checkpoint has them")
     elif wanted:
-        rows = list(predicted.rows(**settled))
-        if found := ranked(rows):
-            settled = {"chunk_size": found[0].chunk_size, "k": found[0].k}
+        rows = list(predicted.rows(settled["chunk_size"], settled["k"]))
+        found = ranked(rows)
+        best = found[0] if found else min(rows, key=lambda row: row.peak_gib)
+        settled = {name: getattr(best, name) for name in KEYS}
+        if found:
             logger.info(reason(found, predicted.budget, layout_of(predicted)))
-        else:
-            least = min(rows, key=lambda row: row.peak_gib)
-            settled = {"chunk_size": least.chunk_size, "k": least.k}
-    if predicted.budget is not None:
-        refuse(predicted, **settled)
-    return settled["chunk_size"], settled["k"]
+    refuse(predicted, **settled)
+    return settled
 
 
-def _shown(chunk_size: int, k: int) -> str:
-    return f"chunkflow.chunk_size = {chunk_size}, chunkflow.k = {k}"
+def _uses_host(config: Config) -> bool:
+    """Whether something that training makes lives in host memory."""
+    return config.training.enable_cpu_offload or "host" in (
+        config.chunkflow.kv_offload,
+        config.chunkflow.keep_attention,
+    )
+
+
+def _shown(chunk_size: int, k: int, kv_offload: str = "none") -> str:
+    shown = f"chunkflow.chunk_size = {chunk_size}, chunkflow.k = {k}"
+    return shown if kv_offload == "none" else f'{shown}, chunkflow.kv_offload = "{kv_offload}"'
 
 
 def reason(found: list[Row], budget: float | None, layout: tuple[int, bool]) -> str:
@@ -275,7 +287,7 @@ def reason(found: list[Row], budget: float | None, layout: tuple[int, bool]) -> 
 
     def said(row: Row) -> str:
         of = f" of {budget:g}" if budget is not None else ""
-        settings = _shown(row.chunk_size, row.k)
+        settings = _shown(row.chunk_size, row.k, row.kv_offload)
         if any(each[2:4] != layout for each in (best, row)):
             reshard = "always" if row.fsdp_reshard_after_forward else "never"
             settings += (
@@ -288,32 +300,44 @@ def reason(found: list[Row], budget: float | None, layout: tuple[int, bool]) -> 
     return f"fastest by prediction: {said(best)}" + (f"; the next one, {said(others[0])}" if others else "")
 
 
-def refuse(predicted: Forecaster, chunk_size: int, k: int) -> None:
-    """ValueError if the step would hold more than the budget: with its parts, and what would fit."""
+def refuse(predicted: Forecaster, chunk_size: int, k: int, kv_offload: str = "none") -> None:
+    """ValueError if the step would hold more than the budget, or than there is host memory: with its parts,
+    and what would fit."""
     degrees = predicted.config.parallelism
     layout = degrees.pipeline_parallel_degree, degrees.fsdp_reshard_after_forward
-    config = predicted.changed(chunk_size, k, *layout)
+    config = predicted.changed(chunk_size, k, *layout, kv_offload)
     _, step, cuda = predicted.of(config)
     parts = max(step.peaks, key=lambda parts: sum(parts.values()))
     gib, device = prediction.total_gib(parts, cuda, predicted.device), predicted.device
-    if gib <= predicted.budget:
+    host = max(step.hosts, key=lambda parts: sum(parts.values()))
+    host_total = sum(host.values()) / 2**30
+    if predicted.budget is not None and gib > predicted.budget:
+        named = {PARTS[part]: amount for part, amount in parts.items() if amount}
+        if device != "cpu":
+            named["CUDA, NCCL, fragmentation"] = prediction.beside(sum(parts.values()), cuda)
+        given = predicted.config.chunkflow.memory_budget_gib is not None
+        whose = "chunkflow.memory_budget_gib" if given else "the GPU's memory"
+        taken, limit = f"{gib:.3g} GiB on the fullest rank", f"{predicted.budget:g} of {whose}"
+        last = (
+            'recompute activations (activation_checkpoint.mode = "full"), or lower training.seq_len'
+            if kv_offload == "host" or predicted.adapts
+            else 'recompute activations (activation_checkpoint.mode = "full"), keep K/V in host memory'
+            ' (chunkflow.kv_offload = "host"), or lower training.seq_len'
+        )
+    elif predicted.host_budget is not None and host_total > predicted.host_budget:
+        named = {HOST_PARTS[part]: amount for part, amount in host.items() if amount}
+        taken = f"{host_total:.3g} GiB of host memory on the fullest rank"
+        limit = f"{predicted.host_budget:.3g} that each of this machine's processes has"
+        last = "keep less there (chunkflow.kv_offload, keep_attention), or lower training.seq_len"
+    else:
         return
-    named = {PARTS[part]: amount for part, amount in parts.items() if amount}
-    if device != "cpu":
-        named["CUDA, NCCL, fragmentation"] = prediction.beside(sum(parts.values()), cuda)
     shown = "; ".join(f"{text} {amount / 2**30:.3g}" for text, amount in named.items())
-    given = predicted.config.chunkflow.memory_budget_gib is not None
-    whose = "chunkflow.memory_budget_gib" if given else "the GPU's memory"
-    found = ranked(predicted.rows())
-    remedy = (
-        "no chunk_size and k would fit: take more ranks, recompute activations (activation_checkpoint.mode ="
-        ' "full"), or lower training.seq_len'
-    )
-    if found:
+    remedy = f"no chunk_size and k would fit: take more ranks, {last}"
+    if found := ranked(predicted.rows()):
         best = found[0]
-        remedy = f"set {_shown(best.chunk_size, best.k)}, which would take {best.peak_gib:.3g}"
+        settings = _shown(best.chunk_size, best.k, best.kv_offload)
+        remedy = f"set {settings}, which would take {best.peak_gib:.3g}"
     raise ConfigError(
-        f"{_shown(chunk_size, k)}: a step with a sequence of {max(predicted.lengths):,} tokens would take"
-        f" {gib:.3g} GiB on the fullest rank ({shown}), more than the {predicted.budget:g} of {whose}:"
-        f" {remedy}"
+        f"{_shown(chunk_size, k, kv_offload)}: a step with a sequence of {max(predicted.lengths):,} tokens"
+        f" would take {taken} ({shown}), more than the {limit}: {remedy}"
     )

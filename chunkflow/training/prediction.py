@@ -1,5 +1,6 @@
 """What a config's ranks hold in memory, from the shapes of its model."""
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,13 +15,17 @@ from chunkflow.planning.memory import (
     communicators,
     cuda_bytes,
     kv_tokens,
+    peak_parts,
+    with_kv_offload,
 )
+from chunkflow.planning.planner import PlanSettings, plan_step
+from chunkflow.planning.room import Room
 from chunkflow.settings import options
 from chunkflow.settings.options import Config
 from chunkflow.training import stages
 from chunkflow.training.lora import apply_lora
 from chunkflow.training.parallel import DTYPES, reshards
-from chunkflow.training.rates import device_of, memory_gib
+from chunkflow.training.rates import memory_gib
 
 Shapes = tuple[dict[str, tuple[int, ...]], set[str]]
 _shapes: dict[tuple, list[dict[int, Shapes]]] = {}  # of models asked for before
@@ -46,8 +51,8 @@ def stage_sizes(
         recompute_cheap=how == "op",
         slice_tokens=slice_tokens("cuda", args.vocab_size),
         sends_in_flight=SENDS_IN_FLIGHT if pipeline_ranks > 1 else 0,
-        kv_offload=getattr(config.chunkflow, "kv_offload", "none"),
-        keep_attention=getattr(config.chunkflow, "keep_attention", "none"),
+        kv_offload=config.chunkflow.kv_offload,
+        keep_attention=config.chunkflow.keep_attention,
     )
     return [
         {stage: StageSizes(args, shapes, layout, frozen) for stage, (shapes, frozen) in of_rank.items()}
@@ -100,27 +105,55 @@ def beside(total: float, cuda: int) -> float:
     return cuda + FRAGMENTATION * total
 
 
-def most_kv_tokens(
-    config: Config,
-    family: ModuleType,
-    args: Any,
-    layers: list[range],
-    replicas: int,
-    planned: bool,
-    device: str = "",
-) -> int:
-    """The most tokens whose K/V and gradients each rank can hold at once; 0, no limit, without a budget, or
-    where neither a sequence is shared nor groups' K/V wait for each other (ZeRO-3). `device`: by its name;
-    "": see `device_of`, for which `planned` is."""
-    settings, device = config.chunkflow, device or device_of(config, planned)
+def budgets(
+    config: Config, sizes: Sequence[dict[int, StageSizes]], replicas: int, device: str
+) -> list[int] | None:
+    """Bytes of each pipeline rank, of what PyTorch counts; None without a budget. `device`: by its name."""
     gib = budget_gib(config, device)
+    if gib is None:
+        return None
+    whole = [gib * 2**30] * len(sizes)
+    if device != "cpu":
+        whole = [
+            (budget - cuda_of_rank(config, of_rank, replicas)) / (1 + FRAGMENTATION)
+            for budget, of_rank in zip(whole, sizes)
+        ]
+    return [int(budget) for budget in whole]
+
+
+def most_kv_tokens(config: Config, sizes: Sequence[dict[int, StageSizes]], replicas: int, device: str) -> int:
+    """The most tokens whose K/V and gradients each rank can hold at once; 0, no limit, without a budget, or
+    where neither a sequence is shared nor groups' K/V wait for each other (ZeRO-3). `device`: by its name."""
+    settings, usable = config.chunkflow, budgets(config, sizes, replicas, device)
     shares = replicas > 1 and config.parallelism.context_parallel_degree != 1
-    if gib is None or not settings.enable or not (shares or reshards(config.parallelism, replicas)):
+    if usable is None or not settings.enable or not (shares or reshards(config.parallelism, replicas)):
         return 0
-    plan, usable = (len(layers), settings.k, settings.chunk_size, config.training.seq_len), []
-    for sizes in stage_sizes(config, family, args, layers, replicas):
-        budget = gib * 2**30
-        if device != "cpu":
-            budget = (budget - cuda_of_rank(config, sizes, replicas)) / (1 + FRAGMENTATION)
-        usable.append(kv_tokens(sizes, *plan, int(budget)))
-    return min(usable)
+    plan = sum(map(len, sizes)), settings.k, settings.chunk_size, config.training.seq_len
+    return min(kv_tokens(of_rank, *plan, budget) for of_rank, budget in zip(sizes, usable))
+
+
+def room(
+    config: Config, sizes: Sequence[dict[int, StageSizes]], replicas: int, device: str, adapts: frozenset[str]
+) -> Room | None:
+    """What a replica may hold; None without a budget, and for whole sequences. `device`: by its name;
+    `adapts`: as of `Room`."""
+    usable = budgets(config, sizes, replicas, device)
+    if usable is None or not config.chunkflow.enable:
+        return None
+    offloaded = most_kv_tokens(config, with_kv_offload(sizes, "host"), replicas, device)
+    return Room(sizes, usable, config.chunkflow.chunk_size, adapts, offloaded)
+
+
+def memory_of_sequence(config: Config, spec: Any, settings: PlanSettings, tokens: int) -> tuple[float, float]:
+    """GiB that a rank, the fullest, holds in a step with one sequence of so many tokens: planned as the
+    `settings` say, and whole in one micro-batch. `spec`: the model, see build.ModelSpec."""
+    sizes = stage_sizes(config, spec.family, spec.args, spec.layers, settings.replicas)
+    peaks = []
+    for enable in (settings.enable, False):
+        plan = plan_step([tokens], settings._replace(enable=enable), most=1)
+        ((replica, programs),) = plan.programs.items()
+        of_ranks = [
+            peak_parts(sizes[rank], plan.groups[replica], programs[rank]) for rank in range(len(sizes))
+        ]
+        peaks.append(max(sum(parts.values()) for parts in of_ranks) / 2**30)
+    return tuple(peaks)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ def memory_gib(device: str) -> float | None:
     if torch.cuda.is_available() and device == torch.cuda.get_device_name():
         return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory >> 30)
     return next((gib for name, gib in MEMORY_GIB.items() if name in device), OTHER_MEMORY_GIB)
+
+
+def host_gib(device: str) -> float | None:
+    """Host memory of each process of this machine; None where the device is another machine's."""
+    if device != "cpu" and not (torch.cuda.is_available() and device == torch.cuda.get_device_name()):
+        return None
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # "max": no limit
+        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return limit / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 2**30
 
 
 def analytic(device: str) -> Rates:

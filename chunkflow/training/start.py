@@ -32,7 +32,7 @@ def main_config(
 
     `check(config)` adds the recipe's rules: it raises ValueError, one sentence a line. With --check among the
     arguments the process ends after the checks. `planned`: see world_size. `chooses`: the recipe can do with
-    "auto" for chunkflow.chunk_size and chunkflow.k.
+    "auto" for chunkflow.chunk_size, k and kv_offload.
     """
     argv = sys.argv[1:] if argv is None else argv
     only_check, faults = "--check" in argv, {}
@@ -82,11 +82,12 @@ def read_config(argv: list[str], chooses: bool = False, faults: dict[str, str] |
     there, as in load_config. `chooses`: see main_config."""
     found = {} if faults is None else faults
     config = load_config(argv, found)
-    for name in () if chooses else ("chunk_size", "k"):
+    for name in () if chooses else ("chunk_size", "k", "kv_offload"):
         if getattr(config.chunkflow, name) == "auto":
+            value = "one" if name == "kv_offload" else "a number"
             sentence = (
-                f'chunkflow.{name} = "auto" is chosen by recipes/finetune.py, dpo.py and plan.py: set a'
-                " number, such as that in the config.toml of a run"
+                f'chunkflow.{name} = "auto" is chosen by recipes/finetune.py, dpo.py and plan.py: set'
+                f" {value}, such as that in the config.toml of a run"
             )
             add(found, sentence, f"chunkflow.{name}")
     if config.lora.adapter_path:
@@ -180,6 +181,8 @@ def init_logger() -> None:
     """Logs to stdout, one line a record, in torchtitan's format."""
     format = "[chunkflow] %(asctime)s - %(name)s - %(levelname)s - %(message)s"
     logging.basicConfig(level=logging.INFO, format=format, stream=sys.stdout, force=True)
+    for library in ("matplotlib", "PIL", "torchao", "fsspec", "wandb"):  # not what they do inside
+        logging.getLogger(library).setLevel(logging.WARNING)
     os.environ["KINETO_LOG_LEVEL"] = "5"  # silences the profiler's messages
 
 

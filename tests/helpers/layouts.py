@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 from chunkflow.execution.runner import Runner
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings, plan_step
+from chunkflow.planning.room import Room
 from chunkflow.settings.options import Config, Lora, Training
-from chunkflow.training import parallel, stages
+from chunkflow.training import parallel, prediction, stages
 from chunkflow.training.lora import apply_lora, is_adapter
 from models import families
 from tests.helpers.reference import chunk_tensors, runner_of
@@ -70,6 +71,14 @@ def layout_config(reshard="always", replicas=1, param="float64", mode="none", of
     return config
 
 
+def room_of(args, config: Config, layers=None, replicas=1, adapts=("k", "kv_offload")) -> Room:
+    """Of a model of llama3's, with a budget of 0 bytes. `layers`: of each stage, one a rank."""
+    stages = layers or [range(args.n_layers)]
+    config.parallelism.pipeline_parallel_degree = len(stages)
+    sizes = prediction.stage_sizes(config, families["llama3"], args, stages, replicas)
+    return Room(sizes, [0] * len(stages), config.chunkflow.chunk_size, frozenset(adapts))
+
+
 def join(config: Config | None = None) -> parallel.Processes:
     config = config or layout_config()
     return parallel.init_processes(config.comm, config.parallelism)
@@ -110,7 +119,8 @@ def sharded_gradients(
     groups = plan.groups[rank]
     arguments = {"blocks": blocks, "keep_attention": keep_attention, "kv_offload": kv_offload}
     runner = runner_of(model, parallel.before_last_backward, **arguments)
-    result, denominator = run_step(runner, program, groups, sequences, targets, weighed)
+    own = {"kv_offload": plan.kv_offload == "host"} if "room" in more else {}
+    result, denominator = run_step(runner, program, groups, sequences, targets, weighed, **own)
     dist.all_reduce(result.loss_sum)
     whole = {
         name: parameter.grad.full_tensor()
@@ -118,18 +128,19 @@ def sharded_gradients(
         if parameter.requires_grad
     }
     model.zero_grad()
-    assert max(result.live_chunks) <= k
+    assert max(result.live_chunks) <= max((limit for own in plan.k for limit in own), default=k)
+    assert "room" in more or all(limit == k for own in plan.k for limit in own)
     loss = result.loss_sum.item() / denominator
     return (loss, whole, result.loss_of_sequences) if weighed else (loss, whole)
 
 
-def run_step(runner, program, groups, sequences, targets, weighed=None):
+def run_step(runner, program, groups, sequences, targets, weighed=None, **more):
     """The runner's result, and what sums of losses are to be divided by."""
     if not weighed:
-        return runner.step(program, groups, chunk_tensors(groups, sequences), targets), targets
+        return runner.step(program, groups, chunk_tensors(groups, sequences), targets, **more), targets
     chunks = chunk_tensors(groups, sequences, weighed.token_weights)
     counts = weighed.denominator, weighed.sequence_weights
-    result = runner.step(program, groups, chunks, *counts, sequences=len(sequences))
+    result = runner.step(program, groups, chunks, *counts, sequences=len(sequences), **more)
     dist.all_reduce(result.loss_of_sequences)
     return result, weighed.denominator
 
@@ -183,14 +194,16 @@ class Pipeline:
     def program(self, plan):
         return plan.programs[self.replica][self.rank]
 
-    def step(self, plan, sequences, weighed=None):
-        """Loss of all replicas, this rank's gradients by name, and the counters."""
+    def step(self, plan, sequences, weighed=None, **more):
+        """Loss of all replicas, this rank's gradients by name, and the counters. `more`: of the runner's
+        step."""
         targets = sum(int((labels != -100).sum()) for _, labels in sequences)
         for model in self.models.values():
             model.zero_grad()
             parallel.begin_step(model, False)
         groups, program = plan.groups[self.replica], self.program(plan)
-        result, denominator = run_step(self.runner, program, groups, sequences, max(targets, 1), weighed)
+        counts = max(targets, 1), weighed
+        result, denominator = run_step(self.runner, program, groups, sequences, *counts, **more)
         stages.sum_tied_gradients(self.models, self.processes)
         dist.all_reduce(result.loss_sum)
         gradients = {}
