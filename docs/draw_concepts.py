@@ -4,6 +4,7 @@ python docs/draw_concepts.py [FOLDER]
 """
 
 import sys
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -30,14 +31,15 @@ GREYS = ("0.62", "0.8")
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("pictures")
     pictures = {
-        "chunks": draw_chunks(BATCH, 1024),
-        "order": draw_order([4096, 800], 1024, (1, 2)),
-        "attention": draw_attention([19, 3, 1], 8),
-        "spreading": draw_spreading([32768, *synthetic_lengths("lmsys", 63, 0)], 2048, 4),
-        "pipeline": draw_pipeline([1, 1, 2, 4], 2, 1, 4),
+        "chunks": partial(draw_chunks, BATCH, 1024),
+        "order": partial(draw_order, [4096, 800], 1024, (1, 2)),
+        "attention": partial(draw_attention, [19, 3, 1], 8),
+        "spreading": partial(draw_spreading, [32768, *synthetic_lengths("lmsys", 63, 0)], 2048, 4),
+        # the last, since it sets the size of all letters
+        "pipeline": partial(draw_pipeline, [1, 1, 2, 4], 2, 1, 4),
     }
-    for name, figure in pictures.items():
-        canvas = FigureCanvasAgg(figure)
+    for name, draw in pictures.items():
+        canvas = FigureCanvasAgg(draw())
         canvas.draw()
         image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
         image.quantize(64).save(folder / f"{name}.png", optimize=True)
@@ -222,7 +224,7 @@ def draw_pipeline(lengths: list[int], chunk_size: int, k: int, stages: int) -> F
         tokens = [group.tokens for group in made]
         timelines[name] = simulate(schedule(costs, kept, stages), costs, tokens).timeline
     figure = picture(timelines)
-    figure.set_size_inches(13, 10)
+    figure.set_size_inches(16, 10)
     longest = max(actions[-1].end for timeline in timelines.values() for actions in timeline)
     for panel in figure.axes:
         panel.set_xlim(0, longest)
