@@ -36,7 +36,8 @@ from chunkflow.execution.generation import Context, continuation
 from chunkflow.execution.loss import last_logits
 from chunkflow.reporting.pictures import heat_maps
 from chunkflow.storage.trained import load_trained
-from chunkflow.training.build import model_args, open_text_tokenizer, positions
+from chunkflow.training.build import open_text_tokenizer
+from chunkflow.training.model_sizes import model_args, positions
 from chunkflow.training.start import fail, options_beside_config, read_config
 
 TASK = (

@@ -623,7 +623,8 @@ def test_killed_half_way_and_started_again(write, read, tmp_path, tokenizer):
     assert rows_of(dataset)[299][0][1:-1] == tokenizer.encode("text number 299 " * 5)
 
 
-def test_the_progress_is_told(write, read, capsys, caplog):
+def test_the_progress_is_told(write, read, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with caplog.at_level(logging.INFO, logger="chunkflow.data.token_cache"):
         read(write({"text": "a"}))
     assert "tokenised 1 rows: 1 sequences, 3 tokens, in" in caplog.text

@@ -12,7 +12,7 @@ from chunkflow.data.order import Order
 from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.settings.config import load_config
 from chunkflow.settings.options import Dpo
-from chunkflow.training import build
+from chunkflow.training.model_sizes import model_args
 from chunkflow.training.parallel import init_weights
 from tests.helpers.processes import REPO, assert_same_curves, run, small_assets, train, untimed
 from tests.test_preference import textbook
@@ -90,7 +90,7 @@ def test_the_curve_is_that_of_the_textbook_loop(tmp_path, place, reference):
     """Whole sequences, autograd through both models, torch's own optimizer."""
     data, options = place
     config = load_config([*options, "--optimizer.name=AdamW"])
-    family, args = build.model_args(config.model, 8192, 2048)
+    family, args = model_args(config.model, 8192, 2048)
     policy, frozen = (family.Transformer(args).double() for _ in range(2))
     for model in (policy, frozen):
         init_weights(model, 0)

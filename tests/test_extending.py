@@ -11,7 +11,7 @@ import torch
 
 from chunkflow.planning.chunks import build_groups
 from chunkflow.settings.config import load_config
-from chunkflow.training.build import model_args
+from chunkflow.training.model_sizes import model_args
 from chunkflow.training.parallel import init_weights
 from models import families, hf_config
 from tests.helpers.processes import RECIPE, REPO, assert_same_curves, train, write_rows

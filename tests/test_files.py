@@ -588,7 +588,7 @@ from chunkflow.data.workers import TokenisingProcess
 blocks.BLOCK, start = 1000, TokenisingProcess.__init__
 def tell(self, settings):
     start(self, settings)
-    print(f"{self._process.pid}\n", end="", flush=True)  # in one piece: threads print
+    print(f"{self._process.pid}\\n", end="", flush=True)  # in one piece: threads print
 TokenisingProcess.__init__, token_cache.worker_count = tell, lambda: 2
 open_dataset("jsonl", sys.argv[1], Tokenizer(), vocab_size=2048, seed=0)
 """

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from chunkflow.settings.config import ConfigError, load_config
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import stages
-from chunkflow.training.build import model_args
+from chunkflow.training.model_sizes import model_args
 from chunkflow.training.start import read_config
 from models import families
 from models.hf_config import hf_name, model_of

@@ -10,7 +10,7 @@ import transformers
 
 from chunkflow.execution.rotary import rotary_frequencies
 from chunkflow.storage.hf_weights import load_weights, parameter_shapes
-from chunkflow.training.build import model_args, positions
+from chunkflow.training.model_sizes import model_args, positions
 from chunkflow.training.start import read_config
 from models import families
 from models.hf_config import config_json, hf_name, model_of

@@ -138,7 +138,7 @@ _VALUE_ANSWERS = {
 
 # Keys that are not there -> values with which they ask for nothing, or for what is so anyway: these pass.
 _NOTHING_ASKED = {
-    "profiling.enable_memory_snapshot metrics.save_for_all_ranks metrics.enable_wandb"
+    "profiling.enable_memory_snapshot metrics.save_for_all_ranks"
     " model.print_after_conversion model.use_flex_attn optimizer.early_step_in_backward"
     " training.gc_debug training.enable_fp8_linear"
     " parallelism.enable_compiled_autograd experimental.enable_compiled_autograd"
