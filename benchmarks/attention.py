@@ -14,6 +14,7 @@ import statistics
 import time
 
 import torch
+from result_files import parse_args
 
 from chunkflow.execution.attention import chunk_attention
 from chunkflow.execution.state import ChunkTensors, KeyValueState
@@ -53,7 +54,7 @@ def main():
     parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--runs", type=int, default=7)
-    arguments = parser.parse_args()
+    arguments = parse_args(parser)
     print(f"{HEADS} heads, {GROUPS} K/V heads, head dim {HEAD_DIM}, {torch.get_num_threads()} threads")
     for dtype in arguments.dtypes:
         for tokens in arguments.tokens:

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from result_files import parse_args
 from step import CPU, make_model, tensors
 
 from chunkflow.data.synthetic import synthetic_lengths
@@ -309,7 +310,7 @@ def main():
     parser.add_argument("--longest", type=int, default=16384, help="2 processes: longer ones are cut to this")
     parser.add_argument("--long", type=int, default=8192, help="4 processes: tokens of the long sequence")
     parser.add_argument("--runs", type=int, default=8)
-    arguments = parser.parse_args()
+    arguments = parse_args(parser)
     if arguments.measure:
         start(measure_balance, 2, arguments)
         # Larger tensors go back to the system when they are freed: else glibc keeps most, and counts as peak.

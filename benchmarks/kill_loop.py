@@ -18,6 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from result_files import parse_args
+
 from tests.helpers.kill_loop import LAYOUTS, KillLoop
 
 
@@ -29,7 +31,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layouts", nargs="+", choices=tuple(LAYOUTS), default=list(LAYOUTS))
-    arguments = parser.parse_args()
+    arguments = parse_args(parser)
     with tempfile.TemporaryDirectory() as folder:
         loop = KillLoop(Path(folder), arguments.steps, arguments.seed)
         for place, name in enumerate(arguments.layouts):

@@ -24,6 +24,7 @@ from dataclasses import fields
 from itertools import product
 
 import torch
+from result_files import parse_args
 from step import CPU, make_model, sizes, tensors
 
 from chunkflow.execution.runner import Runner
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1, help="of each row; seconds are their median (1)")
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds instead of wall time")
     parser.add_argument("--json", action="store_true", help="print one JSON object a row instead")
-    arguments = parser.parse_args()
+    arguments = parse_args(parser)
     ways = [
         (offload, keep)
         for offload, keep in product(arguments.kv_offload, arguments.keep_attention)

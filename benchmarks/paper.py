@@ -22,6 +22,7 @@ import random
 from math import exp, log
 
 from paper_model import DEVICES, NAMES, SETUPS, Device, Parts, Setup, System, weighed
+from result_files import parse_args
 
 from chunkflow.data.synthetic import synthetic_lengths
 
@@ -197,7 +198,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="*", default=shares, help="of --sensitivity")
     parser.add_argument("--picture", metavar="FILE")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    options = parser.parse_args()
+    options = parse_args(parser)
     task = checks if options.checks else sensitivity if options.sensitivity else table
     found = task(options)
     if options.picture and task is table:

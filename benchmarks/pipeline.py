@@ -27,6 +27,8 @@ import time
 from math import exp, log
 from pathlib import Path
 
+from result_files import parse_args
+
 from chunkflow.planning.chunks import Group, build_groups, whole_sequences
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.pipeline_schedule import (
@@ -168,7 +170,7 @@ def main() -> None:
     parser.add_argument(
         "--seq-len", type=int, default=16384, help="longest measured sequence, tokens (16384)"
     )
-    options = parser.parse_args()
+    options = parse_args(parser)
     if options.steps:
         simulated(options)
     if options.train_steps:

@@ -34,6 +34,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from attention import one_call
+from result_files import parse_args
 from torch.autograd.profiler_util import FunctionEvent
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -380,7 +381,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory-lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--runs", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = parse_args(parser)
     if arguments.profile:
         profile_step(arguments)
     elif arguments.memory:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pyarrow
 from pyarrow import parquet
+from result_files import parse_args
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, len(os.sched_getaffinity(0))])
     parser.add_argument("--kind", choices=("parquet", "jsonl"), default="parquet")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse_args(parser)
     if options.measure:
         print(json.dumps(measure(*map(Path, options.measure), options.workers[0])))
         return

@@ -1,7 +1,7 @@
 """The usual ways to fine-tune with transformers against this project: the same weights, batches and machine.
 
     python benchmarks/versus.py               # bf16 products, fp32 weights: autocast there, FSDP2 here
-    python benchmarks/versus.py --precision float32 --markdown
+    python benchmarks/versus.py --precision float32 --markdown benchmarks/results
 
 A random Qwen2.5-shaped model is saved as a Hugging Face folder; lengths follow LMSys-Chat-1M's, and the
 longest of each step becomes one of --seq-len tokens. Every row trains --steps steps in processes of its own,
@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from result_files import parse_args
 
 from chunkflow.data.synthetic import synthetic_lengths
 from chunkflow.planning.cost import Cost
@@ -333,18 +334,13 @@ def table(results: dict[str, list[Figures]], options: argparse.Namespace) -> lis
     return lines
 
 
-def show(lines: list[list[str]], markdown: bool) -> None:
-    if markdown:
-        for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]):
-            print(f"| {' | '.join(line)} |")
-        return
+def show(lines: list[list[str]]) -> None:
+    """In Markdown, and in columns."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
-        cells = [
-            line[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:])),
-        ]
-        print("  ".join([*cells, line[-1]]))
+        cells = [cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:])]
+        print(f"| {' | '.join([line[0].ljust(widths[0]), *cells, line[-1]])} |")
 
 
 def main() -> None:
@@ -365,10 +361,9 @@ def main() -> None:
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a row, over its processes")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help="all, or some of them")
     add("--quick", action="store_true", help="a smoke test: tiny sizes")
-    add("--markdown", action="store_true", help="print the table as Markdown")
     add("--row", choices=ROWS, help=argparse.SUPPRESS)  # in this process
     add("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse_args(parser)
     if options.quick:
         vars(options).update(QUICK)
     if options.row:
@@ -392,7 +387,7 @@ def main() -> None:
             f" {options.chunk_size:,}, k = {options.k}; {options.threads} threads in all for every row,"
             f" so two processes have no more than one; load average before: {load:.1f}\n"
         )
-        show(table(results, options), options.markdown)
+        show(table(results, options))
 
 
 if __name__ == "__main__":

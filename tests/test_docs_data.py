@@ -25,6 +25,7 @@ from chunkflow.settings.config import load_config
 from chunkflow.settings.options import COLUMNS
 from chunkflow.training import build
 from recipes import plan, preview
+from tests.helpers.documents import BLOCK
 from tests.helpers.hugging_face import raw_tokenizer
 from tests.helpers.processes import REPO
 from tests.test_chat import QWEN3
@@ -32,7 +33,6 @@ from tests.test_chat import QWEN3
 pytestmark = pytest.mark.quick
 
 DOCUMENT = (REPO / "docs" / "data.md").read_text()
-BLOCK = re.compile(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ADDED = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
 TOKEN = re.compile(r'<i( class=loss)? title="id (\d+)[^"]*">(.*?)</i>', re.DOTALL)

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from chunkflow.data.tokenizer import Tokenizer
+from tests.helpers.documents import commands_of, pages
 from tests.helpers.hugging_face import CHATML, raw_tokenizer, theirs
 from tests.helpers.processes import REPO, end_processes, environment, start, write_rows
 
@@ -85,27 +86,8 @@ NOT_RUN = {
 }
 
 
-def commands_of(text: str) -> list[str]:
-    """Commands in code blocks, in tables and elsewhere between backticks. In a table row, arguments that follow
-    a command are for the same program."""
-    found = []
-    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
-        found += block.replace("\\\n", "").strip().splitlines()
-    for line in re.sub(r"```.*?```", "", text, flags=re.DOTALL).splitlines():
-        program = None
-        for code in re.findall(r"`([^`]+)`", line):
-            if re.match(r"(\w+=\S+ )*(\./run_\w+\.sh|python|sbatch)\b", code) and code != "run_train.sh":
-                program = code.partition(" --")[0]
-                found.append(code)
-            elif code.startswith("--") and line.startswith("|") and program:
-                found.append(f"{program} {code}")
-    return list(dict.fromkeys(re.sub(" +", " ", command) for command in found))
-
-
 def documents() -> dict[str, str]:
-    return {
-        path.name: path.read_text() for path in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md")))
-    }
+    return {str(path.relative_to(REPO)): path.read_text() for path in pages()}
 
 
 def block_after(heading: str) -> str:
@@ -115,14 +97,14 @@ def block_after(heading: str) -> str:
 
 
 def test_every_command_is_run_or_has_a_reason_not_to():
+    """Of the README; test_docs.py looks at those of docs/, which run here where they are in RUN."""
     known = RUN.keys() | NOT_RUN.keys()
     for heading in BLOCKS:
         known = known | set(commands_of(f"```bash\n{block_after(heading)}```"))
-    for name, text in documents().items():
-        for command in commands_of(text):
-            if command.startswith("hf download "):
-                continue  # needs the network; test_docs_data.py compares them with the configs
-            assert command in known, f"{name}: {command}: say in RUN or NOT_RUN what its test is"
+    for command in commands_of(documents()["README.md"]):
+        if command.startswith("hf download "):
+            continue  # needs the network; test_docs_data.py compares them with the configs
+        assert command in known, f"{command}: say in RUN or NOT_RUN what its test is"
 
 
 @pytest.fixture(scope="module")
