@@ -78,7 +78,7 @@ def test_every_key_exists(name):
     sections = "|".join(sorted({section.split(".")[0] for section in SECTIONS}))
     tables = {f"{table}.{key}" for table, keys in TABLES.items() for key in keys}
     for found in re.findall(rf"(?<![\w./-])(?:--)?((?:{sections})(?:\.\w+)+)", code):
-        file = found.endswith((".jsonl", ".toml", ".py", ".json"))
+        file = found.endswith((".jsonl", ".toml", ".py", ".json", ".md"))
         module = any((REPO / found.replace(".", "/")).parent.glob(found.split(".")[-1] + "*"))
         assert file or module or is_key(found) or found in tables, f"{name} names the key {found}"
 

@@ -35,7 +35,7 @@ RUN = {
     "CONFIG_FILE=train_configs/debug_model.toml ./run_train.sh --training.steps=20 --chunkflow.k=2": ONE_STEP,
     PIPELINE: ONE_STEP,
     "TRAIN_FILE=my_recipe.py ./run_train.sh": ONE_STEP,
-    "./run_train.sh --chunkflow.no_enable": ONE_STEP,
+    "./run_train.sh --chunkflow.no_enable --job.dump_folder=outputs_whole": ONE_STEP,
     "./run_train.sh --check": "",
     "./run_train.sh --help": "",
     "./run_train.sh --checkpoint.enable --checkpoint.interval=50": ONE_STEP,
@@ -82,6 +82,9 @@ NOT_RUN = {
     "./run_tests.sh tests/test_checkpoint.py": "is a test",
     "./run_tests.sh tests/test_cuda_attention.py tests/test_cuda_counts.py": "are tests",
     "NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=host0:29500 ./run_train.sh": "needs two machines; test_scripts.py has two launchers",
+    "tensorboard --logdir .": "serves until it is stopped; test_dashboard.py does the same in a browser",
+    "TRAIN_FILE=recipes/dpo.py ./run_train.sh --training.dataset=jsonl --training.dataset_path=pairs.jsonl": "test_dpo_recipe.py has such rows",
+    "python recipes/convert.py outputs/checkpoint/step-30-hf whole --merge": "test_adapters.py has such a folder",
     "sbatch train_configs/multinode.slurm": "needs SLURM",
 }
 
