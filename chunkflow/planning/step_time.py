@@ -101,7 +101,7 @@ class StepTime:
         """Bytes between device and host memory while a chunk of a long sequence is computed."""
         layout, moved = stage.layout, 0.0
         chunk = group.chunks[action.chunk]
-        before = sum(earlier.tokens for earlier in group.chunks[: action.chunk])
+        before = action.chunk * group.chunks[0].tokens  # all but the last are equally long
         if layout.kv_offload != "none":
             moved += (before + chunk.tokens) * stage.layers * stage.kv_of_layer
             if action.kind is Kind.BACKWARD:  # gradients of the prefix come and go
