@@ -120,7 +120,7 @@ def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
             end_processes(str(resumed))
 
     assert set(forked(tmp_path / "undisturbed").wait(120)) == {0}, log.read_text()[-3000:]
-    for turn in range(5):  # each start trains a step at least
+    for turn in range(5 if processes < 4 else 3):  # each start trains a step at least
         rows = len(rows_of(resumed)) + 1 if turn else 1
         if turn == 1:
             assert stop_scripted(rows) == 75, log.read_text()[-3000:]

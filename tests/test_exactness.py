@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from chunkflow.execution import loss, runner
+from chunkflow.execution import attention, linear, loss, runner
 from chunkflow.execution.state import KeyValueState
 from chunkflow.planning.chunks import build_groups, whole_sequences
 from chunkflow.planning.schedule import Action, Kind, linear_schedule
@@ -55,6 +55,28 @@ def test_chunks_give_the_gradients_of_whole_sequences(family, seed):
     )  # chunkflow.enable = false
     assert abs(ours - loss) <= 1e-10 * max(loss, 1e-30)
     assert_same_gradients(got, expected, 1e-10)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_that_are_padded_for_bf16_change_nothing(seed, monkeypatch):
+    """Prefixes of any length: whole rows of them are attended to, the rest together with the chunk."""
+    rng, flash, keys = random.Random(seed), attention._flash_forward_op, set()
+
+    def watched(q, k, v, dropout, causal):
+        keys.add(k.size(2))
+        return flash(q, k, v, dropout, causal)
+
+    model, lengths = small_model("llama3"), random_lengths(rng, 90)
+    sequences = random_sequences(lengths, 96, seed)
+    loss, expected = whole_sequence_gradients(model, sequences)
+    monkeypatch.setattr(linear, "ROWS", rows := rng.choice([8, 16]))
+    monkeypatch.setattr(linear, "pads", lambda tensor: True)
+    monkeypatch.setattr(attention, "_flash_forward_op", watched)
+    chunks = build_groups(lengths, rng.randint(3, 40))
+    ours, got, _ = chunked_gradients(model, sequences, chunks, rng.choice([1, 2]))
+    assert abs(ours - loss) <= 1e-10 * loss
+    assert_same_gradients(got, expected, 1e-10)
+    assert not any(count % rows for count in keys)
 
 
 @pytest.mark.parametrize("family", families)

@@ -579,7 +579,8 @@ def test_a_worker_that_fails_says_where(small):
 
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
 from chunkflow.data import blocks, token_cache
 from chunkflow.data.dataset import open_dataset
 from chunkflow.data.tokenizer import Tokenizer

@@ -74,7 +74,7 @@ def cases(shape, virtual, seeds):
 
 @pytest.mark.parametrize("shape, virtual", [((2, 1), 1), ((2, 1), 2), ((4, 1), 1), ((2, 2), 1)])
 def test_stages_give_the_gradients_of_whole_sequences(shape, virtual):
-    assert run_ranks(cases, shape[0] * shape[1], shape, virtual, 8) == [24] * (shape[0] * shape[1])
+    assert run_ranks(cases, shape[0] * shape[1], shape, virtual, 5) == [15] * (shape[0] * shape[1])
 
 
 def tied_steps(shape):

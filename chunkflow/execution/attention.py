@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention import varlen  # noqa: F401  registers torch.ops.torch_attn
 
 from chunkflow.execution.kept_attention import Results
-from chunkflow.execution.linear import pad, padded_rows, widen
+from chunkflow.execution.linear import pad, padded_rows, whole_rows, widen
 from chunkflow.execution.recompute import runs_again
 from chunkflow.execution.state import ChunkTensors
 
@@ -194,7 +194,7 @@ def _pieces(chunk: ChunkTensors) -> list[slice]:
 
 def _flash(q_1HTD, k_1GPD, v_1GPD, causal: bool):
     """Output and log-sum-exp. Rows are padded where the CPU multiplies bf16: behind all others they are seen
-    by none, and a prefix has full chunks. Where it does not, all is widened."""
+    by none, and of a prefix whole rows come here. Where it does not, all is widened."""
     tokens, dtype = q_1HTD.size(2), q_1HTD.dtype
     if causal:
         k_1GPD, v_1GPD = pad(k_1GPD, 2), pad(v_1GPD, 2)
@@ -217,13 +217,16 @@ def _flash_backward(dout_1HTD, q_1HTD, k_1GPD, v_1GPD, out_1HTD, lse_1HT, causal
 
 def _forward_cpu(q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
     q, k, v = _heads_first(q_THD), _heads_first(k_TGD), _heads_first(v_TGD)
-    results = [_flash(q[:, :, piece], k[:, :, piece], v[:, :, piece], True) for piece in _pieces(chunk)]
-    if chunk.prefix:
-        k_PGD, v_PGD = chunk.state.read(layer, 0, chunk.prefix)
-        q0, (out, lse) = q[:, :, : chunk.lengths[0]], results[0]
-        past, past_lse = _flash(q0, _heads_first(k_PGD), _heads_first(v_PGD), False)
+    first, *others = _pieces(chunk)
+    past, rest = _prefix(chunk, layer, q)
+    tensors = _behind(rest, q[:, :, first], k[:, :, first], v[:, :, first])
+    results = [tuple(x[:, :, rest[0].size(2) :] for x in _flash(*tensors, True))]
+    results += [_flash(q[:, :, piece], k[:, :, piece], v[:, :, piece], True) for piece in others]
+    if past[0].size(2):
+        out, lse = results[0]
+        past_out, past_lse = _flash(q[:, :, first], *past, False)
         share = torch.sigmoid(past_lse - lse).unsqueeze(-1)  # of the prefix, in the merged softmax
-        merged = out.to(share.dtype).lerp_(past.to(share.dtype), share).to(out.dtype)
+        merged = out.to(share.dtype).lerp_(past_out.to(share.dtype), share).to(out.dtype)
         results[0] = merged, torch.logaddexp(lse, past_lse)
     if len(results) == 1:
         out, lse = results[0]
@@ -233,20 +236,50 @@ def _forward_cpu(q_THD, k_TGD, v_TGD, chunk: ChunkTensors, layer: int):
     return _tokens_first(out).contiguous(), lse  # one layout: torch.compile makes graphs for each
 
 
+def _prefix(chunk: ChunkTensors, layer: int, q_1HTD: torch.Tensor):
+    """Keys and values of the chunk's prefix in whole rows, and those of the rest, fewer than these make.
+    Kernels for ever new numbers of keys, as sequences that ranks share have, would fill memory."""
+    if not chunk.prefix:
+        none = q_1HTD[:, :0, :0]
+        return (none, none), (none, none)
+    k, v = map(_heads_first, chunk.state.read(layer, 0, chunk.prefix))
+    whole = whole_rows(chunk.prefix, q_1HTD)
+    return (k[:, :, :whole], v[:, :, :whole]), (k[:, :, whole:], v[:, :, whole:])
+
+
+def _behind(rest, q, k, v):
+    """The tensors of a segment behind the rest of its prefix, with queries that are zero there: to causal
+    attention, prefix and segment are one sequence. Gradients of those queries' results are zero, too."""
+    before = rest[0].size(2)
+    if not before:
+        return q, k, v
+    return F.pad(q, (0, 0, before, 0)), torch.cat((rest[0], k), dim=2), torch.cat((rest[1], v), dim=2)
+
+
 def _backward_cpu(dout_THD, q_THD, k_TGD, v_TGD, out_THD, extra, chunk: ChunkTensors, layer: int):
     dout, q, k, v, out = map(_heads_first, (dout_THD, q_THD, k_TGD, v_TGD, out_THD))
     (lse,) = extra
-    results = [
-        _flash_backward(*(x[:, :, piece] for x in (dout, q, k, v, out, lse)), True)
-        for piece in _pieces(chunk)
+    first, *others = _pieces(chunk)
+    past, rest = _prefix(chunk, layer, q)
+    before = rest[0].size(2)
+    dout0, q0, out0, lse0 = dout[:, :, first], q[:, :, first], out[:, :, first], lse[:, :, first]
+    q_k_v = _behind(rest, q0, k[:, :, first], v[:, :, first])
+    own = dout0, out0, lse0
+    if before:
+        own = F.pad(dout0, (0, 0, before, 0)), F.pad(out0, (0, 0, before, 0)), F.pad(lse0, (before, 0))
+    gradients = _flash_backward(own[0], *q_k_v, *own[1:], True)
+    results = [tuple(x[:, :, before:] for x in gradients)]
+    results += [
+        _flash_backward(*(x[:, :, piece] for x in (dout, q, k, v, out, lse)), True) for piece in others
     ]
     dk_prefix = dv_prefix = None
     if chunk.prefix:
-        k_PGD, v_PGD = chunk.state.read(layer, 0, chunk.prefix)
-        dout0, q0, out0, lse0 = (x[:, :, : chunk.lengths[0]] for x in (dout, q, out, lse))
-        past = _flash_backward(dout0, q0, _heads_first(k_PGD), _heads_first(v_PGD), out0, lse0, False)
-        results[0][0].add_(past[0])
-        dk_prefix, dv_prefix = _tokens_first(past[1]), _tokens_first(past[2])
+        dpast = [x[:, :, :before] for x in gradients[1:]]
+        if past[0].size(2):
+            dq, dk, dv = _flash_backward(dout0, q0, *past, out0, lse0, False)
+            results[0][0].add_(dq)
+            dpast = [torch.cat(both, dim=2) for both in zip((dk, dv), dpast)] if before else [dk, dv]
+        dk_prefix, dv_prefix = map(_tokens_first, dpast)
     if len(results) == 1:
         dq, dk, dv = map(_tokens_first, results[0])
     else:

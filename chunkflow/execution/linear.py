@@ -48,6 +48,12 @@ def padded_rows(rows: int, tensor: torch.Tensor) -> int:
     return rows + -rows % max(ROWS, 1 << max(0, (rows - 1).bit_length() - 3))
 
 
+def whole_rows(rows: int, tensor: torch.Tensor) -> int:
+    """How many of so many rows of a tensor of this kind may be multiplied as they are: where rows are padded
+    a multiple of ROWS."""
+    return rows - rows % ROWS if pads(tensor) else rows
+
+
 def pad(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
     """The tensor with `padded_rows` in this dimension."""
     extra = padded_rows(x.size(dim), x) - x.size(dim)
