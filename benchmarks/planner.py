@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from data_parallel import start
+from result_files import parse_args
 from step import CPU, sizes, tensors
 from torch import nn
 
@@ -203,7 +204,7 @@ def main() -> None:
         "k": [1, 2, 4, 8],
     }
     whole |= {"sequences": 16, "longest": 8192, "scale": 16, "runs": 3}
-    arguments = parser.parse_args()
+    arguments = parse_args(parser)
     for name, value in (quick if arguments.quick else whole).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
