@@ -23,14 +23,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from chunkflow.execution.linear import fit_linear_layers
 from chunkflow.execution.loss import loss_sum
 from chunkflow.execution.runner import Runner
-from chunkflow.planning.simulate import picture
 from chunkflow.reporting.metrics import MetricsLogger
 from chunkflow.reporting.profiling import profiler
 from chunkflow.reporting.step_figures import gather_over_ranks, losses_by_source, rank_figures, step_scalars
-from chunkflow.reporting.timeline import gather_timeline, write_timelines
 from chunkflow.settings.keys import flat, to_toml
-from chunkflow.storage import adapters, manifest
-from chunkflow.storage import hf_weights as hf
+from chunkflow.storage import manifest
 from chunkflow.storage.checkpoint import Checkpoints
 from chunkflow.storage.checkpoint import check as check_folders
 from chunkflow.storage.files import claim_folder
@@ -219,12 +216,8 @@ def main() -> None:
                 metrics.show_step(step, plan, result, dataset.lengths)
             traced = profile and step % config.profiling.profile_freq == 0
             if processes.pipeline_ranks > 1 and (step == 1 or traced):
-                group = processes.mesh.get_group("pp")
-                measured = gather_timeline(result.clock.timeline(), group) if profile else None
-                if processes.rank == 0:
-                    planned, path = plan.simulations[replica].timeline, folder / f"timeline_step_{step}.json"
-                    draw_timelines = functools.partial(picture, write_timelines(path, planned, measured))
-                    metrics.add_figure("chunkflow/timeline", draw_timelines, step)
+                group = processes.mesh.get_group("pp") if profile else None  # measured only then
+                metrics.show_timeline(step, plan.simulations[replica].timeline, result, group)
             if validation and validation.due(step):
                 validation.run(step, metrics, models.values(), runner)
             if profile:
@@ -251,14 +244,7 @@ def main() -> None:
         # Ranks wait while rank 0 writes.
         parallel.set_timeouts(processes, config.comm.init_timeout_seconds)
         with user_errors():
-            dtype = config.checkpoint.export_dtype
-            template = spec.tokenizer.chosen_template if spec.tokenizer else ""
-            where = checkpoints.hf_folder, models.values(), spec.family
-            if config.lora.rank:
-                assets = config.model.hf_assets_path
-                adapters.save_adapter(*where, config.lora, assets, dtype, device, template)
-            else:
-                hf.save_model(*where, config.model, dtype, device, template)
+            checkpoints.export(config, spec, device)
     logger.info("Training completed")
     dist.destroy_process_group()
 

@@ -16,11 +16,13 @@ import torch.distributed as dist
 
 from chunkflow.execution.runner import StepResult
 from chunkflow.planning.planner import Plan
+from chunkflow.planning.simulate import picture
 from chunkflow.reporting import pictures
 from chunkflow.reporting.console import Progress, Totals, markdown, open_terminal, table
 from chunkflow.reporting.dashboard import Dashboard, hyper_parameters, start_wandb
 from chunkflow.reporting.device import Memory, memory_capacity_gib, peak_flops, peak_memory, reset_peak_memory
 from chunkflow.reporting.rows import RowsFile
+from chunkflow.reporting.timeline import Timeline, gather_timeline, write_timelines
 from chunkflow.settings import options
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class MetricsLogger:
         `config`: the value of every key of a run, whose hyper-parameters and config.toml TensorBoard then
         shows; without it there is no progress. `memory_of`: as for Totals."""
         self.every_steps, self.device, self.tokens_seen = settings.log_freq, device, tokens_seen
+        self.dump_folder = dump_folder
         self.folder = dump_folder / settings.save_tb_folder  # of TensorBoard's events
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
@@ -254,6 +257,17 @@ class MetricsLogger:
         )
         held = result.clock.timeline(), result.held
         self.add_figure(f"chunkflow/memory of step {step}", partial(pictures.memory_figure, *held), step)
+
+    def show_timeline(
+        self, step: int, planned: Timeline, result: StepResult, group: dist.ProcessGroup | None
+    ) -> None:
+        """Keeps the timeline of a pipeline's step as a picture and as a trace file: as planned, and with
+        `group`, the pipeline's ranks, as measured; a collective of these."""
+        measured = gather_timeline(result.clock.timeline(), group) if group else None
+        if self.writes:
+            path = self.dump_folder / f"timeline_step_{step}.json"
+            draw = partial(picture, write_timelines(path, planned, measured))
+            self.add_figure("chunkflow/timeline", draw, step)
 
     def add_figure(self, tag: str, draw: Callable[[], Any], step: int) -> None:
         """Puts the matplotlib figure that `draw` returns into TensorBoard. It is drawn in another thread."""

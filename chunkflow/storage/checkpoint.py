@@ -198,6 +198,18 @@ class Checkpoints:
         """Whether the save in the background has failed on this rank."""
         return self.saving is not None and self.saving.done() and self.saving.exception() is not None
 
+    def export(self, config: Config, spec, device: torch.device) -> None:
+        """Writes `hf_folder`: the model for Hugging Face, or its adapters for PEFT. All ranks call; they wait
+        while rank 0 writes. `spec`: a build.ModelSpec."""
+        dtype = self.settings.export_dtype
+        template = spec.tokenizer.chosen_template if spec.tokenizer else ""
+        where = self.hf_folder, self.models, spec.family
+        if self.lora.rank:
+            assets = config.model.hf_assets_path
+            adapters.save_adapter(*where, self.lora, assets, dtype, device, template)
+        else:
+            hf_weights.save_model(*where, config.model, dtype, device, template)
+
     def after_step(self, progress: Progress, stopping: bool, failed_in_background: bool) -> float:
         """Saves the run every checkpoint.interval steps, at the last step, and after a save that failed.
 
