@@ -92,7 +92,7 @@ def predict(config, count: int, spec: build.ModelSpec, dataset, seed: int, devic
         batches.append(lengths)
 
     # ---- The first steps, then that one with the longest sequence.
-    layout = spec.family, spec.args, spec.layers, settings.replicas
+    layout = spec.family, spec.args, spec.layers, settings.replicas, device
     sizes = prediction.stage_sizes(config, *layout)
     cuda = [prediction.cuda_of_rank(config, rank, settings.replicas) for rank in sizes]
     steps = []

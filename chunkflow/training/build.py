@@ -214,7 +214,7 @@ def plan_settings(
     machine's. `adapts`: which of "k" and "kv_offload" a step may have its own value of; `pairs`: of
     preference training."""
     device = device or device_of(config, planned=False)
-    sizes = stage_sizes(config, spec.family, spec.args, spec.layers, replicas)
+    sizes = stage_sizes(config, spec.family, spec.args, spec.layers, replicas, device)
     memory = sizes, replicas, device
     chunkflow, last, most = config.chunkflow, spec.layers[-1], config.parallelism.context_parallel_degree
     adapters = trained_parameters(config.lora, spec.family, spec.args) // spec.args.n_layers
