@@ -99,6 +99,7 @@ def test_five_steps_are_those_of_peft(base, data, tmp_path):
         torch.testing.assert_close(plain(tokens[None]).logits[0], whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.proves("one process + LoRA + resume", "stages + LoRA + other layout")
 def test_a_checkpoint_has_the_adapters_alone_and_resumes_bit_for_bit(
     base, data, tmp_path, monkeypatch, capsys
 ):

@@ -84,6 +84,7 @@ def place(tmp_path):
 # ---- exact resume
 
 
+@pytest.mark.proves("one process/always/stages/stages x ranks + resume")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
     """Stopped by SIGTERM or SIGUSR1, to run_train.sh in its second life and to one of the processes in the
@@ -144,6 +145,7 @@ def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
     assert [event.value for event in curve] == pytest.approx([row["loss"] for row in got[0]])
 
 
+@pytest.mark.proves("one process/always/stages/stages x ranks + resume")
 def test_twenty_kills_come_to_the_undisturbed_run(tmp_path):
     """SIGKILL for all processes at random moments, saves included; the rest of 200 is
     benchmarks/kill_loop.py's."""
@@ -153,6 +155,7 @@ def test_twenty_kills_come_to_the_undisturbed_run(tmp_path):
     assert loop.kills == 20 and loop.in_saves >= 2
 
 
+@pytest.mark.proves("one process/stages/never + tied + other layout")
 def test_another_layout_goes_on_with_the_next_sample(place):
     """In fp64: from two ranks to one process, to stages, to other chunks; tied embeddings, which two stages
     hold."""
@@ -312,6 +315,7 @@ def test_what_is_kept_and_what_is_loaded(place):
     assert (place.path / "exported/checkpoint/step-2-hf/model.safetensors").exists()
 
 
+@pytest.mark.proves("always + AdamW8bit + resume", "never + int8 + resume", "HSDP + cpu_offload + resume")
 @pytest.mark.parametrize("how", ["8-bit AdamW", "int8", "HSDP, offloaded"])
 def test_other_states_resume_bitwise(place, how):
     """Two ranks, stopped after step 5 of 6."""

@@ -86,6 +86,7 @@ def same(rows, reference):
             assert row[figure] == pytest.approx(expected[figure], rel=1e-8, abs=1e-9), (row["step"], figure)
 
 
+@pytest.mark.proves("one process + no_enable + DPO")
 def test_the_curve_is_that_of_the_textbook_loop(tmp_path, place, reference):
     """Whole sequences, autograd through both models, torch's own optimizer."""
     data, options = place
@@ -115,6 +116,7 @@ def test_the_curve_is_that_of_the_textbook_loop(tmp_path, place, reference):
         optimizer.step()
 
 
+@pytest.mark.proves("one process + DPO + k > 1", "always/stages x ranks + DPO", "never + DPO + kv_offload")
 @pytest.mark.parametrize(
     "processes, options",
     [
@@ -131,6 +133,7 @@ def test_every_layout_has_the_same_curve(tmp_path, place, reference, processes, 
     assert rows[0]["reward_margin"] == rows[0]["reward_accuracy"] == 0, "at first it is the reference"
 
 
+@pytest.mark.proves("one process + DPO + validation + resume")
 def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(tmp_path, place):
     """Also where what the references were is lost, or is not enough: it comes from the initial weights."""
     data, options = place
@@ -165,6 +168,7 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(tmp_path, place):
     assert done.returncode == 0 and "Reference log-probabilities" not in done.stdout, done.stdout[-3000:]
 
 
+@pytest.mark.proves("one process + DPO + LoRA + no_enable", "always + DPO + LoRA")
 def test_adapters_have_the_base_as_reference(tmp_path, place):
     data, options = place
     options = [
