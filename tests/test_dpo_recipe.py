@@ -10,6 +10,7 @@ import torch
 from chunkflow.data.dataset import open_dataset
 from chunkflow.data.order import Order
 from chunkflow.data.tokenizer import Tokenizer
+from chunkflow.planning.cost import Cost
 from chunkflow.settings.config import load_config
 from chunkflow.settings.options import Dpo
 from chunkflow.training.model_sizes import model_args
@@ -102,6 +103,7 @@ def test_the_curve_is_that_of_the_textbook_loop(tmp_path, place, reference):
     optimizer = torch.optim.AdamW(
         policy.parameters(), betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
     )
+    cost = Cost.of_model(args)
     for step, row in enumerate(reference):
         sequences = []
         for pair in (order.row(6 * step + place) for place in range(6)):
@@ -110,6 +112,9 @@ def test_the_curve_is_that_of_the_textbook_loop(tmp_path, place, reference):
                 sequences.append((tokens, torch.cat([labels[1:], torch.tensor([-100])])))
         loss, _, _, _ = textbook(policy, frozen, sequences, Dpo())
         assert abs(row["loss"] - loss) <= 1e-8 * loss
+        lengths = [len(tokens) for tokens, _ in sequences]
+        useful = sum(2 * cost.forward(length) + cost.backward(length) for length in lengths)
+        assert row["tflops"] * 1e12 * row["seconds"] == pytest.approx(useful, rel=1e-9), "of both phases"
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         assert abs(row["grad_norm"] - norm.item()) <= 1e-8 * norm
         optimizer.param_groups[0]["lr"] = row["lr"]
