@@ -342,6 +342,37 @@ def test_other_states_resume_bitwise(place, how):
     assert outcome(place.path / "run", 6)[2] == outcome(place.path / "reference", 6)[2]
 
 
+@pytest.mark.proves(
+    "HSDP + always + resume",
+    "HSDP + always + LoRA + resume",
+    "always + other layout",
+    "one process + LoRA + other layout",
+)
+@pytest.mark.parametrize("what", ["all", "LoRA"])
+def test_replicas_of_shards_go_on_as_such_and_as_shards_alone(place, what):
+    """In fp64, two replicas of two shards, stopped after step 5 of 6: then bit for bit as such, and to rounding
+    on four shards, or in one process. There the digest of the base of adapters is the same: what is replicated
+    counts once."""
+    options = ["--training.dtype=float64", *(["--lora.rank=2"] if what == "LoRA" else [])]
+    replicas, others = (
+        [*options, "--parallelism.data_parallel_replicate_degree=2"],
+        1 if what == "LoRA" else 4,
+    )
+    place.run("reference", *replicas, processes=4)
+    place.run("run", *replicas, recipe=place.recipe(STOP_AT_5), processes=4, status=75)
+    shutil.copytree(place.path / "run", place.path / "others")
+    place.run("others", *options, processes=others)
+    assert_same_curves(rows_of(place.path / "others"), rows_of(place.path / "reference"), 1e-8, 1e-8)
+    place.run("run", *replicas, processes=4)
+    assert outcome(place.path / "run", 6) == outcome(place.path / "reference", 6)
+    if what == "LoRA":
+        manifests = [
+            json.loads((place.path / name / "checkpoint/step-6/manifest.json").read_text())
+            for name in ("run", "others")
+        ]
+        assert manifests[0]["base"] == manifests[1]["base"]
+
+
 def test_excluded_state_starts_anew_once(place):
     place.run("run", "--training.steps=2")
     rows = place.data.read_text()
