@@ -18,7 +18,7 @@ from chunkflow.planning.chunks import Group, build_groups, whole_sequences
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.memory import Layout, StageSizes, peak_parts
 from chunkflow.planning.pipeline_schedule import Costs, Schedule, paper_schedule
-from chunkflow.planning.planner import PlanSettings, plan_step
+from chunkflow.planning.planner import PlanSettings, plan_step, tokens_and_pairs
 from chunkflow.planning.schedule import DUMMY, Action, Kind
 from chunkflow.planning.simulate import in_given_order, simulate
 from models import qwen2
@@ -223,13 +223,3 @@ def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         transformer = qwen2.Transformer(qwen2.flavors[model])
     return {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
-
-
-def tokens_and_pairs(group: Group, index: int) -> tuple[float, float]:
-    """Tokens of a chunk, and pairs of a query and a key that attend; of a shared one, a replica's part."""
-    if group.spread is None:
-        segments = group.chunks[index].segments
-        return group.chunks[index].tokens, sum(s.length * (s.start + (s.length + 1) / 2) for s in segments)
-    start, replicas = group.spread.start(index), len(group.spread.replicas)
-    tokens = group.spread.ends[index] - start
-    return tokens / replicas, tokens * (start + (tokens + 1) / 2) / replicas
