@@ -80,7 +80,7 @@ def loads_of_ranks(lengths: list[int], plan: Plan, price: Price) -> list[float]:
     loads = []
     for groups in plan.groups:
         sharing = {
-            segment.sequence: len(group.spread.replicas) if group.spread else 1
+            segment.sequence: group.replicas
             for group in groups
             for chunk in group.chunks
             for segment in chunk.segments

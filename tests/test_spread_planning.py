@@ -1,16 +1,17 @@
 """Long sequences over several replicas: slices, who shares what, and that nobody waits for ever."""
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 
 import pytest
 
 from chunkflow.data.synthetic import synthetic_lengths
 from chunkflow.planning.balance import block_sizes
-from chunkflow.planning.chunks import spread_ends, spread_groups
-from chunkflow.planning.collectives import check_meetings, check_progress, check_slots
+from chunkflow.planning.chunks import Group, spread_ends, spread_groups
+from chunkflow.planning.collectives import check_meetings, check_slots
 from chunkflow.planning.cost import Cost
+from chunkflow.planning.pipeline_transfers import Program, Transfer, describe
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.schedule import DUMMY, Action, Kind
 from tests.helpers.reference import live_chunks
@@ -82,6 +83,43 @@ def random_plan(rng: random.Random):
         kv_tokens=rng.choice([0, 0, 50]),
     )
     return lengths, settings
+
+
+def check_progress(programs: dict[int, list[Program]], groups: list[list[Group]]) -> None:
+    """Raises ValueError unless all replicas finish together, if every message waits until its other end is
+    reached and every chunk that replicas share until all of them are at it. `programs`: of all replicas."""
+    places = {(replica, rank): 0 for replica, ranks in programs.items() for rank in range(len(ranks))}
+    waiting = defaultdict(set)  # what is met -> who is there
+    moving = list(places)
+    while moving:
+        place = moving.pop()
+        replica, rank = place
+        program = programs[replica][rank]
+        while places[place] < len(program):
+            entry = program[places[place]]
+            if isinstance(entry, Transfer):
+                ends = sorted((rank, entry.peer))
+                meeting = replica, *ends, entry.made_by is Kind.BACKWARD, *entry[2:5]
+                members = {(replica, end) for end in ends}
+            elif entry.group != DUMMY and (spread := groups[replica][entry.group].spread):
+                sequence = groups[replica][entry.group].sequence
+                meeting = rank, entry.kind, sequence, entry.chunk, entry.stage
+                members = {(other, rank) for other in spread.replicas}
+            else:
+                places[place] += 1
+                continue
+            waiting[meeting].add(place)
+            if waiting[meeting] == members:
+                del waiting[meeting]
+                for member in members:
+                    places[member] += 1
+                moving += members - {place}
+                continue
+            break
+    for (replica, rank), position in places.items():
+        if position < len(programs[replica][rank]):
+            entry = programs[replica][rank][position]
+            raise ValueError(f"deadlock: replica {replica}, rank {rank} waits for ever in {describe(entry)}")
 
 
 @pytest.mark.parametrize("block", range(20))

@@ -327,7 +327,7 @@ class _Run:
             group, number = key
             chunk = dummy_chunk() if group == DUMMY else self.chunks[group][number]
             self.in_flight[index, key] = chunk = chunk.to(self.device)
-            if group != DUMMY and (len(self.chunks[group]) > 1 or chunk.parts):
+            if group != DUMMY and self.groups[group].has_state:
                 if (index, group) not in self.states:
                     self.states[index, group] = self._state(self.groups[group])
                 chunk.state = self.states[index, group]

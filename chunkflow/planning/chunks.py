@@ -126,7 +126,7 @@ def build_groups(
         *cut, tail = [Segment(index, start, min(chunk_size, lengths[index] - start)) for start in starts]
         groups.append(Group((*(Chunk((segment,)) for segment in cut), Chunk((tail, *neighbours)))))
     groups += [Group((Chunk(tuple(segments)),)) for segments in bins[len(long) :]]
-    groups.sort(key=lambda group: (-group.tokens, group.chunks[0].segments[0].sequence))
+    groups.sort(key=lambda group: (-group.tokens, group.sequence))
     return groups
 
 

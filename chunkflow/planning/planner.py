@@ -237,7 +237,7 @@ def _templates(
 
 def _fullest(groups: list[list[Group]], loads: list[float], most: int) -> list[int]:
     replicas = range(len(groups))
-    long = [sum(g.tokens for g in own if len(g.chunks) > 1 or g.spread is not None) for own in groups]
+    long = [sum(g.tokens for g in own if g.has_state) for own in groups]
     chosen = sorted(replicas, key=lambda replica: (-loads[replica], replica))[: most - most // 2]
     others = [replica for replica in replicas if replica not in chosen]
     return sorted(chosen + sorted(others, key=lambda replica: (-long[replica], replica))[: most // 2])

@@ -6,14 +6,13 @@ replica decides, since without stages one runs after the other.
 
 from collections.abc import Sequence
 
-from chunkflow.planning.chunks import Chunk, Group, Segment, Spread
+from chunkflow.planning.chunks import ONE_TOKEN, Chunk, Group, Segment, Spread
 from chunkflow.planning.memory import StageSizes, peak_parts, with_kv_offload
 from chunkflow.planning.pipeline_schedule import live_limit
 from chunkflow.planning.pipeline_transfers import Program, Transfer
 from chunkflow.planning.schedule import Kind, linear_schedule
 
 MARGIN = 0.03  # of the budget: by so much an estimate of a pipeline may be wrong
-ONE_TOKEN = Group((Chunk((Segment(1, 0, 1),)),))
 
 
 class Room:
@@ -169,4 +168,4 @@ class Room:
                 total += live * more
             if kv_offload == "none":
                 total += beside * self.chunk_size * stage.layers * stage.kv_of_layer
-        return total + sum(peak_parts(stages, [ONE_TOKEN, group], entries + backwards).values())
+        return total + sum(peak_parts(stages, [Group((ONE_TOKEN,)), group], entries + backwards).values())

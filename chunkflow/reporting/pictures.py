@@ -73,12 +73,11 @@ def plan_figure(plan: Plan, chunk_size: int, k: int):
     for rank, (groups, panel) in enumerate(zip(ranks, panels)):
         bars, chunks = [], 0  # (number of the chunk, bottom, height, colour, hatch) of each segment
         for group in groups:
-            coloured = len(group.chunks) > 1 or group.spread is not None
             for place, chunk in enumerate(group.chunks):
                 bottom, again = 0, plan.recomputed_chunks and place < len(group.chunks) - k
                 for index, segment in enumerate(chunk.segments):
                     colour = GREYS[index % 2]
-                    if coloured and (group.spread or not index):
+                    if group.has_state and (group.spread or not index):
                         colour = f"C{len(colours) % COLOUR_COUNT}"
                         colour = colours.setdefault(segment.sequence, colour)
                     bars.append((chunks, bottom, segment.length, colour, "///" if again else ""))
