@@ -1,6 +1,7 @@
 """Turns a TOML file and the command line into a checked Config, or into sentences that say what is wrong.
 Types, rules and suggestions follow from the fields of options.py."""
 
+import os
 import re
 from collections.abc import Iterator
 from operator import attrgetter
@@ -48,6 +49,25 @@ def data_sections(config: Config, section: str = "training") -> dict[str, Traini
     return {f"{section}.sources[{index}]": source for index, source in enumerate(sources)} or {
         section: getattr(config, section)
     }
+
+
+def all_data_sections(config: Config) -> dict[str, Training | Validation | Source]:
+    """`data_sections` of training and, where it is enabled, of validation."""
+    validation = data_sections(config, "validation") if config.validation.enable else {}
+    return data_sections(config) | validation
+
+
+def asked_processes(ngpu: str = "1") -> int:
+    """NGPU (`ngpu` if it is unset) x NNODES (1) of the environment. ConfigError where these are not whole
+    numbers of at least 1."""
+    count = 1
+    for name, default in (("NGPU", ngpu), ("NNODES", "1")):
+        text = os.environ.get(name) or default
+        if not text.isdecimal() or int(text) < 1:
+            rule = "is not a whole number of at least 1"
+            raise ConfigError(f"{name} = {text} in the environment {rule}: set {name}={default}")
+        count *= int(text)
+    return count
 
 
 # ----------------------------------------------------------------------------------- command line and file

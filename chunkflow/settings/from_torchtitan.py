@@ -8,7 +8,6 @@ defaults are written where ours differ. What has no place here is a comment; so 
 can translate: the comment says what to set. A model that is not here ends with exit status 2.
 """
 
-import os
 import re
 import sys
 import textwrap
@@ -21,10 +20,12 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
+from chunkflow.settings.config import asked_processes
 from chunkflow.settings.faults import ConfigError
 from chunkflow.settings.keys import KEYS, KINDS, show, split
 from chunkflow.settings.torchtitan import (
     DEFAULTS,
+    DEGREES,
     FLAVORS,
     HF_ASSETS_PATH,
     LOCAL_BATCH_SIZE,
@@ -141,15 +142,7 @@ class Translation:
 
     def _ranks(self, ranks: int) -> None:
         """Degrees, and the global batch that follows from them."""
-        degree = {
-            kind: self.theirs.get(f"parallelism.{kind}_degree", 1)
-            for kind in (
-                "data_parallel_replicate",
-                "tensor_parallel",
-                "pipeline_parallel",
-                "context_parallel",
-            )
-        }
+        degree = {kind: self.theirs.get(f"parallelism.{kind}_degree", 1) for kind in DEGREES}
         shard = self.theirs.get("parallelism.data_parallel_shard_degree", -1)
         if any(type(each) is not int or each < 1 for each in degree.values()) or type(shard) is not int:
             raise ConfigError("a parallel degree of the file is not a whole number of at least 1: correct it")
@@ -294,24 +287,12 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
-def processes() -> int:
-    """NGPU x NNODES of the environment. ConfigError where these are not whole numbers of at least 1."""
-    count = 1
-    for name, default in (("NGPU", NGPU), ("NNODES", "1")):
-        text = os.environ.get(name) or default
-        if not text.isdecimal() or int(text) < 1:
-            rule = "is not a whole number of at least 1"
-            raise ConfigError(f"{name} = {text} in the environment {rule}: set {name}={default}")
-        count *= int(text)
-    return count
-
-
 def main(argv: list[str]) -> None:
     if len(argv) != 1 or argv[0].startswith("-"):
         print(__doc__)
         raise SystemExit(0 if argv in (["-h"], ["--help"]) else 2)
     try:
-        theirs, ranks = tomllib.loads(Path(argv[0]).read_bytes().decode()), processes()
+        theirs, ranks = tomllib.loads(Path(argv[0]).read_bytes().decode()), asked_processes(NGPU)
         text = Translation(dict(_flat(theirs)), ranks).toml()
     except OSError as error:
         reason = f"{argv[0]} cannot be read ({error.strerror}): name a TOML file of torchtitan's"

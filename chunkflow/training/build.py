@@ -22,7 +22,7 @@ from chunkflow.planning.cost import Cost
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.waits import PESSIMISTIC_FLOPS, longest_wait
 from chunkflow.settings import options
-from chunkflow.settings.config import ConfigError, data_sections
+from chunkflow.settings.config import ConfigError, all_data_sections, data_sections
 from chunkflow.settings.faults import collected, refuse
 from chunkflow.settings.options import Config
 from chunkflow.training.converters import check_converters
@@ -130,10 +130,7 @@ def check_reshard(settings: options.Parallelism) -> None:
 def check_pairs(config: Config, pairs: bool) -> None:
     """ValueError where the config's data cannot be preference pairs, or with `pairs` false can be nothing
     else; or where it asks for what a loss of pairs does not have."""
-    sections = data_sections(config)
-    if config.validation.enable:
-        sections |= data_sections(config, "validation")
-    for name, section in sections.items():
+    for name, section in all_data_sections(config).items():
         shown, path = f'{name}.dataset = "{section.dataset}"', section.dataset_path
         made_up = section.dataset == "synthetic" and path == "preference"
         if made_up and not pairs:

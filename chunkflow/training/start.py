@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from chunkflow.settings.config import ConfigError, check_processes, data_sections, load_config
+from chunkflow.settings.config import all_data_sections, asked_processes, check_processes, load_config
 from chunkflow.settings.faults import add, collected, refuse
 from chunkflow.settings.keys import show, to_toml
 from chunkflow.settings.options import Config
@@ -112,14 +112,7 @@ def world_size(planned: bool = False) -> int:
     whole numbers of at least 1."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    count = 1
-    for name in ("NGPU", "NNODES") if planned else ():
-        text = os.environ.get(name) or "1"
-        if not text.isdecimal() or int(text) < 1:
-            rule = "is not a whole number of at least 1"
-            raise ConfigError(f"{name} = {text} in the environment {rule}: set {name}=1")
-        count *= int(text)
-    return count
+    return asked_processes() if planned else 1
 
 
 def check_paths(config: Config, faults: dict[str, str] | None = None) -> None:
@@ -133,10 +126,7 @@ def check_paths(config: Config, faults: dict[str, str] | None = None) -> None:
         )
         add(found, sentence, "model.tokenizer_path")
         model.tokenizer_path = ""
-    sections = data_sections(config)
-    if config.validation.enable:
-        sections |= data_sections(config, "validation")
-    for name, section in sections.items():
+    for name, section in all_data_sections(config).items():
         if section.dataset in ("jsonl", "parquet"):
             from chunkflow.data.files import find_files
 
