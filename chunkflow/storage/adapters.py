@@ -238,19 +238,18 @@ def _is_first_replica(parameter: torch.Tensor) -> bool:
 
 
 def choose_base(settings: options.Checkpoint, hf_assets_path: str) -> manifest.Start:
-    """Where the frozen weights come from: a checkpoint of all parameters in checkpoint.initial_load_path (or,
-    if that has adapters only, the one that they say), or what `hf_weights.weights_folder` names, or else the
-    seed."""
-    if settings.initial_load_path and not settings.initial_load_in_hf:
-        folder = Path(settings.initial_load_path).expanduser()
-        content = manifest.read_manifest(folder)
-        if not manifest.adapters_of(content).rank:
-            return manifest.Start("checkpoint weights", folder)
-        if content["base"]["kind"] == "checkpoint weights":
-            return manifest.Start("checkpoint weights", Path(content["base"]["folder"]))
-        settings = dataclasses.replace(settings, initial_load_path=None)
-    folder = hf.weights_folder(settings, hf_assets_path)
-    return manifest.Start("hf", Path(folder)) if folder else manifest.Start("random")
+    """Where the frozen weights come from: what the run starts from, or if that is a checkpoint that has
+    adapters only, the one that they say, or what the run would start from without it."""
+    start = manifest.initial_start(settings, hf_assets_path)
+    if start.kind != "checkpoint weights":
+        return start
+    content = manifest.read_manifest(start.folder)
+    if not manifest.adapters_of(content).rank:
+        return start
+    if content["base"]["kind"] == "checkpoint weights":
+        return manifest.Start("checkpoint weights", Path(content["base"]["folder"]))
+    without = dataclasses.replace(settings, initial_load_path=None)
+    return manifest.initial_start(without, hf_assets_path)
 
 
 def load_base(
