@@ -53,10 +53,8 @@ def is_adapter(name: str) -> bool:
 def linear_layers(family: ModuleType, args: Any) -> dict[str, list[str]]:
     """Name within a block of each of its linear layers -> every name that lora.target_modules may have for
     it: that, its last part, and Hugging Face's of the same two kinds."""
-    with torch.device("meta"):
-        block = family.Transformer(dataclasses.replace(args, n_layers=1)).layers["0"]
     names = {}
-    for name, module in block.named_modules():
+    for name, module in _block(family, args).named_modules():
         if isinstance(module, nn.Linear):
             names[name] = [name, name.rpartition(".")[2]]
             try:
@@ -65,6 +63,12 @@ def linear_layers(family: ModuleType, args: Any) -> dict[str, list[str]]:
             except KeyError:  # a family that Hugging Face does not have
                 pass
     return names
+
+
+def _block(family: ModuleType, args: Any) -> nn.Module:
+    """One of the model's blocks, which are all alike, without memory."""
+    with torch.device("meta"):
+        return family.Transformer(dataclasses.replace(args, n_layers=1)).layers["0"]
 
 
 def target_modules(settings: options.Lora, family: ModuleType, args: Any) -> list[str]:
@@ -88,9 +92,7 @@ def trained_parameters(settings: options.Lora, family: ModuleType, args: Any) ->
     """How many parameters the adapters of the whole model have; 0 without."""
     if not settings.rank:
         return 0
-    with torch.device("meta"):
-        block = family.Transformer(dataclasses.replace(args, n_layers=1)).layers["0"]
-    linears = map(block.get_submodule, target_modules(settings, family, args))
+    linears = map(_block(family, args).get_submodule, target_modules(settings, family, args))
     return args.n_layers * settings.rank * sum(each.in_features + each.out_features for each in linears)
 
 
