@@ -20,6 +20,7 @@ ROLES = {
     "function": "tool",
 }
 PLAIN, PLAIN_ROLES = {"role", "content"}, ("system", "user", "assistant", "tool")
+SYSTEM = ("system", "system_prompt")  # of a row, beside its messages
 CALL_ROLES = ("function_call", "tool_call")  # the content is the call
 ALIASES = {
     "from": "role",
@@ -50,6 +51,7 @@ FORMS_SENTENCE = (
     'a row is {"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"}'
     ' or {"input_ids"[, "labels" or "loss_mask"]} (docs/data.md has all forms)'
 )
+MESSAGES_RULE = 'a list of {"role", "content"} objects (or {"from", "value"})'
 MESSAGE_RULE = 'it must be an object with "role" and "content", or "from" and "value"'
 
 
@@ -75,7 +77,7 @@ def read_messages(row: dict, form: str, notes: set[str] | None = None) -> Messag
 
 def chat_of(row: dict, form: str, messages: list[dict], weights: list[float]) -> Messages:
     """The messages after the row's system prompt, with its tools."""
-    system = one_of(row, ("system", "system_prompt"), "the row")
+    system = one_of(row, SYSTEM)
     if system:
         system = checked_text(system, "system")
         if not messages or messages[0]["role"] != "system":
@@ -93,12 +95,9 @@ def checked_messages(value, form: str, notes: set[str]) -> tuple[list[dict], lis
     """The messages as a template gets them, and the weight of the loss on each."""
     given = value
     if isinstance(value, str):
-        value = parsed(value, f'"{form}"', 'a list of {"role", "content"} objects (or {"from", "value"})')
+        value = parsed(value, f'"{form}"', MESSAGES_RULE)
     if not isinstance(value, list):
-        raise ValueError(
-            f'"{form}" is {show(given)}: it must be a list of {{"role", "content"}} objects (or {{"from",'
-            ' "value"})'
-        )
+        raise ValueError(f'"{form}" is {show(given)}: it must be {MESSAGES_RULE}')
     if not value:
         raise ValueError(f'"{form}" is an empty list: a sequence has at least one message, remove the row')
     messages, weights = [], []
@@ -214,6 +213,9 @@ def joined(content, name: str, notes: set[str]) -> str:
 # ------------------------------------------------------------------------------------------ tools and calls
 
 
+TOOLS_RULE = "it must be a list of objects, as the model's chat template reads them"
+
+
 def read_tools(row: dict) -> list[dict] | None:
     """The row's tools: a list of objects, or that as a JSON string. An empty one is none."""
     tools = row.get("tools")
@@ -224,15 +226,10 @@ def read_tools(row: dict) -> list[dict] | None:
     if not tools:
         return None
     if not isinstance(tools, list):
-        raise ValueError(
-            f"tools is {show(tools)}: it must be a list of objects, as the model's chat template reads them"
-        )
+        raise ValueError(f"tools is {show(tools)}: {TOOLS_RULE}")
     tools = [parsed(tool, "a tool", "an object") if isinstance(tool, str) else tool for tool in tools]
     if wrong := [tool for tool in tools if not isinstance(tool, dict)]:
-        raise ValueError(
-            f"tools has {show(wrong[0])}: it must be a list of objects, as the model's chat template reads"
-            " them"
-        )
+        raise ValueError(f"tools has {show(wrong[0])}: {TOOLS_RULE}")
     return tools
 
 
@@ -307,11 +304,11 @@ def parsed(text: str, name: str, rule: str):
         ) from None
 
 
-def one_of(row: dict, keys: tuple[str, ...], name: str):
-    """The value of the one of these keys that is there and not empty; None without one."""
+def one_of(row: dict, keys: tuple[str, ...]):
+    """The value of the one of these keys of a row that is there and not empty; None without one."""
     found = [key for key in keys if row.get(key) not in (None, "", [])]
     if len(found) > 1 and row[found[0]] != row[found[1]]:
-        raise ValueError(f'{name} has both "{found[0]}" and "{found[1]}": remove one of the two')
+        raise ValueError(f'the row has both "{found[0]}" and "{found[1]}": remove one of the two')
     return row[found[0]] if found else None
 
 

@@ -8,6 +8,7 @@ from chunkflow.data.chat import RenderedChat, one_turn_each, plain_spans
 from chunkflow.data.messages import (
     FORMS_SENTENCE,
     NOT_READ_IN_MESSAGES,
+    SYSTEM,
     Messages,
     chat_of,
     checked_messages,
@@ -50,7 +51,6 @@ PARTNERS = {
     "labels": "input_ids",
     "loss_mask": "input_ids",
 }
-SYSTEM = ("system", "system_prompt")
 IDS_KEYS = {"input_ids", "labels", "loss_mask", "attention_mask", "position_ids"}
 CONTEXT = ("input", "context")
 REASONING = ("reasoning", "thinking", "reasoning_content")
@@ -265,12 +265,12 @@ def _read_pair(
         return [Row([(prompt, 0.0), (completion, 1.0), eos], weight=weight)]
     template = settings.tokenizer.chat
     _check_others(row, form, {*form, *CONTEXT, *SYSTEM} | ({"tools"} if template else set()), notes)
-    parts = [row[question], one_of(row, CONTEXT, "the row") or ""]
+    parts = [row[question], one_of(row, CONTEXT) or ""]
     asked = "\n\n".join(checked_text(part, name) for part, name in zip(parts, (question, "input")) if part)
     if template:
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": completion}]
         return _chat_rows(chat_of(row, f"{question} + {answer}", messages, [0.0, 1.0]), settings, weight)
-    system = checked_text(one_of(row, SYSTEM, "the row") or "", "system")
+    system = checked_text(one_of(row, SYSTEM) or "", "system")
     prompt = f"{system}\n\n{asked}\n" if system else f"{asked}\n"
     return [Row([(prompt, 0.0), (completion, 1.0), eos], weight=weight)]
 
