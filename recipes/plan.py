@@ -18,7 +18,7 @@ import json
 import sys
 from pathlib import Path
 
-from chunkflow.planning.forecast import Parts, forecast
+from chunkflow.planning.forecast import Parts, forecast, fullest
 from chunkflow.planning.lengths import retention
 from chunkflow.planning.memory import FRAGMENTATION
 from chunkflow.reporting.plan_pictures import write_pictures
@@ -109,8 +109,7 @@ def predict(config, count: int, spec: build.ModelSpec, dataset, seed: int, devic
             end = "\n" if number > len(batches) else ""
             print(f"\rplanned {number} of {len(batches) + 1} steps", end=end, file=sys.stderr)
 
-    hosts = [parts for step in steps for parts in step.hosts]
-    host = max(hosts, key=lambda parts: sum(parts.values()))
+    host = fullest(parts for step in steps for parts in step.hosts)
     host = {part: amount / 2**30 for part, amount in host.items()}
     figures = [step.figures for step in steps[:-1]]
     mean = {name: sum(step[name] for step in figures) / len(figures) for name in figures[0]}
@@ -158,16 +157,16 @@ def predict(config, count: int, spec: build.ModelSpec, dataset, seed: int, devic
 def memory(peaks_of_steps: list[list[Parts]], cuda: list[int]) -> dict:
     """The parts of the fullest rank, and each pipeline rank's total, over all steps. `cuda`: bytes that CUDA
     adds on each pipeline rank, beside the total."""
-    fullest = [max(peaks, key=lambda parts: sum(parts.values())) for peaks in zip(*peaks_of_steps)]
-    parts = max(fullest, key=lambda parts: sum(parts.values()))
+    of_ranks = [fullest(peaks) for peaks in zip(*peaks_of_steps)]
+    parts = fullest(of_ranks)
     total = sum(parts.values())
     return {
         "parts_gib": {part: amount / 2**30 for part, amount in parts.items()},
         "total_gib": total / 2**30,
-        "cuda_gib": cuda[fullest.index(parts)] / 2**30,
+        "cuda_gib": cuda[of_ranks.index(parts)] / 2**30,
         "fragmentation_gib": FRAGMENTATION * total / 2**30,
-        "pipeline_rank": fullest.index(parts),
-        "pipeline_ranks_gib": [sum(parts.values()) / 2**30 for parts in fullest],
+        "pipeline_rank": of_ranks.index(parts),
+        "pipeline_ranks_gib": [sum(parts.values()) / 2**30 for parts in of_ranks],
     }
 
 

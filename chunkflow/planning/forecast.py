@@ -13,6 +13,11 @@ LEAST_CHUNK, MOST_CHUNK = 256, 32768  # tokens, of those that are tried
 Parts = dict[str, int]  # name of a part of memory -> bytes
 
 
+def fullest(of_ranks: Iterable[Parts]) -> Parts:
+    """Those that are most together."""
+    return max(of_ranks, key=lambda parts: sum(parts.values()))
+
+
 class Forecast(NamedTuple):
     """Of one step."""
 
@@ -44,10 +49,10 @@ def forecast(
         of_ranks = []
         for rank, program in enumerate(programs):
             parts = peak_parts(sizes[rank], made.groups[replica], program)
-            peaks[rank] = max(peaks[rank], parts, key=lambda parts: sum(parts.values()))
+            peaks[rank] = fullest((peaks[rank], parts))
             of_ranks.append(parts["kv"] + parts["kv_gradients"])
             parts = host_parts(sizes[rank], made.groups[replica], program, pinned)
-            hosts[rank] = max(hosts[rank], parts, key=lambda parts: sum(parts.values()))
+            hosts[rank] = fullest((hosts[rank], parts))
         kv.append(max(of_ranks))
     figures = {
         "sequences": len(lengths),

@@ -8,6 +8,7 @@ from chunkflow.planning.forecast import LEAST_CHUNK, Row
 from chunkflow.planning.lengths import histogram
 from chunkflow.planning.memory import PARTS
 from chunkflow.planning.step_time import TIMES
+from chunkflow.reporting.plan_text import BESIDE
 
 
 def write_pictures(folder: Path, report: dict, lengths: list[int], config: Any) -> list[Path]:
@@ -49,9 +50,7 @@ def figures(report: dict, lengths: list[int], config: Any) -> Iterator[tuple[str
         f"fullest of {report['steps']} steps": report["memory"],
         longest: report["memory_longest_sequence"],
     }
-    beside = {"cuda": "CUDA, NCCL, buffers of FSDP2", "fragmentation": "fragmentation"}
-    if report["device"] == "cpu":
-        beside = {}
+    beside = {} if report["device"] == "cpu" else BESIDE
     yield (
         "memory",
         lambda: _bars(

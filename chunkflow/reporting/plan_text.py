@@ -25,6 +25,8 @@ FIGURES = {
     "step_seconds": ("seconds, predicted", ",.3g"),
     "tps": ("tokens a second and device, predicted", ",.0f"),
 }
+BESIDE = {"cuda": "CUDA, NCCL, buffers of FSDP2", "fragmentation": "fragmentation"}  # memory's other parts
+SHOWN_ROWS = 6  # of a report's table
 
 
 def lengths_table(lengths: list[int], config) -> str:
@@ -88,7 +90,7 @@ def table(report: dict) -> str:
         form = ".0f" if stress["total_gib"] >= 10 else ".2f"
         totals = ", ".join(format(gib, form) for gib in stress["pipeline_ranks_gib"])
         lines.append(f"  total of each pipeline rank: {totals}")
-    for name, text in (("cuda", "CUDA, NCCL, buffers of FSDP2"), ("fragmentation", "fragmentation")):
+    for name, text in BESIDE.items():
         pair = [memory[f"{name}_gib"] for memory in (ours, stress)]
         lines.append(f"  {'beside it: ' + text:<56}{pair[0]:>12.2f}{pair[1]:>16.2f}")
     kv = sorted(report["kv_gib_of_replicas"])
@@ -108,7 +110,7 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def settings_lines(report: dict, most: int = 6) -> list[str]:
+def settings_lines(report: dict) -> list[str]:
     """The first rows of a report's table, the config's own among them, and why the best is, as text."""
     if not report["table"]:
         return []
@@ -116,7 +118,7 @@ def settings_lines(report: dict, most: int = 6) -> list[str]:
     own = (*own, report["reshard_after_forward"])
     rows = [Row(**row) for row in report["table"]]
     mixed = len({row.kv_offload for row in rows}) > 1
-    shown = [row for number, row in enumerate(rows) if number < most or row[:4] == own]
+    shown = [row for number, row in enumerate(rows) if number < SHOWN_ROWS or row[:4] == own]
     heads = "chunk_size", "k", "pipeline", "ZeRO-3", "s a step", "tokens/s", "GiB", "recomputed %", "bubble %"
     lines = ["", "other settings, with that sequence: the fastest that fit first"]
     lines.append("".join(f"{head:>{len(head) + 3}}" for head in heads))
