@@ -9,12 +9,11 @@ arithmetic. Prints chunked time / one-call time for each dtype, sequence length 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 
 import torch
-from result_files import parse_args
+from result_files import new_parser, parse_args
 
 from chunkflow.execution.attention import chunk_attention
 from chunkflow.execution.state import ChunkTensors, KeyValueState
@@ -47,9 +46,7 @@ def in_chunks(q, k, v, dout, chunk_size):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from result_files import parse_args
+from result_files import new_parser, parse_args
 from step import CPU, make_model, tensors
 
 from chunkflow.data.synthetic import synthetic_lengths
@@ -301,9 +301,7 @@ def start(measure, count: int, arguments: argparse.Namespace) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sequences", type=int, default=32)

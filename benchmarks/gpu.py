@@ -30,7 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import gpu_kernels
-from benchmarks.result_files import facts, file_of
+from benchmarks.result_files import facts, file_of, new_parser
 from tests.helpers.processes import RECIPE, REPO, rows_of, untimed, write_rows
 
 MINUTES = 60
@@ -358,9 +358,7 @@ def report(results: list[tuple[int, str, list[str], float]], cpu: bool) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--cpu", action="store_true", help="a smoke test of this script")
     parser.add_argument("--only", type=int, nargs="+", choices=CHECKS, default=list(CHECKS), metavar="N")
     keeps = "keep the results in this folder, or in this file (gpu_results.md)"

@@ -7,7 +7,6 @@ Each part is a function that returns lines of figures, and raises AssertionError
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import math
@@ -20,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.result_files import parse_args
+from benchmarks.result_files import new_parser, parse_args
 from chunkflow.execution.attention import chunk_attention, store_keys_values
 from chunkflow.execution.loss import loss_sum
 from chunkflow.execution.runner import Runner
@@ -273,9 +272,7 @@ PARTS = {"attention": attention, "model": model, "speed": speed}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--cpu", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--one", action="store_true", help="of attention's head layouts, the first")

@@ -10,7 +10,6 @@ metrics.jsonl, the tokens' ledger and the checksums of the last checkpoint's ten
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -18,15 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from result_files import parse_args
+from result_files import new_parser, parse_args
 
 from tests.helpers.kill_loop import LAYOUTS, KillLoop
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--kills", type=int, default=200, help="in all, spread over the layouts")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)

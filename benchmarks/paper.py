@@ -22,7 +22,7 @@ import random
 from math import exp, log
 
 from paper_model import DEVICES, NAMES, SETUPS, Device, Parts, Setup, System, weighed
-from result_files import parse_args
+from result_files import new_parser, parse_args
 
 from chunkflow.data.synthetic import synthetic_lengths
 
@@ -179,9 +179,7 @@ def picture(found: dict, path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--device", choices=DEVICES, default="A100")
     parser.add_argument(
         "--setups", type=int, nargs="+", choices=range(len(SETUPS)), default=range(len(SETUPS))

@@ -27,7 +27,7 @@ import time
 from math import exp, log
 from pathlib import Path
 
-from result_files import parse_args
+from result_files import REPO, new_parser, parse_args
 
 from chunkflow.planning.chunks import Group, build_groups, whole_sequences
 from chunkflow.planning.cost import Cost
@@ -40,7 +40,6 @@ from chunkflow.planning.pipeline_schedule import (
 )
 from chunkflow.planning.simulate import in_given_order, simulate
 
-REPO = Path(__file__).parent.parent
 KINDS = {  # of measured runs
     "whole sequences": ["--chunkflow.no_enable"],
     "whole sequences, layers recomputed": ["--chunkflow.no_enable", "--activation_checkpoint.mode=full"],
@@ -156,9 +155,7 @@ def measured(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--stages", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument(
         "--steps", type=int, default=12, help="random steps for each k and kind of cost (12); 0: none"

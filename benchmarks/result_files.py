@@ -23,6 +23,11 @@ PACKAGES = ("torch", "torchao", "transformers")
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA")
 
 
+def new_parser(doc: str) -> argparse.ArgumentParser:
+    """For a script with this docstring, which --help shows as it is written."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line, which may have --markdown besides: then the same command runs without it, in a
     process whose output is passed on, a file keeps that output, and this process ends with its status."""

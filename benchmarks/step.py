@@ -22,7 +22,6 @@ forward does.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import multiprocessing
@@ -34,7 +33,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from attention import one_call
-from result_files import parse_args
+from result_files import new_parser, parse_args
 from torch.autograd.profiler_util import FunctionEvent
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -363,9 +362,7 @@ def profile_step(arguments) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--mix", default="lmsys", choices=("lmsys", "llama3_sft"))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pyarrow
 from pyarrow import parquet
-from result_files import parse_args
+from result_files import new_parser, parse_args
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
@@ -93,7 +93,7 @@ def measure(folder: Path, path: Path, workers: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, len(os.sched_getaffinity(0))])
     parser.add_argument("--kind", choices=("parquet", "jsonl"), default="parquet")

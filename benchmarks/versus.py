@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from result_files import parse_args
+from result_files import REPO, new_parser, parse_args
 
 from chunkflow.data.synthetic import synthetic_lengths
 from chunkflow.planning.cost import Cost
@@ -43,7 +43,6 @@ from chunkflow.training import build
 from chunkflow.training.start import read_config
 from models.hf_config import model_of
 
-REPO = Path(__file__).parent.parent
 RECIPE = REPO / "recipes" / "finetune.py"
 PADDED = 4  # sequences of a padded batch
 MAX_NORM, LEARNING_RATE, BETAS, WEIGHT_DECAY = 1.0, 1e-4, (0.9, 0.95), 0.1
@@ -344,9 +343,7 @@ def show(lines: list[list[str]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--hidden", type=int, default=384, help="width of the model; heads are 64 wide")
     add("--layers", type=int, default=4)
