@@ -11,7 +11,6 @@ the token itself, or -100: no loss; its weight belongs to its label. The dataloa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import mmap
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 
 from chunkflow.data.blocks import records, split
-from chunkflow.data.digests import changed_file, content_digest, stamp
+from chunkflow.data.digests import changed_file, content_digest, stamp, text_digest
 from chunkflow.data.files import find_files, python_files
 from chunkflow.data.rows import RowSettings, beyond_vocabulary, holds_pairs, summed_up
 from chunkflow.data.synthetic import SyntheticDataset
@@ -81,7 +80,7 @@ def open_dataset(
     settings = RowSettings(tokenizer, vocab_size, columns or {}, multi_turn, pairs)
     ways = [columns or {}, multi_turn, *(["pairs"] if pairs else [])]
     key = json.dumps([CACHE_FORMAT, name, tokenizer.digest if tokenizer else None, content, ways])
-    folder = cache / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    folder = cache / text_digest(key)
     meta = read_meta(folder) or build_once(folder, name, files, settings)
     if meta["sequences"] == 0:
         raise ValueError(

@@ -7,10 +7,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from chunkflow.data.files import unreadable
+from chunkflow.data.files import unreadable, write_whole
 
 REMEMBERED_BYTES = 1 << 20  # of a file; smaller ones are read as fast as what is remembered of them
 SETTLED_SECONDS = 2  # a file changed later than this may change again under the same time stamp
+
+
+def text_digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def content_digest(files: list[str], memory: Path) -> str:
@@ -26,8 +30,7 @@ def content_digest(files: list[str], memory: Path) -> str:
 
 
 def _digest_of(path: str, memory: Path) -> str:
-    name = hashlib.blake2b(os.path.abspath(path).encode(), digest_size=16).hexdigest()
-    remembered, content = memory / f"{name}.json", hashlib.blake2b()
+    remembered, content = memory / f"{text_digest(os.path.abspath(path))}.json", hashlib.blake2b()
     try:
         before = _state(path)
         with suppress(OSError, ValueError, TypeError):
@@ -43,10 +46,7 @@ def _digest_of(path: str, memory: Path) -> str:
         raise ValueError(f"{path}: {unreadable(error)}") from None
     if settled and before[0] >= REMEMBERED_BYTES:
         with suppress(OSError):  # such as a cache that this user may only read
-            memory.mkdir(parents=True, exist_ok=True)
-            temporary = remembered.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps([before, content.hexdigest()]))
-            os.replace(temporary, remembered)
+            write_whole(remembered, json.dumps([before, content.hexdigest()]).encode())
     return content.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Which data files a path names."""
+"""Which data files a path names; files that are written whole."""
 
 import glob
 import os
@@ -87,6 +87,23 @@ def size_of(path: str) -> int:
     with suppress(OSError):
         return os.path.getsize(path)
     return 0
+
+
+def sync(path: Path) -> None:
+    """Waits until the file, or the folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file, which appears whole or not at all, and its folder where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def unreadable(error: OSError) -> str:

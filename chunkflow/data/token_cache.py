@@ -20,7 +20,7 @@ from pathlib import Path
 from torch.hub import tqdm  # the real one if it is installed, else torch's small replacement
 
 from chunkflow.data.blocks import split
-from chunkflow.data.files import size_of
+from chunkflow.data.files import size_of, sync
 from chunkflow.data.rows import RowSettings
 from chunkflow.data.tokenise import TokenBlock
 from chunkflow.data.workers import tokenise_blocks, worker_count
@@ -66,7 +66,7 @@ def build_once(folder: Path, dataset: str, files: list[str], settings: RowSettin
                 os.rename(temporary, folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-            _sync(folder.parent)
+            sync(folder.parent)
     except OSError as error:
         raise ValueError(
             f"{folder.parent}: the token cache cannot be written ({error.strerror}): set CHUNKFLOW_CACHE to a"
@@ -154,7 +154,7 @@ def _write_cache(folder: Path, blocks: Iterator[tuple[int, TokenBlock]], show: C
     meta["bytes"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     (folder / "meta.json").write_text(json.dumps(meta))
     for path in [*folder.iterdir(), folder]:
-        _sync(path)
+        sync(path)
     return meta
 
 
@@ -163,10 +163,3 @@ def _write_ones(file, count: int) -> None:
     while count:
         ones[:count].tofile(file)
         count -= min(count, len(ones))
-
-
-def _sync(path: Path) -> None:
-    """Makes a file's content, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from chunkflow.data.chat import ChatTemplate, RenderedChat, plain_spans
+from chunkflow.data.digests import text_digest
 from chunkflow.data.messages import Messages
 from chunkflow.data.shipped_templates import SHIPPED, any_of, built_in, check_tokens, template_text
 
@@ -83,7 +84,7 @@ class Tokenizer:
         self._special_texts = {number: text for text, number in special.items()}
         templates = self.chat and self.chat.sources
         parts = [hashlib.blake2b(content).hexdigest(), special, tokens, templates]
-        self.digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        self.digest = text_digest(json.dumps(parts))
 
     def __reduce__(self):
         return Tokenizer, self._arguments  # a worker process reads the files itself

@@ -2,24 +2,16 @@
 
 import fcntl
 import logging
-import os
 import shutil
 import time
 import zlib
 from pathlib import Path
 
+from chunkflow.data.files import sync
+
 logger = logging.getLogger(__name__)
 
 _locks = []  # open files, which hold their locks until the process ends
-
-
-def sync(path: Path) -> None:
-    """Waits until the file, or the folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def claim_folder(dump_folder: str, config_toml: str, locked: bool) -> None:

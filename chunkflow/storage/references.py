@@ -7,10 +7,8 @@ arithmetic.
 
 import copy
 import functools
-import hashlib
 import json
 import logging
-import os
 import time
 from array import array
 from contextlib import suppress
@@ -22,7 +20,8 @@ from torch.hub import tqdm  # the real one where it is installed, else torch's s
 
 from chunkflow.data.dataloader import ChunkDataLoader
 from chunkflow.data.dataset import cache_folder
-from chunkflow.data.digests import content_digest
+from chunkflow.data.digests import content_digest, text_digest
+from chunkflow.data.files import write_whole
 from chunkflow.execution.runner import Runner
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.settings.keys import flat
@@ -104,11 +103,8 @@ class References:
         self.missing = []
 
     def _write(self) -> None:
-        temporary = self.path.with_suffix(f".{os.getpid()}")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(array("d", self.values.tolist()).tobytes())
-            os.replace(temporary, self.path)
+            write_whole(self.path, array("d", self.values.tolist()).tobytes())
         except OSError as error:
             raise ValueError(
                 f"{self.path}: reference log-probabilities cannot be written ({error.strerror}): set"
@@ -133,4 +129,4 @@ def identity(config: Config, args: Any, loader: ChunkDataLoader) -> str:
     if config.lora.rank:
         arithmetic["lora.base"] = config.lora.base
     known = [1, kind, weights, model, loader.dataset.identity, arithmetic]
-    return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return text_digest(json.dumps(known, sort_keys=True))
