@@ -45,13 +45,13 @@ PAPER = {  # what it prints of Qwen2.5-7B
 class Data:
     """Batches by how many of their sequences are long, with the share of steps that have so many."""
 
-    def __init__(self, share: float, batches: int, seed: int = 0):
-        generator, expected = random.Random(seed), BATCH * share
+    def __init__(self, share: float, batches: int):
+        generator, expected = random.Random(0), BATCH * share
         self.batches, self.weights = [], []
         left, weight = 1.0, exp(-expected)
         for count in range(BATCH):  # Poisson's distribution; the last stratum has the rest
             rest = left - weight < 0.002
-            short = [min(x, LONG) for x in synthetic_lengths("lmsys", BATCH * batches, seed + count)]
+            short = [min(x, LONG) for x in synthetic_lengths("lmsys", BATCH * batches, count)]
             for batch in range(batches):
                 lengths = short[batch * BATCH : (batch + 1) * BATCH]
                 for index in range(count):  # between 32K and the longest their logarithms are even

@@ -12,6 +12,8 @@ import random
 from bisect import bisect_right
 from math import exp, log
 
+from chunkflow.planning.chunks import IGNORE
+
 DEFAULT_COUNT = 100_000
 KEYS, VALUES = 64, 8
 # token ids, from 0: FACT(j, v) = 8 j + v, then QUERY(j), then ANSWER(v)
@@ -111,9 +113,9 @@ class SyntheticDataset:
         values = torch.randint(VALUES, (header,), generator=generator)
         asked = torch.randint(header, (full - header,), generator=generator)  # which fact of the header
         tokens = torch.cat([keys * VALUES + values, QUERY + keys[asked]])
-        labels = torch.full_like(tokens, -100)
+        labels = torch.full_like(tokens, IGNORE)
         labels[header + 1 :] = ANSWER + (values[asked[:-1]] + wrong) % VALUES  # after each query its answer
-        labels[: self._first_target(index)] = -100
+        labels[: self._first_target(index)] = IGNORE
         return tokens[:length], labels[:length], None
 
     def weight(self, index: int) -> float:

@@ -298,8 +298,13 @@ def _threads() -> int:
     return 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else -1
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Those of a folder, the preferred one first."""
+    return [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+
+
 def _tokenizer_file(path: Path) -> Path:
-    found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+    found = tokenizer_files(path)
     if path.is_dir() and not found:
         raise ValueError(
             f"{path}: there is neither a tokenizer.json nor a tokenizer.model in this folder: {REMEDY}"

@@ -15,7 +15,7 @@ from chunkflow.data.dataset import TokenDataset, open_dataset
 from chunkflow.data.mixture import MixedDataset
 from chunkflow.data.shipped_templates import template_text
 from chunkflow.data.synthetic import SyntheticDataset
-from chunkflow.data.tokenizer import Tokenizer
+from chunkflow.data.tokenizer import Tokenizer, tokenizer_files
 from chunkflow.execution.attention import activate_flash_attention_3
 from chunkflow.planning.background import PlanProcess
 from chunkflow.planning.cost import Cost
@@ -330,15 +330,13 @@ def open_tokenizer(config: Config) -> Tokenizer | None:
     ids can be read. ValueError where either cannot be used."""
     settings, template = config.model, config.training.chat_template
     path = settings.tokenizer_path or settings.hf_assets_path
-    if path and not settings.tokenizer_path:
-        files = [Path(path).expanduser() / name for name in ("tokenizer.json", "tokenizer.model")]
-        if not any(file.is_file() for file in files):
-            if template:
-                raise ConfigError(
-                    f'training.chat_template = "{template}" is for text, and model.hf_assets_path ='
-                    f' "{path}" has no tokenizer: set model.tokenizer_path, or leave it out'
-                )
-            return None
+    if path and not settings.tokenizer_path and not tokenizer_files(Path(path).expanduser()):
+        if template:
+            raise ConfigError(
+                f'training.chat_template = "{template}" is for text, and model.hf_assets_path ='
+                f' "{path}" has no tokenizer: set model.tokenizer_path, or leave it out'
+            )
+        return None
     return Tokenizer(path, template)
 
 

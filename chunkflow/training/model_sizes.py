@@ -7,6 +7,7 @@ from typing import Any
 
 from chunkflow.execution.rotary import rope_type
 from chunkflow.settings import options
+from chunkflow.settings.values import suggest
 from models import families
 from models.hf_config import model_of
 
@@ -20,11 +21,8 @@ def model_args(settings: options.Model, seq_len: int, vocab_size: int):
     ValueError where name, flavor, positions (for sequences of `seq_len` tokens) or vocabulary don't fit.
     """
     if settings.name not in families:
-        names = ", ".join(f'"{name}"' for name in families)
-        near = difflib.get_close_matches(settings.name, families, n=1)
         raise ValueError(
-            f'model.name = "{settings.name}" is not admitted: choose one of {names}'
-            + (f' (did you mean "{near[0]}"?)' if near else "")
+            f'model.name = "{settings.name}" is not admitted: {suggest(settings.name, families)}'
         )
     family: ModuleType = families[settings.name]
     if settings.hf_assets_path:

@@ -56,6 +56,11 @@ class Processes(NamedTuple):
         return f"{self.replicas} pipelines of {self.pipeline_ranks} ranks"
 
     @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """All that this process is in."""
+        return [dist.group.WORLD, *self.mesh.get_all_groups(), *self.blocks.values()]
+
+    @property
     def data_mesh(self) -> DeviceMesh:
         """The ranks that shard or replicate the parameters of this rank's stages."""
         return self.mesh[tuple(name for name in self.mesh.mesh_dim_names if name != "pp")]
@@ -141,7 +146,7 @@ def meet() -> tuple[dist.Store, int, int]:
 def set_timeouts(processes: Processes, seconds: int) -> None:
     """Gives every process group this timeout, so that a rank that stops answering ends the job. A mesh's
     groups do not take over init_process_group's timeout."""
-    for group in [dist.group.WORLD, *processes.mesh.get_all_groups(), *processes.blocks.values()]:
+    for group in processes.groups:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
@@ -154,9 +159,7 @@ def connect(processes: Processes, ring: bool) -> None:
     a circle, even if every send waits for its receive.
     """
     mesh, one = processes.mesh, torch.ones(1, device=processes.device)
-    groups = [dist.group.WORLD, *mesh.get_all_groups(), *processes.blocks.values()]
-    groups = {group.group_name: group for group in groups}
-    for group in groups.values():
+    for group in {group.group_name: group for group in processes.groups}.values():
         if group.size() > 1:
             dist.all_reduce(one, group=group)
     if "pp" not in mesh.mesh_dim_names:
