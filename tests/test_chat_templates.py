@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from chunkflow.data.chat import ChatTemplate
+from chunkflow.data.chat import ChatTemplate, one_turn_each
 from chunkflow.data.messages import Messages
 from chunkflow.data.shipped_templates import FAMILIES, FOLDER, SHIPPED
 from chunkflow.data.tokenizer import Tokenizer
@@ -222,7 +222,7 @@ def test_expanded_is_one_chat_a_turn(marked, folder):
     for place, reasoning in ((1, "B."), (5, "F.")):
         messages[place]["reasoning_content"] = reasoning
     chat = chat_of(messages, weights=[0, 1.0, 0, 0.5, 0, 2.0, 0])
-    parts = own.expanded(chat)
+    parts = list(map(own.turns, one_turn_each(chat)))
     assert [[turn.message for turn in part.turns] for part in parts] == [[1], [3], [5]]
     assert [part.turns[0].weight for part in parts] == [1.0, 0.5, 2.0]
     for part in parts:
@@ -244,11 +244,11 @@ def test_expanded_is_one_chat_a_turn(marked, folder):
 def test_expanded_where_every_turn_is_kept_or_has_no_loss():
     qwen3 = template(source("qwen3"), keeps_turns=True)
     chat = chat_of(say("a", "b", "c", "d"))
-    whole, parts = qwen3.turns(chat), qwen3.expanded(chat)
+    whole, parts = qwen3.turns(chat), list(map(qwen3.turns, one_turn_each(chat)))
     assert [whole.text.startswith(part.text) for part in parts] == [True, True]
     assert [turn for part in parts for turn in part.turns] == whole.turns
     nothing = chat_of(say("a", "b", "c"), weights=[0.0] * 3)
-    assert qwen3.expanded(nothing) == [qwen3.turns(nothing)] and not qwen3.turns(nothing).turns
+    assert one_turn_each(nothing) == [nothing] and not qwen3.turns(nothing).turns
 
 
 # ------------------------------------------------------------------------- what a template puts in, leaves out

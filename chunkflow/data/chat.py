@@ -193,12 +193,6 @@ class ChatTemplate:
     def _name(self, tools: list[dict] | None) -> str:
         return "tool_use" if tools and "tool_use" in self.sources else "default"
 
-    def expanded(self, chat: Messages) -> list[RenderedChat]:
-        """A rendered chat for each turn with loss: the messages up to it, as the template writes them where
-        it is the last, with loss on that turn only. A chat without loss is rendered whole. ValueError as for
-        `turns`."""
-        return [self.turns(part) for part in one_turn_each(chat)]
-
     def turns(self, chat: Messages) -> RenderedChat:
         """The text of a chat and the turns with loss in it. ValueError if the template renders a turn
         otherwise when more messages follow (some drop earlier reasoning), since the loss would be on a text

@@ -240,11 +240,10 @@ def _refuse_meaning(row: dict, keys: set[str], beside: str) -> None:
 
 
 def _chat_rows(chat: Messages, settings: RowSettings, weight: float) -> list[Row]:
-    template, expand = settings.tokenizer.chat, settings.multi_turn == "expand"
-    if template:
-        rendered = template.expanded(chat) if expand else [template.turns(chat)]
-        return [Row([], chat=one, weight=weight) for one in rendered]
-    return [Row(plain_spans(one), weight=weight) for one in (one_turn_each(chat) if expand else [chat])]
+    chats = one_turn_each(chat) if settings.multi_turn == "expand" else [chat]
+    if template := settings.tokenizer.chat:
+        return [Row([], chat=template.turns(one), weight=weight) for one in chats]
+    return [Row(plain_spans(one), weight=weight) for one in chats]
 
 
 def _read_pair(

@@ -153,7 +153,6 @@ class Dashboard:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes the values by their tags; new tags get their charts in the dashboard."""
-
         copies = {plain(tag): value for tag, value in values.items() if "(" in tag}
         values = values | {tag: value for tag, value in copies.items() if layout({tag})}
 
