@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from data_parallel import start
+from data_parallel import give_back, start
 from result_files import parse_args
 from step import CPU, sizes, tensors
 from torch import nn
@@ -141,6 +141,7 @@ class Rank:
 
 def measure_layout(rank: int, port: int, arguments: argparse.Namespace) -> None:
     """Both tables' rows of the layout `arguments.layout`, printed by rank 0."""
+    give_back()
     layout = LAYOUTS[arguments.layout]
     here = Rank(rank, port, layout, arguments)
     for mix in layout.mixes[: arguments.mixes]:
@@ -208,8 +209,6 @@ def main() -> None:
     for name, value in (quick if arguments.quick else whole).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    # Larger tensors go back to the system when they are freed: else glibc keeps most, and counts as peak.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"
     heads = "layout", "mix", "chunk_size", "k", "s predicted", "s measured", "ratio", "MiB predicted"
     print(heading(*heads, "MiB measured", "ratio"), flush=True)
     with tempfile.TemporaryDirectory() as folder:

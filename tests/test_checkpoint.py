@@ -365,7 +365,11 @@ def test_excluded_state_starts_anew_once(place):
 @pytest.mark.parametrize(
     "change, status, said",
     [
-        (["--model.hf_assets_path={path}/qwen2"], 2, "of another model: model.name was 'llama3' there and is 'qwen2' here"),
+        (
+            ["--model.hf_assets_path={path}/qwen2"],
+            2,
+            "of another model: model.name was 'llama3' there and is 'qwen2' here",
+        ),
         (["--model.rope_theta=1e5"], 2, "of another model: model rope_theta was 10000.0 there"),
         (["--training.dtype=float64"], 2, "of another model: training.dtype was 'float32' there"),
         (["--debug.seed=9"], 1, "other data: debug.seed was 0 there and is 9 here"),
