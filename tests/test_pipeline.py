@@ -32,7 +32,6 @@ from tests.helpers.reference import (
     whole_sequence_gradients,
 )
 
-
 LAYOUTS = [((2, 1), 1), ((2, 1), 2), ((4, 1), 1), ((2, 2), 1)]  # stages x replicas, stages of a rank
 
 
