@@ -1,7 +1,8 @@
 """Runs recipes and functions in other processes, each with a time limit, and reads the files of a run.
 
-Processes are forked from a server that has imported torch, which saves seconds each time. As a program this
-file is that server; `start` talks to it. What run_train.sh adds to a recipe is tested with run_train.sh.
+Processes are forked from a server that has imported what recipes import, which saves seconds each time. As a
+program this file is that server; `start` talks to it. What run_train.sh adds to a recipe is tested with
+run_train.sh.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ REPO = Path(__file__).parent.parent.parent
 RECIPE = REPO / "recipes" / "finetune.py"
 PRELOADED = [
     "torch.distributed.checkpoint", "torch.distributed.pipelining", "torch.utils.tensorboard",
-    "chunkflow.data.dataset", "models", "matplotlib.figure", "matplotlib.backends.backend_agg",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "recipes.finetune", "recipes.dpo",
 ]  # fmt: skip
 MODEL = "--model.name", "--model.flavor", "--model.hf_assets_path"
 TIMING = {"seconds", "tps", "tflops", "mfu_percent", "memory_gib"}  # what two equal runs may differ in
