@@ -30,6 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import gpu_kernels
+from benchmarks.result_files import facts, file_of
 from tests.helpers.processes import RECIPE, REPO, rows_of, untimed, write_rows
 
 MINUTES = 60
@@ -342,13 +343,10 @@ def report(results: list[tuple[int, str, list[str], float]], cpu: bool) -> str:
     name = platform.processor() or platform.machine()
     if not cpu and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True
-    ).stdout.strip()
     lines = [
-        f"# First hour on {name}{' (smoke test, no GPU used)' if cpu else ''}",
+        f"# First hour on {name}{' (smoke test, no GPU used)' if cpu else ''}, {date.today()}",
         "",
-        f"`python benchmarks/gpu.py`, {date.today()}, commit {commit or 'unknown'}",
+        *facts(sys.argv[1:]),
         "",
         "| check | result | seconds | found |",
         "|---|---|---|---|",
@@ -365,8 +363,12 @@ def main() -> None:
     )
     parser.add_argument("--cpu", action="store_true", help="a smoke test of this script")
     parser.add_argument("--only", type=int, nargs="+", choices=CHECKS, default=list(CHECKS), metavar="N")
-    parser.add_argument("--output", type=Path, default=Path("gpu_results.md"), help="the file of results")
+    keeps = "keep the results in this folder, or in this file (gpu_results.md)"
+    default = Path("gpu_results.md")
+    parser.add_argument("--markdown", type=Path, default=default, metavar="PATH", help=keeps)
     arguments = parser.parse_args()
+    output = file_of(arguments.markdown, "gpu")
+    output.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a run that is under way ends, too
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -381,10 +383,10 @@ def main() -> None:
                 outcome, found = "FAILED", [f"{type(error).__name__}: {error}", MEANINGS[number]]
             results.append((number, outcome, found, time.perf_counter() - start))
             print("\n".join(f"   {line}" for line in found), flush=True)
-            arguments.output.write_text(report(results, arguments.cpu))
+            output.write_text(report(results, arguments.cpu))
             if outcome == "FAILED":
-                raise SystemExit(f"check {number} failed; the results so far are in {arguments.output}")
-    print(f"all passed; the results are in {arguments.output}")
+                raise SystemExit(f"check {number} failed; the results so far are in {output}")
+    print(f"all passed; the results are in {output}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.result_files import parse_args
 from chunkflow.execution.attention import chunk_attention, store_keys_values
 from chunkflow.execution.loss import loss_sum
 from chunkflow.execution.runner import Runner
@@ -278,7 +279,7 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--cpu", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--one", action="store_true", help="of attention's head layouts, the first")
-    arguments = parser.parse_args()
+    arguments = parse_args(parser)
     options = {"layouts": HEADS[:1]} if arguments.one else {}
     device = torch.device("cpu" if arguments.cpu else "cuda")
     print("\n".join(PARTS[arguments.part](device, arguments.cpu, **options)))

@@ -4,11 +4,13 @@ and its choice against the best of all that were measured. Prints two Markdown t
     python benchmarks/planner.py           # a model of 12 million parameters, on a quiet machine
     python benchmarks/planner.py --quick   # a small one: below 10 minutes on 2 cores
 
-Each layout measures its rates first, as recipes/plan.py --calibrate does. A step is plan, forward, backward,
-sums over ranks and update; its seconds are the median of the runs after the first. Memory is what a step adds
-on the fullest rank to what it holds between steps. The budget of a case is the median of the predicted
-memories: what is predicted to need more does not take part in the choice. "Spread" is slowest over fastest of
-repeated runs of the best, less 1: a choice that is not slower than this is as good.
+Each mix measures its rates first, as recipes/plan.py --calibrate does. A step is plan, forward, backward,
+sums over ranks and update; its seconds, of a single process those of its thread, are the median of the runs
+after the first. Memory is the most that PyTorch allocates in a step on the fullest rank beyond what it holds
+between steps; the CPU's kernels allocate less than those that the prediction is made for. The budget of a
+case is the median of the predicted memories: what is predicted to need more does not take part in the choice.
+"Spread" is slowest over fastest of repeated runs of the best, less 1: a choice that is not slower than this
+is as good.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import os
 import statistics
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +31,7 @@ from data_parallel import give_back, start
 from result_files import parse_args
 from step import CPU, sizes, tensors
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from chunkflow.data.synthetic import synthetic_lengths
 from chunkflow.execution.loss import loss_sum
@@ -35,7 +39,6 @@ from chunkflow.execution.runner import Runner
 from chunkflow.planning.balance import split_layers
 from chunkflow.planning.forecast import forecast
 from chunkflow.planning.planner import PlanSettings, plan_step
-from chunkflow.reporting.device import peak_memory, reset_peak_memory
 from chunkflow.settings.options import Config
 from chunkflow.training import build, calibration, parallel, prediction, stages
 from chunkflow.training.optimizer import build_optimizer
@@ -89,7 +92,6 @@ class Rank:
             bounds += count
         self.spec = build.ModelSpec("llama3 debugmodel", llama, args, None, layers)
         self.processes = processes = parallel.init_processes(config.comm, config.parallelism)
-        self.rates, _ = calibration.measured_rates(config, self.spec, CPU, "cpu")
         self.reshard = parallel.reshards(config.parallelism, processes.replicas)
         with parallel.default_dtype(config.training.dtype):
             models = stages.build_stages(llama, args, layers, processes.pipeline_rank, layout.pipeline)
@@ -101,6 +103,9 @@ class Rank:
         self.runner = Runner(own, CPU, loss_sum, processes.blocks)
         self.optimizer = build_optimizer(nn.ModuleList(models.values()), config.optimizer)
 
+    def calibrate(self) -> None:
+        self.rates, _ = calibration.measured_rates(self.config, self.spec, CPU, "cpu")
+
     def settings(self, chunk_size: int, k: int) -> PlanSettings:
         self.config.chunkflow.chunk_size, self.config.chunkflow.k = chunk_size, k
         return build.plan_settings(self.config, self.spec, self.processes.replicas, "cpu")
@@ -108,7 +113,8 @@ class Rank:
     def predict(self, lengths: list[int], chunk_size: int, k: int) -> tuple[float, float]:
         """Seconds, and MiB that the step adds on the fullest rank."""
         settings, spec = self.settings(chunk_size, k), self.spec
-        held = prediction.stage_sizes(self.config, llama, spec.args, spec.layers, self.processes.replicas)
+        layout = spec.args, spec.layers, self.processes.replicas, "cpu"
+        held = prediction.stage_sizes(self.config, llama, *layout)
         step = forecast(lengths, settings, held, self.rates, pinned=False)
         added = [
             sum(amount for part, amount in parts.items() if part not in ("parameters", "optimizer"))
@@ -116,12 +122,25 @@ class Rank:
         ]
         return step.seconds, max(added) / 2**20
 
-    def step(self, lengths: list[int], chunk_size: int, k: int) -> tuple[float, float]:
-        """The same, measured, from when all ranks begin to when all have ended."""
-        processes = self.processes
-        reset_peak_memory(CPU)
+    def step(self, lengths: list[int], chunk_size: int, k: int) -> float:
+        """Seconds of a step, from when all ranks begin to when all have ended."""
+        clock = time.perf_counter if self.processes.count > 1 else time.thread_time
         dist.barrier()
-        before, begin = peak_memory(CPU).active_gib, time.perf_counter()
+        begin = clock()
+        self._run(lengths, chunk_size, k)
+        dist.barrier()
+        return self._most(clock() - begin)
+
+    def allocated(self, lengths: list[int], chunk_size: int, k: int) -> float:
+        """MiB that PyTorch allocates in a step, at most, on the rank that allocates most."""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            self._run(lengths, chunk_size, k)
+        events = [each for each in recorded.profiler.kineto_results.events() if each.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        return self._most(max(accumulate(event.nbytes() for event in events)) / 2**20)
+
+    def _run(self, lengths: list[int], chunk_size: int, k: int) -> None:
+        processes = self.processes
         plan = plan_step(lengths, self.settings(chunk_size, k), [processes.replica])
         groups = plan.groups[processes.replica]
         data = tensors(groups, self.spec.args.vocab_size)
@@ -132,11 +151,11 @@ class Rank:
         self.runner.step(program, groups, data, sum(lengths))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        dist.barrier()
-        figures = time.perf_counter() - begin, 1024 * (peak_memory(CPU).active_gib - before)
-        of_ranks: list[Any] = [None] * processes.count
-        dist.all_gather_object(of_ranks, figures)
-        return tuple(map(max, zip(*of_ranks)))
+
+    def _most(self, figure: float) -> float:
+        of_ranks: list[Any] = [None] * self.processes.count
+        dist.all_gather_object(of_ranks, figure)
+        return max(of_ranks)
 
 
 def measure_layout(rank: int, port: int, arguments: argparse.Namespace) -> None:
@@ -149,10 +168,10 @@ def measure_layout(rank: int, port: int, arguments: argparse.Namespace) -> None:
         ways = [(size, k) for size in arguments.chunk_sizes for k in arguments.k]
         # More than all chunks of the longest cannot be kept.
         ways = [(size, k) for size, k in ways if k == 1 or (k // 2) * size < max(lengths)]
+        here.calibrate()
         for way in ways:
-            runs = [here.step(lengths, *way) for _ in range(arguments.runs + 1)][1:]
-            seconds, memory = (list(values) for values in zip(*runs))
-            rows[way] = (*here.predict(lengths, *way), statistics.median(seconds), max(memory))
+            seconds = statistics.median([here.step(lengths, *way) for _ in range(arguments.runs + 1)][1:])
+            rows[way] = (*here.predict(lengths, *way), seconds, here.allocated(lengths, *way))
         budget = statistics.median(row[1] for row in rows.values())
         fitting = {way: row for way, row in rows.items() if row[1] <= budget}
         auto = min(fitting, key=lambda way: fitting[way][0])
@@ -160,7 +179,7 @@ def measure_layout(rank: int, port: int, arguments: argparse.Namespace) -> None:
         again: dict[tuple[int, int], list[float]] = {auto: [], best: []}
         for _ in range(arguments.runs + 1):  # in turns, so that both see the same machine
             for way, seconds in again.items():
-                seconds.append(here.step(lengths, *way)[0])
+                seconds.append(here.step(lengths, *way))
         if rank == 0:
             for way, (guess, guess_mib, seconds, mib) in rows.items():
                 print(

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 REPO = Path(__file__).parent.parent
 PACKAGES = ("torch", "torchao", "transformers")
 # Variables that change figures, and so are a part of the command.
-VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA")
 
 
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -27,10 +28,11 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     process whose output is passed on, a file keeps that output, and this process ends with its status."""
     keeps = "keep the output, in a folder or in a file that ends in .md"
     parser.add_argument("--markdown", type=Path, metavar="PATH", help=keeps)
+    parser.allow_abbrev = False  # the process below must not have it, however it is written
     options = parser.parse_args()
     if path := options.markdown:
-        words = [word for word in sys.argv[1:] if word != f"--markdown={path}"]
-        if "--markdown" in words:
+        words = [word for word in sys.argv[1:] if not word.startswith("--markdown=")]
+        while "--markdown" in words:
             place = words.index("--markdown")
             del words[place : place + 2]
         sys.exit(keep(path, words))
@@ -67,29 +69,32 @@ def file_of(path: Path, name: str) -> Path:
 
 def report(arguments: list[str], output: str, load: float, seconds: float) -> str:
     """The file's text. Output with a table in Markdown stands as it is, other output in a block."""
-    name = Path(sys.argv[0]).name
-    given = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
-    command = shlex.join([*given, "python", f"benchmarks/{name}", *arguments])
     table = any(line.startswith("|") for line in output.splitlines())
     return "\n".join([
-        f"# {name}, {date.today()}", "",
-        "| | |", "|---|---|",
-        f"| command | `{command}` |",
-        f"| machine | {machine()} |",
+        f"# {Path(sys.argv[0]).name}, {date.today()}", "",
+        *facts(arguments),
         f"| load average before | {load:.1f} |",
-        f"| versions | {versions()} |",
         f"| took | {seconds:,.0f} s |", "",
         output.strip() if table else f"```text\n{output.strip()}\n```", "",
     ])  # fmt: skip
 
 
+def facts(arguments: list[str]) -> list[str]:
+    """The beginning of a table: this script's command, the machine, the versions."""
+    given = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    command = shlex.join([*given, "python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
+    rows = {"command": f"`{command}`", "machine": machine(), "versions": versions()}
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
 def machine() -> str:
-    names = [platform.processor() or platform.machine()]
-    try:
+    """CPU, how it multiplies bfloat16, cores, memory, GPUs."""
+    names, flags = [platform.processor() or platform.machine()], ""
+    with suppress(OSError):
         cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names = [line.partition(":")[2].strip() for line in cpus if line.startswith("model name")] or names
-    except OSError:
-        pass
+        flags = next((line for line in cpus if line.startswith("flags")), "")
+    bf16 = "AMX" if "amx_bf16" in flags else "no AMX" + ", no bf16 products" * ("avx512_bf16" not in flags)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
@@ -97,7 +102,7 @@ def machine() -> str:
         gpus = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         gpus = ["no GPU"]
-    return "; ".join([f"{names[0]}, {cores} cores, {memory:.0f} GiB", *gpus])
+    return "; ".join([f"{names[0]}, {cores} cores, {bf16}, {memory:.0f} GiB", *gpus])
 
 
 def versions() -> str:

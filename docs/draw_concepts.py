@@ -225,9 +225,6 @@ def draw_pipeline(lengths: list[int], chunk_size: int, k: int, stages: int) -> F
         timelines[name] = simulate(schedule(costs, kept, stages), costs, tokens).timeline
     figure = picture(timelines)
     figure.set_size_inches(16, 10)
-    longest = max(actions[-1].end for timeline in timelines.values() for actions in timeline)
-    for panel in figure.axes:
-        panel.set_xlim(0, longest)
     return figure
 
 

@@ -204,7 +204,9 @@ def main() -> None:
                 logger.info(f"step {step}: {what}, so nothing was updated")
 
             # ---- Figures, of this rank and gathered over all.
-            metrics.count(plan, sum(map(settings.cost.training, data.lengths)), loader.take_wait())
+            cost = settings.cost  # of both phases
+            useful = sum(cost.forward(length) + cost.training(length) for length in data.lengths)
+            metrics.count(plan, useful, loader.take_wait())
             if metrics.due(step):
                 figures = rank_figures(result, plan.simulations[replica])
                 figures = gather_over_ranks(figures, device)

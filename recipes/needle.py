@@ -3,10 +3,12 @@
     python recipes/needle.py --model.hf_assets_path=my_model --chat --lengths 4096,16384,65536
     python recipes/needle.py --job.config_file outputs/config.toml --checkpoint outputs/checkpoint/step-100
 
-The needle gives the number of a city, and the question at the end asks for it. Length counts all tokens:
+Adapters are read over their base: a checkpoint or PEFT's folder by --checkpoint, or --lora.adapter_path. The
+needle gives the number of a city, and the question at the end asks for it. Length counts all tokens:
 haystack, needle, question and answer. Depth is the share of the haystack before the needle, in percent.
-Scored are the greedy answer and the log-probability of the right one. The haystack is source code of Python's
-standard library, or --haystack. It is read in chunks of chunkflow.chunk_size, on a GPU if there is one.
+Scored are the greedy answer and the log-probability of the right one. The haystack is source code of
+Python's standard library, or --haystack. It is read in chunks of chunkflow.chunk_size, on a GPU if there is
+one.
 
 Prints a table (--json: one JSON object); the same and a heat map go into TensorBoard, in the folder `needle`
 of the run's.
@@ -112,7 +114,8 @@ def main() -> None:
         here, where = rows[start : start + cli.trials], {key: rows[start][key] for key in ("length", "depth")}
         means = {key: sum(row[key] for row in here) / cli.trials for key in ("found", "log_probability")}
         cells[tuple(where.values())] = where | means
-    named = re.match(r"step-(\d+)", (cli.checkpoint or Path(config.model.hf_assets_path)).name)
+    read = cli.checkpoint or Path(config.lora.adapter_path or config.model.hf_assets_path)
+    named = re.match(r"step-(\d+)", read.name)
     step = int(named[1]) if named else 0
     guess = -math.log(9 * 10 ** (DIGITS - 1)) * len(trials) / sum(len(trial.answer) for trial in trials)
     if cli.json:

@@ -13,6 +13,7 @@ TensorBoard. Memory is arithmetic for CUDA, not measured.
 """
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from chunkflow.planning.lengths import retention
 from chunkflow.planning.memory import FRAGMENTATION
 from chunkflow.reporting.plan_pictures import write_pictures
 from chunkflow.reporting.plan_text import lengths_table, table, write_comment
+from chunkflow.settings.faults import add, collected, refuse
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import build, calibration, choice, parallel, prediction
 from chunkflow.training.lora import trained_parameters
@@ -29,10 +31,18 @@ from chunkflow.training.rates import device_of
 from chunkflow.training.start import main_config, user_errors, world_size
 
 
-def check(config) -> None:
-    """The training recipe's checks, except those of this machine's devices."""
-    spec = build.model_spec(config)
-    hf.check(config.checkpoint, config.model.hf_assets_path, spec.family, spec.args)
+def check(config, steps: str) -> None:
+    """The training recipe's checks, except those of this machine's devices; and of --steps."""
+    faults = {}
+    if not steps.isdecimal() or int(steps) < 1:
+        add(faults, f"--steps = {steps} is not a whole number of at least 1: give one such as 20")
+
+    def weights(spec) -> None:
+        hf.check(config.checkpoint, config.model.hf_assets_path, spec.family, spec.args)
+
+    with collected(faults):
+        build.check(config, weights, planned=True)
+    refuse(faults)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,13 +59,8 @@ def main(argv: list[str] | None = None) -> None:
             " device's first. --json: print one JSON object. --write: refresh the file's comment."
             " --pictures FOLDER: write PNG files and TensorBoard's events there.\n"
         )
-    config = main_config(rest, check=check, planned=True, chooses=True)
-    if not options.steps.isdecimal() or int(options.steps) < 1:
-        print(
-            f"error: --steps = {options.steps} is not a whole number of at least 1: give one such as 20",
-            file=sys.stderr,
-        )
-        raise SystemExit(2)
+    checks = functools.partial(check, steps=options.steps)
+    config = main_config(rest, check=checks, planned=True, chooses=True)
     with user_errors():
         spec, seed = build.model_spec(config), parallel.set_seed(config.debug)
         if options.calibrate:
@@ -92,7 +97,7 @@ def predict(config, count: int, spec: build.ModelSpec, dataset, seed: int, devic
         batches.append(lengths)
 
     # ---- The first steps, then that one with the longest sequence.
-    layout = spec.family, spec.args, spec.layers, settings.replicas
+    layout = spec.family, spec.args, spec.layers, settings.replicas, device
     sizes = prediction.stage_sizes(config, *layout)
     cuda = [prediction.cuda_of_rank(config, rank, settings.replicas) for rank in sizes]
     steps = []

@@ -7,6 +7,7 @@ FILE writes them whole, into a page for a browser. Piped, or with NO_COLOR set, 
 """
 
 import argparse
+import functools
 import html
 import logging
 import os
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     options, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
         print("--html FILE: write the sequences into a page for a browser.\n")
-    config = main_config(rest, planned=True, check=build.model_spec)
+    config = main_config(rest, planned=True, check=functools.partial(build.check, planned=True))
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     colours = colours and not config.metrics.disable_color_printing
 

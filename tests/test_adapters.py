@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from chunkflow.storage.manifest import read_manifest
 from chunkflow.storage.tensors import tensors_in
-from recipes import convert, generate
+from recipes import convert, generate, needle
 from tests.helpers.hugging_face import logits_of, ours, theirs
 from tests.helpers.processes import in_process, rows_of, run, train
 
@@ -99,6 +99,7 @@ def test_five_steps_are_those_of_peft(base, data, tmp_path):
         torch.testing.assert_close(plain(tokens[None]).logits[0], whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.proves("one process + LoRA + resume", "stages + LoRA + other layout")
 def test_a_checkpoint_has_the_adapters_alone_and_resumes_bit_for_bit(
     base, data, tmp_path, monkeypatch, capsys
 ):
@@ -142,6 +143,26 @@ def test_a_checkpoint_has_the_adapters_alone_and_resumes_bit_for_bit(
         assert status == 0
         texts.append(text)
     assert texts[0] == texts[1]
+
+    # needle.py, too, which knows the step of each; the base alone scores otherwise.
+    scores = {}
+    for name, where in {
+        "base": [],
+        "checkpoint": [f"--checkpoint={checkpoint}"],
+        "PEFT's": [f"--checkpoint={checkpoint.with_name('step-3-hf')}"],
+        "adapter_path": [f"--lora.adapter_path={checkpoint.with_name('step-3-hf')}"],
+    }.items():
+        arguments = [
+            f"--model.hf_assets_path={base}", "--model.tokenizer_path=chunkflow/data/python_2048.model", *FP32[:1], *where,
+            "--lengths=200", "--depths=50", "--trials=2", "--json", "--metrics.no_enable_tensorboard",
+        ]  # fmt: skip
+        status, text, said = in_process(needle, monkeypatch, capsys, *arguments)
+        assert status == 0, said
+        scores[name] = json.loads(text)
+    of_base = scores.pop("base")
+    assert of_base["step"] == 0 and [score["step"] for score in scores.values()] == [3] * 3
+    first, *others = (score["answers"] for score in scores.values())
+    assert others == [first] * 2 and first != of_base["answers"]
 
     # A merged checkpoint is its merged export; of another base neither is made.
     for name in ("step-3", "step-3-hf"):

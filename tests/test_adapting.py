@@ -125,6 +125,7 @@ def test_lockstep_with_a_k_of_each_group():
 # -------------------------------------------------------------------------------------------------- exactness
 
 
+@pytest.mark.proves("one process + k by group")
 @pytest.mark.quick
 @pytest.mark.parametrize("seed", range(8))
 def test_a_k_of_each_group_is_exact(seed):
@@ -177,6 +178,7 @@ def on_ranks():
     return checked, len(ks) > 2, len(notices) > 1, shared > 1
 
 
+@pytest.mark.proves("never/always + shared + k by group")
 def test_ranks_with_a_k_of_each_group_are_exact():
     assert run_ranks(on_ranks, 2) == [(8, True, True, True)] * 2
 
@@ -203,6 +205,7 @@ def on_stages():
     return len(seen)
 
 
+@pytest.mark.proves("stages + k by group + kv_offload")
 def test_stages_with_another_k_in_some_steps_are_exact():
     assert min(run_ranks(on_stages, 2)) > 1
 

@@ -1,6 +1,7 @@
 """Every benchmark runs, with tiny sizes: times are not judged here, but what must hold at any size is."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -56,6 +57,9 @@ def test_no_benchmark_is_left_out():
         "paper_model.py",
         "result_files.py",
     }
+    for name in scripts - {"paper_model.py", "result_files.py"}:  # which are no commands
+        text = (REPO / "benchmarks" / name).read_text()
+        assert "parse_args(parser)" in text or '"--markdown"' in text, f"{name} has no --markdown"
 
 
 def test_a_result_is_kept_with_its_machine_versions_and_command(tmp_path):
@@ -67,7 +71,15 @@ def test_a_result_is_kept_with_its_machine_versions_and_command(tmp_path):
     assert done.returncode == 0 and taken.read_text() == "of an earlier run", done.stderr
     text = (tmp_path / "kept" / f"{date.today()}-pipeline-2.md").read_text()
     assert f"```text\n{done.stdout.strip()}\n```\n" in text and "ours takes" in done.stdout
-    assert f"python benchmarks/{command}`" in text and "torch 2." in text and " cores, " in text
+    assert text.startswith(f"# pipeline.py, {date.today()}\n")
+    rows = dict(line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| \w", line))
+    assert rows["command"].endswith(f"python benchmarks/{command}`")
+    assert " cores, " in rows["machine"] and ("GPU" in rows["machine"] or "MiB" in rows["machine"])
+    assert "AMX" in rows["machine"], "or that there is none"
+    for word in ("commit ", f"Python {sys.version_info.major}.", "torch 2."):
+        assert word in rows["versions"]
+    again = benchmark(tmp_path, *shlex.split(command), "--markdown=./kept/here.md")
+    assert again.returncode == 0 and (tmp_path / "kept" / "here.md").exists(), again.stderr
     failed = benchmark(tmp_path, "pipeline.py", "--stages=0", "--train-steps=0", "--markdown=failed.md")
     assert failed.returncode == 1 and not (tmp_path / "failed.md").exists()
 
@@ -147,6 +159,7 @@ def test_a_machine_without_a_gpu_fails_the_first_check_of_the_first_hour(tmp_pat
     done = benchmark(tmp_path, "gpu.py", CUDA_VISIBLE_DEVICES="")
     report = (tmp_path / "gpu_results.md").read_text()
     assert done.returncode == 1 and "check 1 failed" in done.stderr, done.stdout + done.stderr
+    assert "| command | `" in report and "| machine | " in report and "| versions | commit " in report
     assert "1. versions | FAILED" in report and "torch sees no GPU" in report and "2. attention" not in report
 
 

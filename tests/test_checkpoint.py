@@ -85,6 +85,7 @@ def place(tmp_path):
 # ---- exact resume
 
 
+@pytest.mark.proves("one process/always/stages/stages x ranks + resume")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
     """Stopped by SIGTERM or SIGUSR1, on two ranks to run_train.sh in its second life, else to one of the
@@ -145,6 +146,7 @@ def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
     assert [event.value for event in curve] == pytest.approx([row["loss"] for row in got[0]])
 
 
+@pytest.mark.proves("one process/always/stages/stages x ranks + resume")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kills_come_to_the_undisturbed_run(tmp_path, layout):
     """SIGKILL for all processes at random moments, other ones each time, saves included; the rest of 200 is
@@ -156,6 +158,7 @@ def test_kills_come_to_the_undisturbed_run(tmp_path, layout):
     assert loop.kills == kills
 
 
+@pytest.mark.proves("one process/stages/never + tied + other layout")
 def test_another_layout_goes_on_with_the_next_sample(place):
     """In fp64: from two ranks to one process, to stages, to other chunks; tied embeddings, which two stages
     hold."""
@@ -315,6 +318,7 @@ def test_what_is_kept_and_what_is_loaded(place):
     assert (place.path / "exported/checkpoint/step-2-hf/model.safetensors").exists()
 
 
+@pytest.mark.proves("always + AdamW8bit + resume", "never + int8 + resume", "HSDP + cpu_offload + resume")
 @pytest.mark.parametrize("how", ["8-bit AdamW", "int8", "HSDP, offloaded"])
 def test_other_states_resume_bitwise(place, how):
     """Two ranks, stopped after step 5 of 6."""
@@ -339,6 +343,37 @@ def test_other_states_resume_bitwise(place, how):
     place.run("run", *options, processes=2, **environ)
     assert untimed(rows_of(place.path / "run")) == untimed(rows_of(place.path / "reference"))
     assert outcome(place.path / "run", 6)[2] == outcome(place.path / "reference", 6)[2]
+
+
+@pytest.mark.proves(
+    "HSDP + always + resume",
+    "HSDP + always + LoRA + resume",
+    "always + other layout",
+    "one process + LoRA + other layout",
+)
+@pytest.mark.parametrize("what", ["all", "LoRA"])
+def test_replicas_of_shards_go_on_as_such_and_as_shards_alone(place, what):
+    """In fp64, two replicas of two shards, stopped after step 5 of 6: then bit for bit as such, and to rounding
+    on four shards, or in one process. There the digest of the base of adapters is the same: what is replicated
+    counts once."""
+    options = ["--training.dtype=float64", *(["--lora.rank=2"] if what == "LoRA" else [])]
+    replicas, others = (
+        [*options, "--parallelism.data_parallel_replicate_degree=2"],
+        1 if what == "LoRA" else 4,
+    )
+    place.run("reference", *replicas, processes=4)
+    place.run("run", *replicas, recipe=place.recipe(STOP_AT_5), processes=4, status=75)
+    shutil.copytree(place.path / "run", place.path / "others")
+    place.run("others", *options, processes=others)
+    assert_same_curves(rows_of(place.path / "others"), rows_of(place.path / "reference"), 1e-8, 1e-8)
+    place.run("run", *replicas, processes=4)
+    assert outcome(place.path / "run", 6) == outcome(place.path / "reference", 6)
+    if what == "LoRA":
+        manifests = [
+            json.loads((place.path / name / "checkpoint/step-6/manifest.json").read_text())
+            for name in ("run", "others")
+        ]
+        assert manifests[0]["base"] == manifests[1]["base"]
 
 
 def test_excluded_state_starts_anew_once(place):

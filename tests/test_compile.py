@@ -63,6 +63,7 @@ PLANS = [
 ]
 
 
+@pytest.mark.proves("one process + compile + k > 1", "one process + compile + full/selective")
 @pytest.mark.parametrize(
     "family, mode, backend",
     [
@@ -109,6 +110,7 @@ def compiled_ranks():
     return seen
 
 
+@pytest.mark.proves("always + compile + selective + k > 1", "never + compile + full + k > 1")
 def test_compiled_layers_under_fsdp():
     for seen in run_ranks(compiled_ranks, 2):
         assert seen == [GRAPHS] * 4 + [0] * 2

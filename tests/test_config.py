@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from chunkflow.settings.config import ConfigError, answer, check_processes, load
 from chunkflow.settings.keys import KEYS, TABLES, flat, help_text, reference, show, to_toml
 from chunkflow.training import build
 from chunkflow.training.start import check_paths, main_config, user_errors, world_size
+from recipes import finetune
+from tests.helpers.processes import REPO, small_assets
 
 pytestmark = pytest.mark.quick
 
@@ -494,6 +497,48 @@ def test_all_that_is_wrong_is_said_at_once(no_torchrun, monkeypatch, capsys, tmp
     assert len(said) == len(expected), said
     for sentence, start in zip(said, expected):
         assert sentence.startswith("error: ") and start in sentence, (sentence, start)
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "plan", "preview"])
+def test_recipes_say_at_once_what_is_wrong_with_keys_folders_and_data(
+    recipe, no_torchrun, monkeypatch, capsys, tmp_path
+):
+    """Of a folder whose sizes are known, also what its tokenizer, stages and weights lack."""
+    monkeypatch.setenv("NGPU", "4")
+    assets = small_assets(tmp_path / "model")
+    missing = tmp_path / "missing"
+    argv = [
+        f"--job.dump_folder={tmp_path / 'run'}", "--training.colour=3", "--chunkflow.chunk_size=-4",
+        "--training.dataset=jsonl", f"--training.dataset_path={missing}.jsonl",
+        f"--training.chat_template={missing}.jinja", "--parallelism.pipeline_parallel_degree=4", "--lora.rank=2",
+        "--lora.target_modules=wq,wz",
+    ]  # fmt: skip
+    keys, data = (
+        ["unknown key --training.colour", "chunkflow.chunk_size = -4"],
+        f"{missing}.jsonl: no such file",
+    )
+    template = f'training.chat_template = "{missing}.jinja" is no shipped template'
+    without = ["model.safetensors cannot be read"] if recipe != "preview" else []
+    for model, expected in (
+        (
+            [f"--model.hf_assets_path={missing}"],
+            [*keys, "missing/config.json cannot be read", data, template],
+        ),
+        (
+            [assets, f"--model.tokenizer_path={tmp_path}", "--checkpoint.initial_load_in_hf"],
+            [*keys, data, template, "tokenizer", "4 stages, but", 'lora.target_modules has "wz"', *without],
+        ),
+    ):
+        if recipe == "finetune":
+            assert ends([*argv, *model, "--check"], check=finetune.check) == 2
+        else:
+            with pytest.raises(SystemExit) as end:
+                runpy.run_path(str(REPO / "recipes" / f"{recipe}.py"))["main"]([*argv, *model])
+            assert end.value.code == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == len(expected), said
+        for sentence, part in zip(said, expected):
+            assert sentence.startswith("error: ") and part in sentence, (sentence, part)
 
 
 def test_a_torchtitan_config_is_told_what_translates_it(tmp_path):

@@ -106,6 +106,7 @@ def margin(curves, name: str) -> float:
     return MARGINS[name.split()[0]] * between_seeds
 
 
+@pytest.mark.proves("always/stages + float8", "never + int8 + full", "stages + int8", "always + AdamW8bit")
 @pytest.mark.parametrize(
     "name", ["float8 on ranks", "float8 on stages", "int8 on ranks", "int8 on stages", "AdamW8bit on ranks"]
 )

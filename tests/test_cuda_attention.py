@@ -49,6 +49,7 @@ def calls():
         yield calls
 
 
+@pytest.mark.proves("one process + chunks/k > 1/no_enable")
 @pytest.mark.parametrize("family", families)
 @pytest.mark.parametrize("seed", range(8))
 def test_chunks_give_the_gradients_of_whole_sequences(calls, family, seed):
@@ -71,6 +72,7 @@ def test_chunks_give_the_gradients_of_whole_sequences(calls, family, seed):
     assert any(call.backward and call.queries != call.keys for call in calls)
 
 
+@pytest.mark.proves("one process + chunks")
 @pytest.mark.parametrize("family", families)
 @pytest.mark.parametrize(
     "lengths, chunk_size, call",  # queries and keys of a call that the case is about

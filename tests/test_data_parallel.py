@@ -50,6 +50,7 @@ def cases(replicas):
     return checked
 
 
+@pytest.mark.proves("never/always + full/selective/k > 1", "HSDP + never/always + full/selective/k > 1")
 @pytest.mark.parametrize("world_size, replicas", [(1, 1), (2, 1), (3, 1), (4, 1), (4, 2)])
 def test_ranks_give_the_gradients_of_one_process(world_size, replicas):
     assert run_ranks(cases, world_size, replicas) == [10] * world_size
@@ -76,6 +77,7 @@ def other_precisions():
     return errors
 
 
+@pytest.mark.proves("never/always + bf16/cpu_offload")
 def test_precisions_and_offload():
     """fp32 to 1e-5; bf16 compute with fp32 reduction within what bf16 itself costs; CPU offload changes
     nothing."""

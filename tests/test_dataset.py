@@ -1,3 +1,4 @@
+import ast
 import json
 import logging
 import os
@@ -386,25 +387,29 @@ def stdlib(tmp_path_factory):
 
 def test_the_library_is_real_and_long_tailed(stdlib):
     lengths = sorted(stdlib.lengths)
-    assert len(stdlib) > 400 and sum(lengths) > 2_000_000
-    assert lengths[-1] > 20 * lengths[len(lengths) // 2]
-    assert (
-        sum(length > 8192 for length in lengths) > 0.05 * len(lengths) and lengths[len(lengths) // 4] < 2048
-    )
+    assert len(lengths) > 4000 and sum(lengths) > 2_000_000
+    assert lengths[len(lengths) // 2] < 512 and sum(length > 8192 for length in lengths) < 0.01 * len(lengths)
+    assert sum(length > 16384 for length in lengths) >= 3
 
 
-def test_the_library_holds_each_file_whole_in_order(stdlib):
-    root = sysconfig.get_paths()["stdlib"]
-    paths = [Path(stdlib.source(index).removesuffix(":1")).relative_to(root) for index in range(len(stdlib))]
-    assert [path.as_posix() for path in paths] == sorted(path.as_posix() for path in paths)
-    parts = {part for path in paths for part in path.parts}
-    assert not LEFT_OUT & parts
-    assert {"abc.py", "json/decoder.py", "asyncio/tasks.py"} <= {path.as_posix() for path in paths}
+def test_the_library_holds_functions_and_classes_whole_in_order(stdlib):
+    root = Path(sysconfig.get_paths()["stdlib"])
+    places = [stdlib.source(index).rpartition(":")[::2] for index in range(len(stdlib))]
+    places = [(Path(path).relative_to(root).as_posix(), int(line)) for path, line in places]
+    assert places == sorted(places)
+    paths = {path for path, _ in places}
+    assert not LEFT_OUT & {part for path in paths for part in Path(path).parts}
+    assert {"abc.py", "json/decoder.py", "asyncio/tasks.py"} <= paths
     tokenizer = Tokenizer()
-    for index in range(0, len(stdlib), 40):
+    for index in range(0, len(stdlib), 250):
         tokens, labels, _ = stdlib.row(index, stdlib.lengths[index])
-        with tokenize.open(Path(root) / paths[index]) as file:
-            assert tokenizer.decode(tokens.tolist()) == file.read()
+        path, line = places[index]
+        with tokenize.open(root / path) as file:
+            source = file.read()
+        text = tokenizer.decode(tokens.tolist())
+        assert "\n".join(source.split("\n")[line - 1 :]).startswith(text.removesuffix("\n"))
+        (node,) = ast.parse(text).body
+        assert ast.dump(node) in map(ast.dump, ast.parse(source).body)  # the whole of one
         assert (tokens[0], tokens[-1]) == (tokenizer.bos_id, tokenizer.eos_id) and torch.equal(tokens, labels)
         assert stdlib.supervised(index, len(tokens)) == (len(tokens) - 1, len(tokens) - 1)
 
@@ -413,17 +418,24 @@ def test_python_files_in_their_own_encoding(tmp_path, read, monkeypatch, tokeniz
     root = tmp_path / "library"
     for folder in ("test", "package/tests", "site-packages"):
         (root / folder).mkdir(parents=True)
-        (root / folder / "left_out.py").write_text("1")
-    (root / "package" / "latin.py").write_bytes("# coding: latin-1\nname = 'é'\n".encode("latin-1"))
-    (root / "package.py").write_text("2")
+        (root / folder / "left_out.py").write_text("def one():\n    pass\n")
+    latin = "# coding: latin-1\nimport os\n\n@first\n# why\n@second(\n  os)\ndef name():\n    return 'é'\nclass B: x = 2"
+    (root / "package" / "latin.py").write_bytes(latin.encode("latin-1"))
+    (root / "package.py").write_text('"""\ndef no():\n"""\nasync def one():\n\n  return 1\n')
     monkeypatch.setattr(files_module.sysconfig, "get_paths", lambda: {"stdlib": str(root)})
     assert python_files() == [str(root / "package.py"), str(root / "package" / "latin.py")]
     dataset = read("", name="python_stdlib")
-    assert tokenizer.decode(rows_of(dataset)[1][0]) == "# coding: latin-1\nname = 'é'\n"
+    assert [tokenizer.decode(row[0]) for row in rows_of(dataset)] == [
+        "async def one():\n\n  return 1\n",
+        "@first\n# why\n@second(\n  os)\ndef name():\n    return 'é'\n",
+        "class B: x = 2\n",
+    ]
+    assert [dataset.source(index).rpartition(":")[2] for index in range(3)] == ["4", "4", "10"]
     for content in (
         b"name = '\xe9'\n",
         b"# coding: klingon\n",
         b"\n" * 9 + b"# a coding too late to be declared: \xe9",
+        b"def one(:\n",
     ):
         (root / "package.py").write_bytes(content)
         with pytest.raises(

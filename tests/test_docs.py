@@ -1,5 +1,6 @@
 """docs/: every page can be reached, every link leads somewhere, every command and key that is named exists."""
 
+import importlib
 import json
 import re
 import runpy
@@ -202,3 +203,16 @@ def test_pictures_are_drawn_as_they_are_shown(tmp_path, monkeypatch):
         assert f"docs/pictures/{file}" in shown and committed.stat().st_size < 60_000, file
         with Image.open(tmp_path / file) as image, Image.open(committed) as other:
             assert image.size == other.size, file
+
+
+def test_the_tested_combinations_are_what_tests_say(monkeypatch):
+    """Else: python docs/write_tested.py"""
+    monkeypatch.syspath_prepend(str(REPO / "docs"))
+    combinations = importlib.import_module("write_tested")
+    for test in combinations.all_tests():
+        assert test.combinations or not test.compares, f"{test.name}: mark it with pytest.mark.proves"
+        for words in test.combinations:
+            assert words <= combinations.WORDS.keys() and words & combinations.LAYOUTS.keys(), test.name
+            for word in words:
+                assert re.search(combinations.WORDS[word], test.code), f"{test.name} has no {word}"
+    assert combinations.PAGE.read_text() == combinations.page()

@@ -10,6 +10,7 @@ import torch
 from chunkflow.data.dataset import open_dataset
 from chunkflow.data.order import Order
 from chunkflow.data.tokenizer import Tokenizer
+from chunkflow.planning.cost import Cost
 from chunkflow.settings.config import load_config
 from chunkflow.settings.options import Dpo
 from chunkflow.training.model_sizes import model_args
@@ -86,6 +87,7 @@ def same(rows, reference):
             assert row[figure] == pytest.approx(expected[figure], rel=1e-8, abs=1e-9), (row["step"], figure)
 
 
+@pytest.mark.proves("one process + no_enable + DPO")
 def test_the_curve_is_that_of_the_textbook_loop(tmp_path, place, reference):
     """Whole sequences, autograd through both models, torch's own optimizer."""
     data, options = place
@@ -101,6 +103,7 @@ def test_the_curve_is_that_of_the_textbook_loop(tmp_path, place, reference):
     optimizer = torch.optim.AdamW(
         policy.parameters(), betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
     )
+    cost = Cost.of_model(args)
     for step, row in enumerate(reference):
         sequences = []
         for pair in (order.row(6 * step + place) for place in range(6)):
@@ -109,12 +112,16 @@ def test_the_curve_is_that_of_the_textbook_loop(tmp_path, place, reference):
                 sequences.append((tokens, torch.cat([labels[1:], torch.tensor([-100])])))
         loss, _, _, _ = textbook(policy, frozen, sequences, Dpo())
         assert abs(row["loss"] - loss) <= 1e-8 * loss
+        lengths = [len(tokens) for tokens, _ in sequences]
+        useful = sum(2 * cost.forward(length) + cost.backward(length) for length in lengths)
+        assert row["tflops"] * 1e12 * row["seconds"] == pytest.approx(useful, rel=1e-9), "of both phases"
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         assert abs(row["grad_norm"] - norm.item()) <= 1e-8 * norm
         optimizer.param_groups[0]["lr"] = row["lr"]
         optimizer.step()
 
 
+@pytest.mark.proves("one process + DPO + k > 1", "always/stages x ranks + DPO", "never + DPO + kv_offload")
 @pytest.mark.parametrize(
     "processes, options",
     [
@@ -131,6 +138,7 @@ def test_every_layout_has_the_same_curve(tmp_path, place, reference, processes, 
     assert rows[0]["reward_margin"] == rows[0]["reward_accuracy"] == 0, "at first it is the reference"
 
 
+@pytest.mark.proves("one process + DPO + validation + resume")
 def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(tmp_path, place):
     """Also where what the references were is lost, or is not enough: it comes from the initial weights."""
     data, options = place
@@ -165,6 +173,7 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(tmp_path, place):
     assert done.returncode == 0 and "Reference log-probabilities" not in done.stdout, done.stdout[-3000:]
 
 
+@pytest.mark.proves("one process + DPO + LoRA + no_enable", "always + DPO + LoRA")
 def test_adapters_have_the_base_as_reference(tmp_path, place):
     data, options = place
     options = [

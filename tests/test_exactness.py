@@ -27,6 +27,7 @@ from tests.helpers.reference import (
 pytestmark = pytest.mark.quick
 
 
+@pytest.mark.proves("one process + tied + chunks/k > 1/no_enable")
 @pytest.mark.parametrize("family", families)
 @pytest.mark.parametrize("seed", range(12))
 def test_chunks_give_the_gradients_of_whole_sequences(family, seed):
@@ -57,6 +58,7 @@ def test_chunks_give_the_gradients_of_whole_sequences(family, seed):
     assert_same_gradients(got, expected, 1e-10)
 
 
+@pytest.mark.proves("one process + chunks")
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_that_are_padded_for_bf16_change_nothing(seed, monkeypatch):
     """Prefixes of any length: whole rows of them are attended to, the rest together with the chunk."""
@@ -79,6 +81,7 @@ def test_rows_that_are_padded_for_bf16_change_nothing(seed, monkeypatch):
     assert not any(count % rows for count in keys)
 
 
+@pytest.mark.proves("one process + chunks")
 @pytest.mark.parametrize("family", families)
 def test_fp32(family):
     model = small_model(family, torch.float32)
@@ -90,6 +93,7 @@ def test_fp32(family):
     assert_same_gradients(got, expected, 1e-5)
 
 
+@pytest.mark.proves("one process + bf16 + k > 1")
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_bf16_is_as_close_to_fp64_in_chunks_as_whole(k):
     lengths = [75, 3, 40, 12]

@@ -53,6 +53,7 @@ def toy(tmp_path, monkeypatch):
     return module
 
 
+@pytest.mark.proves("one process + chunks/k > 1")
 @pytest.mark.parametrize("k", [1, 3])
 def test_a_new_family_trains_in_chunks_as_in_whole_sequences(toy, k):
     sizes = {"dim": 32, "n_layers": 3, "head_dim": 8, "hidden_dim": 48, "vocab_size": 96}
@@ -95,6 +96,7 @@ def edited_recipe(folder, name, lines, changes=None) -> dict[str, str]:
     return {"TRAIN_FILE": str(recipe), "PYTHONPATH": f"{REPO}:{folder}"}
 
 
+@pytest.mark.proves("one process + k > 1")
 def test_a_recipe_trains_a_new_family(tmp_path, toy):
     """One line in the user's recipe stands for the one in models/__init__.py."""
     environ = edited_recipe(
@@ -121,6 +123,7 @@ def z_loss_sum(hidden_TC, weight_VC, chunk):
 """
 
 
+@pytest.mark.proves("one process + weights + k > 1", "stages + weights")
 def test_a_recipe_with_another_loss_is_exact_in_chunks(tmp_path):
     environ = edited_recipe(tmp_path, "z_loss_recipe", LOSS, {"loss_sum": "z_loss_sum"})
     data = write_rows(tmp_path / "rows.jsonl", [300, 20, 64, 5, 130, 31, 7, 90, 12])

@@ -77,6 +77,7 @@ def stores(monkeypatch):
 # ------------------------------------------------------------------------------------------------ one process
 
 
+@pytest.mark.proves("one process + keep_attention + k > 1", "one process + keep_attention + full/selective")
 @pytest.mark.quick
 @pytest.mark.parametrize("family", families)
 @pytest.mark.parametrize("mode", CHECKPOINTED)
@@ -126,6 +127,9 @@ def test_bytes(place, mode, k):
         assert host == kept and device == 2 * 16 * TOKEN  # two layers of a chunk
 
 
+@pytest.mark.proves(
+    "one process + kv_offload + keep_attention", "one process + kv_offload + keep_attention + full"
+)
 @pytest.mark.quick
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_keys_and_values_on_the_host_stay_there_where_attention_is_kept(mode):
@@ -190,6 +194,7 @@ def test_the_kernels_of_cuda(mode):
     assert results[2][2].kept_attention_bytes[1] == kept
 
 
+@pytest.mark.proves("one process + keep_attention + compile", "one process + keep_attention + compile + full")
 @pytest.mark.quick
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_compiled_layers_take_what_is_kept(mode):
@@ -343,6 +348,9 @@ def on_ranks(reshard, mode, k):
     return counts
 
 
+@pytest.mark.proves(
+    "never + shared + keep_attention + k > 1", "always + shared + keep_attention + full + k > 1"
+)
 @pytest.mark.parametrize("reshard, mode", [("never", "none"), ("always", "full")])
 def test_ranks_that_share_a_sequence_gather_once_forward_and_once_backward(reshard, mode):
     (first, second) = run_ranks(on_ranks, 2, reshard, mode, 2)
@@ -380,6 +388,11 @@ def on_stages(mode, virtual, k):
     return counts
 
 
+@pytest.mark.proves(
+    "stages + keep_attention + kv_offload",
+    "stages + keep_attention + kv_offload + selective",
+    "virtual stages + keep_attention + kv_offload + full",
+)
 @pytest.mark.parametrize("mode, virtual", [("none", 1), ("selective", 1), ("full", 2)])
 def test_stages_compute_attention_once(mode, virtual):
     for (none, nothing), *kept in run_ranks(on_stages, 2, mode, virtual, 1):
@@ -409,6 +422,12 @@ def reference(tmp_path_factory, data, options):
     return train(tmp_path_factory.mktemp("reference"), "run", data, *options)
 
 
+@pytest.mark.proves(
+    "one process + keep_attention + full",
+    "never + shared + keep_attention",
+    "always + shared + keep_attention + kv_offload",
+    "stages + keep_attention + selective",
+)
 @pytest.mark.parametrize(
     "processes, place, settings",
     [

@@ -58,6 +58,11 @@ def late(runner: Runner) -> int:
 # ------------------------------------------------------------------------------------------------- one process
 
 
+@pytest.mark.proves(
+    "one process + kv_offload + k > 1",
+    "one process + kv_offload + full/selective",
+    "one process + kv_offload + tied",
+)
 @quick
 @pytest.mark.parametrize("seed", range(12))
 def test_it_changes_no_bit_and_the_device_holds_two_layers(seed):
@@ -85,6 +90,7 @@ def test_it_changes_no_bit_and_the_device_holds_two_layers(seed):
         assert result.device_state_bytes == window_bytes(groups, numbers), "two layers, no less"
 
 
+@pytest.mark.proves("one process + kv_offload + bf16 + k > 1")
 @quick
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, None)])
 def test_other_dtypes(dtype, tolerance):
@@ -277,6 +283,7 @@ def simulated_gpu():
         yield gpu
 
 
+@pytest.mark.proves("one process + kv_offload")
 @quick
 @pytest.mark.parametrize("seed", range(6))
 def test_late_copies_change_nothing(seed):
@@ -356,6 +363,12 @@ def on_ranks():
     return checked
 
 
+@pytest.mark.proves(
+    "never + kv_offload + full",
+    "always + kv_offload",
+    "never + shared + kv_offload + full",
+    "always + shared + kv_offload",
+)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_and_sequences_that_they_share(world_size):
     assert run_ranks(on_ranks, world_size) == [4] * world_size
@@ -433,6 +446,7 @@ def stages_config():
     return config
 
 
+@pytest.mark.proves("stages/virtual stages + kv_offload + k > 1")
 @pytest.mark.parametrize("virtual", [1, 2])
 def test_stages(virtual):
     assert run_ranks(on_stages, 2, virtual) == [3, 3]
@@ -441,6 +455,7 @@ def test_stages(virtual):
 # ---------------------------------------------------------------------------------------------------- the recipe
 
 
+@pytest.mark.proves("always + shared + kv_offload + validation")
 def test_the_recipe_shares_validates_and_tells_what_the_device_holds(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

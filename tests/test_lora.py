@@ -39,6 +39,7 @@ from tests.helpers.reference import (
 )
 
 
+@pytest.mark.proves("one process + LoRA + k > 1", "one process + LoRA + keep_attention + kv_offload + tied")
 @pytest.mark.quick
 @pytest.mark.parametrize("family", families)
 @pytest.mark.parametrize("targets", [(), ("q_proj",), ("wk", "w2"), ("mlp.up_proj",)])
@@ -93,6 +94,11 @@ def on_ranks():
     return checked
 
 
+@pytest.mark.proves(
+    "never/always + LoRA + full/selective",
+    "never/always + shared + LoRA + tied",
+    "never/always + shared + LoRA + selective",
+)
 def test_ranks_give_the_adapters_gradients_of_one_process():
     assert run_ranks(on_ranks, 2) == [10] * 2
 
@@ -128,10 +134,12 @@ def on_stages():
     return checked
 
 
+@pytest.mark.proves("stages + LoRA + tied", "virtual stages + LoRA")
 def test_stages_give_the_adapters_gradients_of_whole_sequences():
     assert run_ranks(on_stages, 2) == [6, 4]
 
 
+@pytest.mark.proves("one process + LoRA + compile + k > 1")
 @pytest.mark.quick
 def test_compiled_layers_and_the_base_without_adapters():
     """The base is the model as it was before it had adapters, compiled or not."""
@@ -188,6 +196,7 @@ def test_frozen_weights_get_no_products(family):
     assert cost.training(48) < 0.9 * full.training(48)
 
 
+@pytest.mark.proves("one process + LoRA + float8/int8")
 @pytest.mark.quick
 @pytest.mark.parametrize("converter", ["int8", "float8"])
 def test_the_base_may_be_multiplied_in_int8_or_float8(converter):

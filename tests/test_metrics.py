@@ -21,6 +21,7 @@ from chunkflow.planning.cost import Cost
 from chunkflow.planning.pipeline_schedule import Action, Timed
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.planning.schedule import Kind
+from chunkflow.planning.simulate import picture
 from chunkflow.reporting import device, metrics, rows
 from chunkflow.reporting.device import peak_flops, peak_memory, reset_peak_memory
 from chunkflow.reporting.metrics import MetricsLogger
@@ -279,9 +280,14 @@ def test_timelines_next_to_each_other_do_the_same_useful_work(tmp_path):
         ]
     ]
     measured = [[Timed(Action(Kind.FORWARD, 0, 0, 0), 10, 16)]]
-    assert write_timelines(tmp_path / "trace.json", planned, None) == {"planned": planned}
-    timelines = write_timelines(tmp_path / "trace.json", planned, measured)
-    assert timelines["measured"] == measured and useful_time(timelines["planned"][0]) == 6
+    timelines, unit = write_timelines(tmp_path / "trace.json", planned, None)
+    assert timelines == {"planned": planned} and unit.startswith("forwards of a token")
+    timelines, unit = write_timelines(tmp_path / "trace.json", planned, measured)
+    assert unit == "ms" and timelines["measured"][0][0][1:] == (0.010, 0.016), "measured in microseconds"
+    assert useful_time(timelines["planned"][0]) == pytest.approx(0.006)
+    for panel in (figure := picture(timelines, unit)).axes:
+        assert panel.get_xlim() == pytest.approx((0, 0.016)), "on one scale"
+    assert figure.axes[-1].get_xlabel() == "time in ms"
     names = [event["name"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
     assert names.count("process_name") == 2
 

@@ -425,6 +425,7 @@ def mixture(tmp_path, weight=2.0):
     return f"--job.config_file={path}"
 
 
+@pytest.mark.proves("one process/always + resume")
 def test_a_mixture_killed_and_stopped_is_bitwise_the_undisturbed_run(tmp_path, data):
     """On one process and on two ranks: losses, ledgers by source, the last checkpoint's tensors. Then other
     weights are refused."""

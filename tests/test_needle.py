@@ -325,6 +325,8 @@ def test_without_matplotlib_a_sentence(recipe, folder, monkeypatch, capsys, tmp_
         (["--haystack=/no/file"], "--haystack = /no/file cannot be read"),
         (["--model.hf_assets_path="], "there are no weights: set --model.hf_assets_path"),
         (["--checkpoint=/no/step-1"], "--checkpoint = /no/step-1 is not a folder"),
+        (["--lora.rank=4"], "there are no adapters: set --checkpoint, or --lora.adapter_path"),
+        (["--lora.adapter_path=/no/folder"], "/no/folder/adapter_config.json cannot be read"),
         (["--job.dump_folder=/proc/no"], "/proc/no/tb/needle cannot be made"),
         (["--model.max_positions=999"], "model.max_positions = 999 is beyond the 512 positions"),
         (["--model.flavour=x"], "did you mean --model.flavor?"),

@@ -78,6 +78,11 @@ def cases(layout):
     return checked
 
 
+@pytest.mark.proves(
+    "stages/virtual stages/stages x ranks + k > 1",
+    "stages/virtual stages/stages x ranks + no_enable",
+    "stages/virtual stages/stages x ranks + tied",
+)
 @pytest.mark.parametrize("layout", range(len(LAYOUTS)), ids=map(str, LAYOUTS))
 def test_stages_give_the_gradients_of_whole_sequences(layout):
     ranks = math.prod(LAYOUTS[layout][0])
@@ -106,6 +111,7 @@ def tied_steps(shape):
     }
 
 
+@pytest.mark.proves("stages/stages x ranks + tied")
 def test_tied_embeddings_and_the_gradient_norm_over_stages():
     whole = small_model("qwen3", n_layers=4, tied_embeddings=True)
     optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-2)
@@ -235,6 +241,7 @@ class Keywords(torch.nn.Module):
         return self.model(x, copy.copy(chunk))
 
 
+@pytest.mark.proves("stages/virtual stages + chunks")
 @pytest.mark.parametrize("virtual", [1, 2])
 def test_torchs_own_runtime_gives_the_same_gradients(virtual, tmp_path):
     assert run_ranks(by_torchs_own_runtime, 2, virtual, tmp_path) == [True] * 2

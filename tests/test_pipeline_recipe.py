@@ -35,6 +35,12 @@ def references(tmp_path_factory, data, models):
     }
 
 
+@pytest.mark.proves(
+    "stages + selective + k > 1",
+    "virtual stages + chunks",
+    "stages x ranks + cpu_offload",
+    "stages + no_enable",
+)
 @pytest.mark.parametrize(
     "name, processes, options",
     [

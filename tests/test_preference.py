@@ -109,6 +109,7 @@ def both_phases(runner, models, plan, replica, rank, sequences, references, coun
     return pairs, logps, result
 
 
+@pytest.mark.proves("one process + DPO + k > 1", "one process + DPO + tied", "one process + DPO + no_enable")
 @pytest.mark.parametrize("seed", range(10))
 def test_chunks_give_the_textbook_loss_and_gradients(seed):
     rng = random.Random(seed)
@@ -219,6 +220,7 @@ def on_ranks():
     return seen
 
 
+@pytest.mark.proves("never/always + shared + DPO", "stages + DPO + k > 1")
 def test_pairs_over_ranks_and_stages_give_the_textbook_gradients():
     assert run_ranks(on_ranks, 2) == [{"spread", "apart"}] * 2
 

@@ -45,6 +45,7 @@ def reference(tmp_path_factory, data):
     )
 
 
+@pytest.mark.proves("one process + k > 1")
 def test_chunks_have_the_curve_of_whole_sequences(tmp_path, data, reference):
     chunked = train(tmp_path, "run", data, "--training.dtype=float64", "--chunkflow.k=2")
     assert_same_curves(chunked, reference, 1e-8, 1e-8)
@@ -71,6 +72,13 @@ def test_fp32_for_twenty_steps(tmp_path, data):
         assert errors[0] <= 4 * errors[1] + 1e-6, (figure, errors)
 
 
+@pytest.mark.proves(
+    "never + chunks",
+    "always + compile + selective",
+    "always + full",
+    "always + cpu_offload + k > 1",
+    "HSDP + always + chunks",
+)
 @pytest.mark.parametrize(
     "processes, options",
     [

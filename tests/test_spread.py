@@ -74,6 +74,12 @@ def cases(replicas):
     return checked
 
 
+@pytest.mark.proves(
+    "never/always + shared + k > 1",
+    "HSDP + never/always + shared + k > 1",
+    "never/always + shared + full + tied",
+    "HSDP + never/always + shared + full + tied",
+)
 @pytest.mark.parametrize("world_size, replicas", [(2, 1), (3, 1), (4, 1), (4, 2), (6, 1)])
 def test_shared_sequences_give_the_gradients_of_one_process(world_size, replicas):
     assert run_ranks(cases, world_size, replicas) == [6] * world_size
@@ -108,6 +114,11 @@ def on_stages(shape, virtual):
     return checked
 
 
+@pytest.mark.proves(
+    "stages x ranks + shared + k > 1",
+    "stages x ranks + virtual stages + shared + k > 1",
+    "stages x ranks + shared + tied",
+)
 @pytest.mark.parametrize("shape, virtual", [((2, 2), 1), ((2, 2), 2), ((2, 3), 1)])
 def test_stages_share_sequences_with_their_like(shape, virtual):
     assert run_ranks(on_stages, shape[0] * shape[1], shape, virtual) == [6] * (shape[0] * shape[1])
@@ -210,6 +221,7 @@ def compare_losses(plan, lengths, runner, models, reference, replica, program):
     return 1
 
 
+@pytest.mark.proves("always + shared + validation", "stages x ranks + shared + validation")
 @pytest.mark.parametrize("world_size, shape", [(2, None), (4, None), (4, (2, 2))])
 def test_validation_of_shared_sequences(world_size, shape):
     assert run_ranks(validation_losses, world_size, shape) == [3 if shape else 6] * world_size
@@ -269,6 +281,7 @@ def on_cuda_kernels(seeds):
     return counts
 
 
+@pytest.mark.proves("never + shared + chunks")
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_shared_sequences_on_the_kernels_of_cuda(world_size):
     for counts in run_ranks(on_cuda_kernels, world_size, 3):

@@ -64,6 +64,15 @@ def reference(tmp_path_factory, place):
     return rows
 
 
+@pytest.mark.proves(
+    "always + shared + chunks",
+    "never + shared + k > 1",
+    "always + shared + cpu_offload",
+    "HSDP + always + shared + k > 1",
+    "stages x ranks + shared + selective",
+    "always + no_enable",
+    "stages x ranks + chunks",
+)
 @pytest.mark.parametrize(
     ("processes", "most", "options"),
     [
@@ -137,6 +146,7 @@ STOP = "step == {0} and rank == 0 and os.kill(os.getpid(), signal.SIGTERM)"
 KILL = "step == {0} and rank == 1 and os.kill(os.getpid(), signal.SIGKILL)"
 
 
+@pytest.mark.proves("always + shared + resume", "always + shared + other layout")
 def test_resumed_runs_that_share_sequences(tmp_path, place):
     """On two ranks: stopped, then one rank killed while the other waits for its keys and values; bitwise the
     undisturbed run. On 4, then 3 ranks: the same curve to rounding."""
@@ -173,6 +183,7 @@ def validation_rows(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.proves("always/stages x ranks + shared + validation")
 @pytest.mark.parametrize(
     "processes, options",
     [(2, []), (4, ["--parallelism.pipeline_parallel_degree=2"])],
@@ -221,6 +232,7 @@ def test_the_fake_backend_runs_shared_sequences(tmp_path, place, options):
 # ---- what a rank can hold
 
 
+@pytest.mark.proves("always + shared + chunks")
 def test_a_memory_budget_decides_how_many_ranks_share(tmp_path, place):
     """Eight equal sequences on four ranks are even without sharing. If a rank can hold the K/V of half of
     one, two share it, if of a quarter, all; the curve is the same."""

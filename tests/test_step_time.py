@@ -12,7 +12,7 @@ from chunkflow.planning.cost import Cost
 from chunkflow.planning.forecast import Row, candidates, forecast, powers, ranked
 from chunkflow.planning.memory import Layout, StageSizes, peak_parts
 from chunkflow.planning.planner import PlanSettings, plan_step
-from chunkflow.planning.step_time import Pass, Rates, StepTime
+from chunkflow.planning.step_time import Head, Pass, Rates, StepTime
 from chunkflow.settings.config import load_config
 from chunkflow.training import build, calibration, rates
 from models import families
@@ -21,7 +21,7 @@ ARGS = dataclasses.replace(
     families["llama3"].flavors["debugmodel"], dim=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4,
     hidden_dim=16, vocab_size=32,
 )  # fmt: skip
-FREE = Pass(0.0, 0.0, 0.0)
+FREE, NO_HEAD = Pass(0.0, 0.0, 0.0), Head(0.0, 0.0)
 FAST = 1e18  # bytes a second
 
 
@@ -32,11 +32,11 @@ def sizes_of(args, **layout):
     return [{0: StageSizes(args, shapes, Layout(**layout))}]
 
 
-def seconds(lengths, forward=FREE, backward=FREE, layout=None, **settings):
+def seconds(lengths, forward=FREE, backward=FREE, head=NO_HEAD, layout=None, **settings):
     """Of a step whose rates are these, all else taking no time."""
     layout = layout or {}
     made = PlanSettings(Cost.of_model(ARGS), **{"chunk_size": 10, **settings})
-    time = Rates(forward, backward, FAST, FAST, layout.pop("host", FAST), FAST)
+    time = Rates(forward, backward, head, FAST, FAST, layout.pop("host", FAST), FAST)
     return StepTime(made, sizes_of(ARGS, **layout), time).step(plan_step(lengths, made))
 
 
@@ -51,13 +51,21 @@ def test_a_step_by_hand():
     tokens, pairs = 25, 25 * 26 / 2
     again_tokens, again_pairs = 20, 20 * 21 / 2
     assert seconds([25], forward=linear) == pytest.approx(
-        2 * (tokens * (2 * LAYER + HEAD) + again_tokens * LAYER), rel=1e-6
+        2 * (tokens * 2 * LAYER + again_tokens * LAYER), rel=1e-6
     )
     assert seconds([25], forward=attention) == pytest.approx(PAIR * (2 * pairs + again_pairs), rel=1e-6)
     assert seconds([25], forward=layer) == pytest.approx(2 * 3 + 1 * 2, rel=1e-6)
-    assert seconds([25], backward=linear) == pytest.approx(2 * tokens * (2 * LAYER + HEAD), rel=1e-6)
+    assert seconds([25], backward=linear) == pytest.approx(2 * tokens * 2 * LAYER, rel=1e-6)
     assert seconds([25], backward=layer) == pytest.approx(2 * 3, rel=1e-6)
     assert seconds([25], forward=layer, k=3) == pytest.approx(2 * 3, rel=1e-6), "nothing is computed again"
+
+
+def test_the_loss_by_hand():
+    """Its gradients are made from its logits where the backward is the next action, else from others."""
+    loss, gradients = Head(1.0, 0.0), Head(0.0, 1.0)
+    for k, alone in ((1, 0), (2, 10), (3, 20)):
+        assert seconds([25], head=gradients, k=k) == pytest.approx(2 * 25 * HEAD, rel=1e-6)
+        assert seconds([25], head=loss, k=k) == pytest.approx(2 * alone * HEAD, rel=1e-6, abs=1e-6)
 
 
 def test_recomputation_of_layers_counts():
@@ -96,12 +104,12 @@ def test_ranks_in_lockstep_wait_in_every_slot():
     # One rank has a chunk of 10 tokens, the other of 1: each slot takes as long as the longer chunk.
     linear = Pass(1.0, 0.0, 0.0)
     both = seconds([10, 1], forward=linear, replicas=2, lockstep=True)
-    assert both == pytest.approx(2 * 10 * (2 * LAYER + HEAD), rel=1e-6)
+    assert both == pytest.approx(2 * 10 * 2 * LAYER, rel=1e-6)
     # Gathers of 2 layers over 2 ranks at a byte a second, hidden by nothing, and of the first layer alone.
     made = PlanSettings(Cost.of_model(ARGS), chunk_size=10, replicas=2, lockstep=True)
     sizes = sizes_of(ARGS, shards=2, reshard=True)
     (stage,) = sizes[0].values()
-    time = Rates(layer, layer, 1.0, 1.0, FAST, FAST)
+    time = Rates(layer, layer, NO_HEAD, 1.0, 1.0, FAST, FAST)
     gathers, reduces = 2 * stage.layer_gathered / 2, 2 * stage.layer_reduced / 2
     once = (stage.root_gathered + stage.root_reduced) / 2
     expected = 1.5 * gathers + 1.5 * (gathers + reduces) + once

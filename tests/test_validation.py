@@ -88,6 +88,7 @@ def some_lengths(seed: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------ one process
 
 
+@pytest.mark.proves("one process + validation")
 @pytest.mark.parametrize("family", families)
 def test_losses_and_memory_on_one_stage(family):
     model = small_model(family, tied_embeddings=family == "qwen3")
@@ -313,6 +314,11 @@ def on_layouts(*shapes):
         dist.destroy_process_group()
 
 
+@pytest.mark.proves(
+    "never + validation",
+    "always + full + validation",
+    "stages/virtual stages/stages x ranks + tied + validation",
+)
 @pytest.mark.parametrize(
     "world_size, shapes", [(1, []), (2, [((2, 1), (1, 2))]), (3, []), (4, [((2, 2), (1,))])]
 )
@@ -464,6 +470,7 @@ def data(tmp_path_factory):
     return train_rows, write_rows(folder / "valid.jsonl", [1100, 20, 64, 5, 130, 31, 7, 9], seed=5)
 
 
+@pytest.mark.proves("always/stages + validation")
 @pytest.mark.parametrize(
     "options", [[], ["--parallelism.pipeline_parallel_degree=2"]], ids=["two ranks", "two stages"]
 )

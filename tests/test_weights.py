@@ -106,6 +106,7 @@ def test_each_token_counts_its_weight(branches, at_once, dtype, tolerance, monke
 # ------------------------------------------------------------------------------------------ chunks, one process
 
 
+@pytest.mark.proves("one process + weights + k > 1", "one process + weights + tied")
 @pytest.mark.parametrize("family", families)
 @pytest.mark.parametrize("seed", range(6))
 def test_chunks_have_the_weighted_gradients_of_whole_sequences(family, seed):
@@ -127,6 +128,7 @@ def test_chunks_have_the_weighted_gradients_of_whole_sequences(family, seed):
     assert result.loss_of_sequences.tolist() == pytest.approx(of_sequences, rel=1e-10, abs=1e-10)
 
 
+@pytest.mark.proves("one process + weights")
 def test_weights_of_tokens_alone_and_of_sequences_alone():
     model, sequences = small_model("llama3"), random_sequences([50, 9, 30], 96, 0)
     weighed, groups = some_weights(sequences, 3), build_groups([50, 9, 30], 16)
@@ -223,6 +225,11 @@ def on_ranks(replicas, spread):
     return most
 
 
+@pytest.mark.proves(
+    "never/always + weights + no_enable",
+    "never/always + shared + weights",
+    "HSDP + never/always + shared + weights",
+)
 @pytest.mark.parametrize("world_size, replicas, spread", [(2, 1, False), (3, 1, True), (4, 2, True)])
 def test_ranks_have_the_weighted_gradients_of_one_process(world_size, replicas, spread):
     assert run_ranks(on_ranks, world_size, replicas, spread) == [6] * world_size
@@ -247,6 +254,11 @@ def on_stages(shape, virtual):
     return checked
 
 
+@pytest.mark.proves(
+    "stages/virtual stages + weights + k > 1",
+    "stages/virtual stages + weights + no_enable",
+    "stages x ranks + shared + weights",
+)
 @pytest.mark.parametrize("shape, virtual", [((2, 1), 1), ((2, 1), 2), ((2, 2), 1)])
 def test_stages_have_the_weighted_gradients_of_whole_sequences(shape, virtual):
     assert run_ranks(on_stages, shape[0] * shape[1], shape, virtual) == [4] * (shape[0] * shape[1])
@@ -301,6 +313,7 @@ def loaders(dataset, loss_weighting, replicas=1, **settings):
         yield ChunkDataLoader(dataset, plan, replica=replica, seed=0, loss_weighting=loss_weighting, **limits)
 
 
+@pytest.mark.proves("one process + weights + k > 1", "one process + weights + no_enable")
 @pytest.mark.parametrize("loss_weighting", ["token", "sequence"])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_step_is_the_definition(tmp_path, loss_weighting, seed):

@@ -111,6 +111,13 @@ def test_the_first_step_is_the_definition(place, curves, weighting):
 
 
 # Layouts see weights alone, however they were made: one takes them by token.
+@pytest.mark.proves(
+    "always + shared + weights + validation",
+    "one process + weights + validation + k > 1",
+    "never + weights + validation",
+    "stages + weights + validation + compile",
+    "stages x ranks + shared + weights + validation + k > 1",
+)
 @pytest.mark.parametrize(
     ("weighting", "processes", "most", "options"),
     [

@@ -4,6 +4,7 @@ Splitting is quick, so that one process can do it for many: lines are not looked
 the bounds of its elements are looked for, and parquet's columns stay as they are.
 """
 
+import ast
 import tokenize
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -54,18 +55,25 @@ def records(block: Block) -> Iterator[Record]:
 
 
 def _split_python(path: str, size: int) -> Iterator[tuple[str, int, str, int]]:
-    """A file is one row. Whoever reads the block opens it."""
+    """Whoever reads the block opens the file."""
     yield "python", 1, "", size_of(path)
 
 
 def _read_python(path: str, first: int, content: str) -> Iterator[tuple[int, dict]]:
+    """Each top-level function and class, with its decorators, is a row."""
     try:
         with tokenize.open(path) as file:  # follows the encoding that the file declares (PEP 263)
-            yield 1, {"text": file.read()}
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+            text = file.read()
+        module = ast.parse(text)
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(
             f"{path}:1: this file of Python's library cannot be read ({error}): repair it"
         ) from None
+    lines = text.split("\n")
+    for node in module.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            line = min(part.lineno for part in (node, *node.decorator_list))
+            yield line, {"text": "\n".join(lines[line - 1 : node.end_lineno]) + "\n"}
 
 
 SPLIT = {"python_stdlib": _split_python, "jsonl": split_json, "parquet": split_parquet}

@@ -27,7 +27,7 @@ from chunkflow.data.workers import tokenise_blocks, worker_count
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 4  # to be raised when the same rows and tokenizer give other tokens, or other cache files
+CACHE_FORMAT = 5  # to be raised when the same rows and tokenizer give other tokens, or other cache files
 
 LINE_SECONDS = 5  # between lines of the log that tell how far tokenising is
 

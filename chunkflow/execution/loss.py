@@ -107,7 +107,9 @@ def _cross_entropy(hidden_TC, weight_VC, labels_T, gradients: "_Gradients | None
 def _in_slices(one_slice: Callable[[slice], None], head: "_Head", gradients: "_Gradients | None") -> None:
     """Calls `one_slice` with each slice of tokens; the gradients' products follow each block of slices."""
     tokens = head.hidden_TC.size(0)
-    for block in _pieces(slice(0, tokens), _block_tokens(head)):
+    for block in _pieces(
+        slice(0, tokens), block_tokens(_device_type(head.weight_VC), head.weight_VC.size(0), head.hidden_TC)
+    ):
         if gradients:
             gradients.begin(block)
         for piece in _pieces(block, head.slice_tokens):
@@ -237,11 +239,11 @@ def slice_tokens(device_type: str, vocab_size: int) -> int:
     return max(_LEAST_TOKENS, _SLICE_ELEMENTS[device_type] // vocab_size)
 
 
-def _block_tokens(head: "_Head") -> int:
-    """Tokens of one block. On the CPU a slice, where products are in fp32 or fp64: the product itself adds to
-    the sum, as fast, and reads the slice from a cache."""
-    wide = head.hidden_TC.dtype == head.compute or widens(head.hidden_TC)
-    return head.slice_tokens if wide and _device_type(head.hidden_TC) == "cpu" else HEAD_BLOCK_TOKENS
+def block_tokens(device_type: str, vocab_size: int, hidden: torch.Tensor) -> int:
+    """Tokens of one block, with hidden states like this tensor. On the CPU a slice, where products are in
+    fp32 or fp64: the product itself adds to the sum, as fast, and reads the slice from a cache."""
+    wide = hidden.dtype == torch.promote_types(hidden.dtype, torch.float32) or widens(hidden)
+    return slice_tokens(device_type, vocab_size) if wide and device_type == "cpu" else HEAD_BLOCK_TOKENS
 
 
 def _pieces(whole: slice, step: int) -> list[slice]:

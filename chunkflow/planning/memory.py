@@ -49,6 +49,7 @@ class Layout(NamedTuple):
     checkpoint_every: int = 0  # every n-th layer keeps its input only; 0: none
     recompute_cheap: bool = False  # results of norms and of the gate are not kept
     slice_tokens: int = 512  # of the head's logits
+    block_tokens: int = HEAD_BLOCK_TOKENS
     sends_in_flight: int = 0  # messages between pipeline ranks that may wait for the other end
     kv_offload: str = "none"  # "host": K/V of chunks not in use live in host memory
     keep_attention: str = "none"  # "device", "host": where discarded chunks keep attention's results
@@ -176,7 +177,7 @@ class StageSizes:
         and log-probabilities or the gradient of the head; the gradients of hidden states."""
         if not self.last:
             return 0
-        block = min(tokens, HEAD_BLOCK_TOKENS)
+        block = min(tokens, self.layout.block_tokens)
         slices = 2 * min(block, self.layout.slice_tokens) * self.vocab * self.wide
         dlogits, gradient = block * self.vocab * self.compute, self.head_gradient * self.compute
         if tokens == block:
@@ -312,7 +313,7 @@ def peak_parts(
     longest = max((chunk.tokens for group in groups for chunk in group.chunks), default=0)
     for stage in stages.values():
         now["gathered_parameters"] += stage.gathered
-        for part in () if stage.layout.offload else ("parameters", "optimizer", "gradients"):
+        for part in () if stage.layout.offload else ("parameters", "optimizer"):
             now[part] += getattr(stage, part)
         now["stage_inputs"] += stage.layout.sends_in_flight * longest * stage.hidden_bytes
     peak, most = dict(now), sum(now.values())
@@ -393,7 +394,12 @@ def peak_parts(
             now["unsharded_gradients"] += stage.accumulated
         now["activations"] -= kept
         hold("kv_gradients", (number, entry.group), new * kv_gradient)
+        reshard = stage.layout.reshard
+        if not stage.layout.offload and (first if reshard else not remaining[number]):
+            now["gradients"] += stage.gradients  # the shards' begin with the first reduction
         if stage.layers:
+            if reduces and not reshard:  # the sums of the layers before this one have been freed
+                in_layer["unsharded_gradients"] -= (stage.layers - 1) * stage.layer_reduced
             checkpointed = bool(stage.layout.checkpoint_every)
             moment(activations=stage.layer_activations(tokens, standalone, checkpointed), **in_layer)
         if remaining[number]:

@@ -129,8 +129,11 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
-def picture(timelines: dict[str, Sequence[Sequence[Timed]]]) -> Figure:
-    """Timelines by name as a figure, a line for each rank; up to 30 actions are labelled `group.chunk`.
+def picture(
+    timelines: dict[str, Sequence[Sequence[Timed]]], unit: str = "forwards of a token on one rank"
+) -> Figure:
+    """Timelines by name as a figure, a line for each rank, all on one scale; actions are labelled
+    `group.chunk` where there is room. `unit`: of their times.
 
     Raises ImportError without matplotlib.
     """
@@ -139,21 +142,23 @@ def picture(timelines: dict[str, Sequence[Sequence[Timed]]]) -> Figure:
     from matplotlib.patches import Patch
 
     rows = figure.subplots(len(timelines), squeeze=False)[:, 0]
+    longest = max(shares(timeline)[0] for timeline in timelines.values())
     for (name, timeline), axes in zip(timelines.items(), rows):
         for rank, actions in enumerate(timeline):
             boxes = [(start, end - start) for _, start, end in actions]
             colours = [COLOURS[action.kind] for action, _, _ in actions]
             axes.broken_barh(boxes, (rank - 0.45, 0.9), facecolors=colours, edgecolor="white", linewidth=0.5)
-            for action, start, end in actions if len(actions) <= 30 else ():
-                label = f"{action.group}.{action.chunk}"
-                axes.text((start + end) / 2, rank, label, ha="center", va="center", fontsize=11)
+            for action, start, end in actions:
+                if end - start > 0.015 * longest:
+                    label = f"{action.group}.{action.chunk}"
+                    axes.text((start + end) / 2, rank, label, ha="center", va="center", fontsize=11)
         makespan, bubbles, idle = shares(timeline)
-        axes.set(xlim=(0, makespan), yticks=range(ranks), ylabel="rank")
+        axes.set(xlim=(0, longest), yticks=range(ranks), ylabel="rank")
         axes.invert_yaxis()
         bubble, idle = sum(bubbles) / len(bubbles), sum(idle) / len(idle)
-        title = f"{name}: makespan {makespan:,.6g}, bubble {bubble:.1%}, idle {idle:.1%}"
+        title = f"{name}: makespan {round(makespan, 1):,.6g}, bubble {bubble:.1%}, idle {idle:.1%}"
         axes.set_title(title, loc="left")
-    axes.set_xlabel("time")
+    axes.set_xlabel(f"time in {unit}")
     patches = [Patch(color=colour, label=KINDS[kind]) for kind, colour in COLOURS.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(COLOURS), frameon=False)
     return figure

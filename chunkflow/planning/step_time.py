@@ -39,11 +39,20 @@ class Pass(NamedTuple):
         return self.linear * linear_flops + self.attention * attention_flops + self.layer * layers
 
 
+class Head(NamedTuple):
+    """Seconds of a FLOP of the head's forward: with the loss, or with the loss's gradients from the same
+    logits. Those of the loss's own backward, which computes the logits again, take as long."""
+
+    loss: float
+    gradients: float
+
+
 class Rates(NamedTuple):
     """What a device does in a second."""
 
     forward: Pass
     backward: Pass
+    head: Head
     gather: float  # bytes from ranks of its own node, while parameters or K/V are gathered
     network: float  # the same from other nodes
     host: float  # bytes between device and host memory
@@ -85,17 +94,31 @@ class StepTime:
             share = (layers - 1) / layers if stage.last and layers else 1.0
             seconds = rates.forward.seconds(body * share, attention * share, layers * share)
         elif kind is Kind.RECOMPUTE:
-            seconds = rates.forward.seconds(body + head, again, layers)
+            seconds = rates.forward.seconds(body, again, layers)
         elif kind is Kind.BACKWARD:
             # One product of two is half of a backward, whose FLOPs are counted as its forward's.
-            products = chunk_tokens * (cost.per_token - cost.frozen_per_token / 2)
+            frozen = max(0.0, cost.frozen_per_token * chunk_tokens - head)
+            products = body - frozen / 2
             seconds = rates.backward.seconds(products, attention, layers)
             if layout.checkpoint_every:
                 share = stage.checkpointed_layers / layers if layers else 0.0
                 seconds += share * rates.forward.seconds(body, 0.0 if kept else attention, layers)
         else:
-            seconds = rates.forward.seconds(body + head, attention, layers)
+            seconds = rates.forward.seconds(body, attention, layers)
+        if head and kind not in (Kind.FORWARD_STATE, Kind.BACKWARD):
+            seconds += self._loss(action, group, stage) * head
         return max(seconds, self._copied(action, group, stage) / rates.host if dependent else 0.0)
+
+    def _loss(self, action: Action, group: Group | None, stage: StageSizes) -> float:
+        """Seconds of a FLOP of the head. Gradients of the loss come from the logits of its forward if the
+        backward is the next action; else backward computes them again, which is counted here as well."""
+        loss, gradients = self.rates.head
+        if not stage.head_gradient:  # two of its three products
+            gradients *= 2 / 3
+        if action.kind is Kind.EVALUATE:
+            return loss
+        next_one = action.kind is Kind.RECOMPUTE or group is None or action.chunk == len(group.chunks) - 1
+        return gradients if next_one else loss + gradients
 
     def _copied(self, action: Action, group: Group, stage: StageSizes) -> float:
         """Bytes between device and host memory while a chunk of a long sequence is computed."""

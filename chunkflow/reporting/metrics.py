@@ -266,7 +266,7 @@ class MetricsLogger:
         measured = gather_timeline(result.clock.timeline(), group) if group else None
         if self.writes:
             path = self.dump_folder / f"timeline_step_{step}.json"
-            draw = partial(picture, write_timelines(path, planned, measured))
+            draw = partial(picture, *write_timelines(path, planned, measured))
             self.add_figure("chunkflow/timeline", draw, step)
 
     def add_figure(self, tag: str, draw: Callable[[], Any], step: int) -> None:

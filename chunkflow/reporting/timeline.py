@@ -25,15 +25,19 @@ def gather_timeline(timeline: list[Timed], group: dist.ProcessGroup) -> Timeline
     return gathered
 
 
-def write_timelines(path: Path, planned: Timeline, measured: Timeline | None) -> dict[str, Timeline]:
-    """Writes a trace for ui.perfetto.dev and returns the timelines by name. If one is measured, the planned
-    one is scaled to the same useful time."""
+def write_timelines(
+    path: Path, planned: Timeline, measured: Timeline | None
+) -> tuple[dict[str, Timeline], str]:
+    """Writes a trace for ui.perfetto.dev, and returns the timelines by name and the unit of their times. If
+    one is measured, the planned one is scaled to the same useful time."""
     timelines = {"planned": planned}
     if measured:
         scale = sum(map(useful_time, measured)) / sum(map(useful_time, planned))
         timelines = {"planned": [_scaled(actions, scale) for actions in planned], "measured": measured}
     path.write_text(json.dumps(chrome_trace(timelines)))
-    return timelines
+    if not measured:
+        return timelines, "forwards of a token on a stage, without attention"
+    return {name: [_scaled(actions, 1e-3) for actions in made] for name, made in timelines.items()}, "ms"
 
 
 def _scaled(actions: list[Timed], factor: float) -> list[Timed]:

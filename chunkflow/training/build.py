@@ -1,6 +1,5 @@
 """From a config to the parts of a run: tokenizer, model, plan settings, data loader; and their checks."""
 
-import functools
 import importlib.util
 import logging
 import math
@@ -14,6 +13,7 @@ import torch
 from chunkflow.data.dataloader import ChunkDataLoader
 from chunkflow.data.dataset import TokenDataset, open_dataset
 from chunkflow.data.mixture import MixedDataset
+from chunkflow.data.shipped_templates import template_text
 from chunkflow.data.synthetic import SyntheticDataset
 from chunkflow.data.tokenizer import Tokenizer
 from chunkflow.execution.attention import activate_flash_attention_3
@@ -57,26 +57,39 @@ class ModelSpec(NamedTuple):
             return sum(parameter.numel() for parameter in self.family.Transformer(self.args).parameters())
 
 
-def model_spec(config: Config) -> ModelSpec:
+def model_spec(config: Config, faults: dict[str, str] | None = None) -> ModelSpec | None:
     """The model, its tokenizer and its stages. ValueError, one sentence a line, where the settings contradict
-    each other."""
-    faults, tokenizer = {}, None
-    with collected(faults):
+    each other; with `faults`, that goes there, and the model is None if its sizes cannot be known."""
+    found, tokenizer, spec = {} if faults is None else faults, None, None
+    name, readable = f"{config.model.name} {config.model.flavor}", False
+    with collected(found):
         check_reshard(config.parallelism)
-    with collected(faults):
+    with collected(found):
+        template_text(config.training.chat_template)
+    with collected(found):
         tokenizer = open_tokenizer(config)
-    with collected(faults):
+        readable = True
+    with collected(found):
         vocab_size = tokenizer.vocab_size if tokenizer else 0
         family, args = model_args(config.model, config.training.seq_len, vocab_size)
-    refuse(faults)
-    name = f"{config.model.name} {config.model.flavor}"
-    return ModelSpec(name, family, args, tokenizer, layers_of_stages(config.parallelism, args, name))
+        if readable or config.model.hf_assets_path or config.model.flavor != "debugmodel":
+            spec = ModelSpec(name, family, args, tokenizer, [range(args.n_layers)])
+        layers = layers_of_stages(config.parallelism, args, name)
+        spec = spec and spec._replace(layers=layers)
+    if faults is None:
+        refuse(found)
+    return spec
 
 
-def check(config: Config, *more: Callable[[ModelSpec], object], pairs: bool = False) -> ModelSpec:
+def check(
+    config: Config,
+    *more: Callable[[ModelSpec], object],
+    pairs: bool = False,
+    planned: bool = False,
+) -> ModelSpec:
     """Checks the config against the model and this machine's devices; `more`: checks of other rooms, which
-    need the model; `pairs`: the data are to be preference pairs. ValueError, one sentence a line for all that
-    is wrong."""
+    need the model; `pairs`: whether the data are to be preference pairs; `planned`: nothing is to run here,
+    so neither devices nor kinds of data count. ValueError, one sentence a line for all that is wrong."""
     training, fake, faults = config.training, config.comm.mode == "fake_backend", {}
 
     def converters(spec: ModelSpec) -> None:
@@ -94,13 +107,14 @@ def check(config: Config, *more: Callable[[ModelSpec], object], pairs: bool = Fa
         lambda: check_torch(config, pairs),
         lambda: check_wandb(config.metrics),
     ]
-    spec = None
-    with collected(faults):
-        spec = model_spec(config)
-        checks += [functools.partial(of_model, spec) for of_model in (converters, lora, *more)]
-    for each in checks:
+    of_model = [lora, *more] if planned else [converters, lora, *more]
+    spec = model_spec(config, faults)
+    for each in [] if planned else checks:
         with collected(faults):
             each()
+    for each in of_model if spec else ():
+        with collected(faults):
+            each(spec)
     refuse(faults)
     return spec
 
@@ -214,7 +228,7 @@ def plan_settings(
     machine's. `adapts`: which of "k" and "kv_offload" a step may have its own value of; `pairs`: of
     preference training."""
     device = device or device_of(config, planned=False)
-    sizes = stage_sizes(config, spec.family, spec.args, spec.layers, replicas)
+    sizes = stage_sizes(config, spec.family, spec.args, spec.layers, replicas, device)
     memory = sizes, replicas, device
     chunkflow, last, most = config.chunkflow, spec.layers[-1], config.parallelism.context_parallel_degree
     adapters = trained_parameters(config.lora, spec.family, spec.args) // spec.args.n_layers
@@ -324,8 +338,8 @@ def open_tokenizer(config: Config) -> Tokenizer | None:
         if not any(file.is_file() for file in files):
             if template:
                 raise ConfigError(
-                    f'training.chat_template = "{template}" is for text, and {path} has no tokenizer: set'
-                    " model.tokenizer_path, or leave it out"
+                    f'training.chat_template = "{template}" is for text, and model.hf_assets_path ='
+                    f' "{path}" has no tokenizer: set model.tokenizer_path, or leave it out'
                 )
             return None
     return Tokenizer(path, template)

@@ -7,17 +7,18 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from chunkflow.execution.linear import fit_linear_layers
+from chunkflow.execution.loss import loss_sum
 from chunkflow.execution.state import ChunkTensors, KeyValueState
 from chunkflow.planning.chunks import Chunk, Group, Segment
 from chunkflow.planning.cost import Cost
-from chunkflow.planning.step_time import Pass, Rates
+from chunkflow.planning.step_time import Head, Pass, Rates
 from chunkflow.settings.config import Config
 from chunkflow.training import build, parallel
 from chunkflow.training.rates import analytic, device_of, save
@@ -29,6 +30,7 @@ CHUNKS = (16, 256, 1024, 4096)  # tokens
 PREFIXES = (0, 4096, 16384)  # the last two: at most a quarter, and half, of training.seq_len
 RUNS = 3  # of each chunk, the fastest of which counts
 SECONDS = 45  # after which no other chunk is begun
+HEAD_TOKENS = 1024
 BYTES = 64 << 20  # that are moved to see how fast
 
 
@@ -76,7 +78,7 @@ def measured_rates(
     """The rates of the device with this `name`, and from how many chunks. All ranks call."""
     points, layers = measure(config, spec, device)
     rates = fitted(points, Cost.of_layers(spec.args, layers, head=False), layers, analytic(name))
-    return rates._replace(**_bandwidths(config, device)), len(points)
+    return rates._replace(head=_head(config, spec.args, device), **_bandwidths(config, device)), len(points)
 
 
 def measure(config: Config, spec: build.ModelSpec, device: torch.device) -> tuple[list[Point], int]:
@@ -116,12 +118,9 @@ def _point(model: nn.Module, tokens: int, prefix: int, device: torch.device) -> 
     segments = [Segment(0, 0, prefix)] * bool(prefix) + [Segment(0, prefix, tokens)]
     group = Group(tuple(Chunk((segment,)) for segment in segments))
     state = KeyValueState(group)
-    chunks = []
-    for index, (chunk, segment) in enumerate(zip(group.chunks, segments)):
-        positions = torch.arange(segment.start, segment.start + segment.length)
-        ids = positions % model.args.vocab_size
-        chunks.append(ChunkTensors(chunk, index, ids, ids, positions).to(device))
-        chunks[-1].state = state if prefix else None
+    chunks = [_chunk(group, index, model.args.vocab_size, device) for index in range(len(segments))]
+    for chunk in chunks:
+        chunk.state = state if prefix else None
     if prefix:
         with torch.no_grad():
             model(chunks[0].tokens, chunks[0])
@@ -137,6 +136,33 @@ def _point(model: nn.Module, tokens: int, prefix: int, device: torch.device) -> 
         marks.append(_busy(device))
         times.append((marks[1] - marks[0], marks[2] - marks[1]))
     return Point(tokens, prefix, *(min(runs) for runs in zip(*times[1:])))
+
+
+def _head(config: Config, args: Any, device: torch.device) -> Head:
+    """Of the model's head, the loss alone and with its gradients."""
+    dtype = parallel.DTYPES[config.training.mixed_precision_param]
+    chunk = _chunk(Group((Chunk((Segment(0, 0, HEAD_TOKENS),)),)), 0, args.vocab_size, device)
+    shapes = (HEAD_TOKENS, args.dim), (args.vocab_size, args.dim)
+    hidden_TC, weight_VC = (torch.full(shape, 0.02, dtype=dtype, device=device) for shape in shapes)
+    for tensor in (hidden_TC, weight_VC):
+        tensor.requires_grad_()
+    seconds = []
+    for chunk.loss_gradient in (None, 1.0):
+        times = []
+        for _ in range(RUNS + 1):
+            start = _busy(device)
+            loss_sum(hidden_TC, weight_VC, chunk)
+            times.append(_busy(device) - start)
+        seconds.append(min(times[1:]))
+    return Head(*(each / (2 * HEAD_TOKENS * args.dim * args.vocab_size) for each in seconds))
+
+
+def _chunk(group: Group, index: int, vocab_size: int, device: torch.device) -> ChunkTensors:
+    """A chunk of a group, of any tokens."""
+    (segment,) = group.chunks[index].segments
+    positions = torch.arange(segment.start, segment.start + segment.length)
+    ids = positions % vocab_size
+    return ChunkTensors(group.chunks[index], index, ids, ids, positions).to(device)
 
 
 def _one_node() -> bool:

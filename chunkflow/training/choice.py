@@ -73,7 +73,7 @@ class Forecaster:
         )
         settings = build.plan_settings(config, spec, replicas, device=self.device, pairs=self.pairs)
         settings = settings._replace(room=None)  # what it takes, not what would be done about it
-        sizes = prediction.stage_sizes(config, spec.family, spec.args, layers, replicas)
+        sizes = prediction.stage_sizes(config, spec.family, spec.args, layers, replicas, self.device)
         pinned = self.device != "cpu"
         step = forecast.forecast(self.lengths, settings, sizes, self.rates, most, pinned)
         fullest = max(range(len(sizes)), key=lambda rank: sum(step.peaks[rank].values()))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from chunkflow.execution.loss import slice_tokens
+from chunkflow.execution.loss import block_tokens, slice_tokens
 from chunkflow.execution.runner import SENDS_IN_FLIGHT
 from chunkflow.planning.memory import (
     FRAGMENTATION,
@@ -25,22 +25,25 @@ from chunkflow.settings.options import Config
 from chunkflow.training import stages
 from chunkflow.training.lora import apply_lora
 from chunkflow.training.parallel import DTYPES, reshards
-from chunkflow.training.rates import memory_gib
+from chunkflow.training.rates import device_of, memory_gib
 
 Shapes = tuple[dict[str, tuple[int, ...]], set[str]]
 _shapes: dict[tuple, list[dict[int, Shapes]]] = {}  # of models asked for before
 
 
 def stage_sizes(
-    config: Config, family: ModuleType, args: Any, layers: list[range], replicas: int
+    config: Config, family: ModuleType, args: Any, layers: list[range], replicas: int, device: str = ""
 ) -> list[dict[int, StageSizes]]:
-    """Memory of each pipeline rank's stages, by number. `layers`: of each stage."""
+    """Memory of each pipeline rank's stages, by number. `layers`: of each stage; `device`: by its name; "":
+    this machine's."""
     training, recomputing = config.training, config.activation_checkpoint
     how = {"none": "0", "full": "1", "selective": recomputing.selective_ac_option}[recomputing.mode]
     pipeline_ranks = config.parallelism.pipeline_parallel_degree
+    kind = "cpu" if (device or device_of(config, planned=False)) == "cpu" else "cuda"
+    compute = DTYPES[training.mixed_precision_param]
     layout = Layout(
         stored=DTYPES[training.dtype].itemsize,
-        compute=DTYPES[training.mixed_precision_param].itemsize,
+        compute=compute.itemsize,
         reduce=DTYPES[training.mixed_precision_reduce].itemsize,
         shards=replicas // config.parallelism.data_parallel_replicate_degree,
         replicated=config.parallelism.data_parallel_replicate_degree,
@@ -49,7 +52,8 @@ def stage_sizes(
         offload=training.enable_cpu_offload,
         checkpoint_every=0 if how == "op" else int(how),
         recompute_cheap=how == "op",
-        slice_tokens=slice_tokens("cuda", args.vocab_size),
+        slice_tokens=slice_tokens(kind, args.vocab_size),
+        block_tokens=block_tokens(kind, args.vocab_size, torch.empty(0, dtype=compute)),
         sends_in_flight=SENDS_IN_FLIGHT if pipeline_ranks > 1 else 0,
         kv_offload=config.chunkflow.kv_offload,
         keep_attention=config.chunkflow.keep_attention,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from chunkflow.planning.step_time import Pass, Rates
+from chunkflow.planning.step_time import Head, Pass, Rates
 from chunkflow.reporting.device import PEAK_FLOPS
 from chunkflow.settings.options import Config
 
@@ -33,6 +33,7 @@ OTHER_MEMORY_GIB = 79.2
 CPU_FLOPS, CPU_ATTENTION_FLOPS, CPU_LAYER_SECONDS = 60e9, 25e9, 500e-6
 CPU_BANDWIDTHS = (1e9, 0.5e9, 5e9, 8e9)
 ASSUMED = "H100"  # where there is no GPU
+PARTS = {"forward": Pass, "backward": Pass, "head": Head}  # of Rates, those that are no single number
 
 
 def device_of(config: Config, planned: bool) -> str:
@@ -69,13 +70,15 @@ def analytic(device: str) -> Rates:
         threads = torch.get_num_threads()
         linear, attention = 1 / (CPU_FLOPS * threads), 1 / (CPU_ATTENTION_FLOPS * threads)
         forward = Pass(linear, attention, CPU_LAYER_SECONDS)
-        return Rates(forward, Pass(2 * linear, 2.5 * attention, 2 * CPU_LAYER_SECONDS), *CPU_BANDWIDTHS)
+        backward = Pass(2 * linear, 2.5 * attention, 2 * CPU_LAYER_SECONDS)
+        return Rates(forward, backward, Head(linear, 3 * linear), *CPU_BANDWIDTHS)
     for name, peak in PEAK_FLOPS.items():
         if name.lower() in device.lower():
             linear, attention = 1 / (LINEAR * peak), 1 / (ATTENTION * peak)
             forward = Pass(linear, attention, LAYER_SECONDS)
             backward = Pass(2 * linear, ATTENTION_BACKWARD * attention, 2 * LAYER_SECONDS)
-            return Rates(forward, backward, *BANDWIDTHS.get(name, OTHER_BANDWIDTHS))
+            head = Head(linear, 3 * linear)
+            return Rates(forward, backward, head, *BANDWIDTHS.get(name, OTHER_BANDWIDTHS))
     raise ValueError(
         f"--device = {device} is not known: name one of {', '.join(PEAK_FLOPS)}, or cpu for this machine's"
     )
@@ -94,8 +97,8 @@ def rates_of(model: str, args: Any, dtype: str, device: str) -> tuple[Rates, boo
     """The rates of a device, and whether they were measured with this model."""
     try:
         measured = json.loads(calibration_file(model, args, device, dtype).read_text())
-        passes = {name: Pass(**measured[name]) for name in ("forward", "backward")}
-        return Rates(**measured | passes), True
+        parts = {name: kind(**measured[name]) for name, kind in PARTS.items()}
+        return Rates(**measured | parts), True
     except (OSError, ValueError, KeyError, TypeError):
         return analytic(device), False
 
@@ -104,7 +107,7 @@ def save(rates: Rates, model: str, args: Any, dtype: str, device: str) -> Path:
     """Keeps measured rates for `rates_of`; returns the file."""
     path = calibration_file(model, args, device, dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = rates._asdict() | {name: getattr(rates, name)._asdict() for name in ("forward", "backward")}
+    content = rates._asdict() | {name: getattr(rates, name)._asdict() for name in PARTS}
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(content, indent=1))
     temporary.replace(path)
