@@ -17,6 +17,8 @@ run in lockstep. Padding is room in chunks that no token takes; nothing is compu
 from __future__ import annotations
 
 import argparse
+import ctypes
+import multiprocessing
 import os
 import socket
 import statistics
@@ -246,6 +248,7 @@ def measure_balance(rank: int, port: int, arguments: argparse.Namespace) -> None
 
 def measure_sharing(rank: int, port: int, arguments: argparse.Namespace) -> None:
     """Steps of 4 processes with one long sequence, trained by one of them and shared by all."""
+    give_back()
     ranks = Ranks.join(rank, 4, port, **DEEP)
     short = [min(length, 1024) for length in synthetic_lengths("lmsys", arguments.sequences - 1, 0)]
     lengths = [arguments.long, *short]
@@ -293,11 +296,21 @@ def measure_sharing(rank: int, port: int, arguments: argparse.Namespace) -> None
     dist.destroy_process_group()
 
 
+def give_back() -> None:
+    """From now on larger tensors go back to the system when they are freed: else glibc keeps most, and counts
+    as peak."""
+    ctypes.CDLL(None).mallopt(-3, 131072)  # M_MMAP_THRESHOLD
+
+
 def start(measure, count: int, arguments: argparse.Namespace) -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(measure, args=(port, arguments), nprocs=count)
+    # Forks of a process that has imported torch and done nothing else: each would take seconds for it.
+    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.pipelining"])
+    torch.multiprocessing.start_processes(
+        measure, args=(port, arguments), nprocs=count, start_method="forkserver"
+    )
 
 
 def main():
@@ -311,8 +324,6 @@ def main():
     arguments = parse_args(parser)
     if arguments.measure:
         start(measure_balance, 2, arguments)
-        # Larger tensors go back to the system when they are freed: else glibc keeps most, and counts as peak.
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"
         start(measure_sharing, 4, arguments)
     else:
         simulate(arguments.steps)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -87,8 +88,8 @@ def place(tmp_path):
 @pytest.mark.proves("one process/always/stages/stages x ranks + resume")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
-    """Stopped by SIGTERM or SIGUSR1, to run_train.sh in its second life and to one of the processes in the
-    others. On two ranks TensorBoard's curves, too."""
+    """Stopped by SIGTERM or SIGUSR1, on two ranks to run_train.sh in its second life, else to one of the
+    processes. On two ranks TensorBoard's curves, too; with stages three resumes."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     steps, resumed = 16, tmp_path / "run"
@@ -121,9 +122,9 @@ def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
             end_processes(str(resumed))
 
     assert set(forked(tmp_path / "undisturbed").wait(120)) == {0}, log.read_text()[-3000:]
-    for turn in range(5 if processes < 4 else 3):  # each start trains a step at least
+    for turn in range(3 if "stages" in layout else 5):  # each start trains a step at least
         rows = len(rows_of(resumed)) + 1 if turn else 1
-        if turn == 1:
+        if turn == 1 and layout == "two ranks":
             assert stop_scripted(rows) == 75, log.read_text()[-3000:]
         else:
             job = forked(resumed)
@@ -146,13 +147,15 @@ def test_five_resumes_are_bitwise_the_undisturbed_run(tmp_path, layout):
 
 
 @pytest.mark.proves("one process/always/stages/stages x ranks + resume")
-def test_twenty_kills_come_to_the_undisturbed_run(tmp_path):
-    """SIGKILL for all processes at random moments, saves included; the rest of 200 is
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kills_come_to_the_undisturbed_run(tmp_path, layout):
+    """SIGKILL for all processes at random moments, other ones each time, saves included; the rest of 200 is
     benchmarks/kill_loop.py's."""
-    loop = KillLoop(tmp_path, 9)
-    for layout in LAYOUTS:
-        loop.run(layout, kills=5)
-    assert loop.kills == 20 and loop.in_saves >= 2
+    kills, seed = 5 if layout == "one process" else 3, random.randrange(1 << 32)
+    print(f"seed {seed}")
+    loop = KillLoop(tmp_path, 9, seed)
+    loop.run(layout, kills)
+    assert loop.kills == kills
 
 
 @pytest.mark.proves("one process/stages/never + tied + other layout")
@@ -397,8 +400,12 @@ def test_excluded_state_starts_anew_once(place):
 @pytest.mark.parametrize(
     "change, status, said",
     [
-        (["--model.name=qwen2"], 2, "of another model: model.name was 'llama3' there and is 'qwen2' here"),
-        (["--model.rope_theta=1e5"], 2, "of another model: model rope_theta was 500000.0 there"),
+        (
+            ["--model.hf_assets_path={path}/qwen2"],
+            2,
+            "of another model: model.name was 'llama3' there and is 'qwen2' here",
+        ),
+        (["--model.rope_theta=1e5"], 2, "of another model: model rope_theta was 10000.0 there"),
         (["--training.dtype=float64"], 2, "of another model: training.dtype was 'float32' there"),
         (["--debug.seed=9"], 1, "other data: debug.seed was 0 there and is 9 here"),
         (["--training.no_shuffle"], 1, "other data: training.shuffle was True there"),
@@ -415,6 +422,7 @@ def test_excluded_state_starts_anew_once(place):
 )
 def test_refusals(tmp_path_factory, finished, change, status, said):
     log = tmp_path_factory.mktemp("refusal") / "log"
+    change = [option.format(path=finished.path) for option in change]
     job = start(RECIPE, [*finished.options, "--training.steps=5", *change], finished.environ, log)
     assert job.wait(60) == [status], log.read_text()
     lines = log.read_text().splitlines()
@@ -432,11 +440,12 @@ def finished(tmp_path_factory):
         environ = environment(path)
         data = write_rows(path / "rows.jsonl", LENGTHS)
         options = [
-            f"--job.dump_folder={path / 'run'}", "--training.dataset=jsonl", f"--training.dataset_path={data}",
-            "--training.global_batch_size=3", "--chunkflow.chunk_size=32", "--checkpoint.enable", "--checkpoint.interval=2",
+            f"--job.dump_folder={path / 'run'}", small_assets(path / "model"), "--training.dataset=jsonl",
+            f"--training.dataset_path={data}", "--training.global_batch_size=3", "--chunkflow.chunk_size=32", "--checkpoint.enable", "--checkpoint.interval=2",
             "--metrics.no_enable_tensorboard", "--metrics.log_freq=1",
         ]  # fmt: skip
 
+    small_assets(Finished.path / "qwen2", model_type="qwen2")
     assert start(
         RECIPE, [*Finished.options, "--training.steps=3"], Finished.environ, Finished.path / "log"
     ).wait(60) == [0]
@@ -723,19 +732,19 @@ def test_a_file_that_changes_during_training_is_noticed(place):
 # ---- a long run
 
 
-def test_two_thousand_steps_do_not_grow(tmp_path):
+def test_a_thousand_steps_do_not_grow(tmp_path):
     """Memory, file descriptors and threads stay as they are; the token ledger balances to the token."""
     data = write_rows(tmp_path / "rows.jsonl", [9, 40, 3, 17, 1, 5, 28, 60])
     options = [
         f"--job.dump_folder={tmp_path / 'run'}", small_assets(tmp_path / "model", num_hidden_layers=1), "--training.dataset=jsonl",
-        f"--training.dataset_path={data}", "--training.seq_len=30", "--training.overlong=truncate", "--training.steps=2000",
-        "--training.global_batch_size=3", "--chunkflow.chunk_size=24", "--metrics.log_freq=50", "--checkpoint.enable",
-        "--checkpoint.interval=100", "--checkpoint.keep_latest_k=2", "--checkpoint.async_mode=async",
+        f"--training.dataset_path={data}", "--training.seq_len=30", "--training.overlong=truncate", "--training.steps=1000",
+        "--training.global_batch_size=3", "--chunkflow.chunk_size=24", "--metrics.log_freq=25", "--checkpoint.enable",
+        "--checkpoint.interval=50", "--checkpoint.keep_latest_k=2", "--checkpoint.async_mode=async",
     ]  # fmt: skip
     job = start(RECIPE, options, environment(tmp_path), tmp_path / "log")
     (process,) = (Path(f"/proc/{pid}") for pid in job.pids)
     figures = {}
-    for rows in (11, 21, 31, 40):  # of 50 steps each
+    for rows in (11, 21, 31, 40):  # of 25 steps each
         deadline = time.monotonic() + 180
         while not (tmp_path / "run/metrics.jsonl").exists() or len(rows_of(tmp_path / "run")) < rows:
             assert time.monotonic() < deadline and job.poll() is None, (tmp_path / "log").read_text()[-2000:]
@@ -744,9 +753,9 @@ def test_two_thousand_steps_do_not_grow(tmp_path):
         memory, threads = int(status["VmRSS"].split()[0]) / 1024, int(status["Threads"])
         figures[rows] = memory, len(list((process / "fd").iterdir())), threads
     assert job.wait(60) == [0], (tmp_path / "log").read_text()[-2000:]
-    assert figures[40][0] < figures[11][0] + 16, f"MiB, descriptors, threads: {figures}"
+    assert figures[40][0] < figures[11][0] + 8, f"MiB, descriptors, threads: {figures}"
     assert figures[40][1] <= figures[11][1] + 2 and figures[40][2] <= figures[11][2] + 2, figures
-    ledger = json.loads((tmp_path / "run/checkpoint/step-2000/manifest.json").read_text())["ledger"]
+    ledger = json.loads((tmp_path / "run/checkpoint/step-1000/manifest.json").read_text())["ledger"]
     assert ledger["read"] == ledger["trained"] + ledger["masked"] + ledger["truncated"] + ledger["dropped"]
-    passes, rest = divmod(3 * 2000, 8)
+    passes, rest = divmod(3 * 1000, 8)
     assert rest == 0 and ledger["read"] == passes * 163 and ledger["truncated"] == passes * (10 + 30)

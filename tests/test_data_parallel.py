@@ -34,9 +34,10 @@ def cases(replicas):
             model = small_model("llama3")
             parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
             parallel.apply_fsdp(model, mesh, config.training, reshard == "always")
-            for seed in range(4 if mode == "none" else 1):
-                rng = random.Random(f"{reshard}/{mode}/{seed}")
-                lengths = random_lengths(rng, 90) if seed else [70]  # one sequence: other ranks have no chunk
+            for seed in range(3 if mode == "none" else 1):
+                rng = random.Random(f"{dist.get_world_size()}/{replicas}/{reshard}/{mode}/{seed}")
+                # one sequence: other ranks have no chunk
+                lengths = random_lengths(rng, 90) if seed or mode != "none" else [70]
                 sequences = random_sequences(lengths, 96, seed)
                 loss, expected = whole_sequence_gradients(reference, sequences)
                 balance = rng.choice(["cost", "tokens"])
@@ -52,7 +53,7 @@ def cases(replicas):
 @pytest.mark.proves("never/always + full/selective/k > 1", "HSDP + never/always + full/selective/k > 1")
 @pytest.mark.parametrize("world_size, replicas", [(1, 1), (2, 1), (3, 1), (4, 1), (4, 2)])
 def test_ranks_give_the_gradients_of_one_process(world_size, replicas):
-    assert run_ranks(cases, world_size, replicas) == [12] * world_size
+    assert run_ranks(cases, world_size, replicas) == [10] * world_size
 
 
 def other_precisions():

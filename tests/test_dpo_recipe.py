@@ -210,6 +210,7 @@ def test_it_learns_and_says_so(tmp_path):
             file.write(json.dumps({"prompt": prompt} | pair) + "\n")
     options = [small_assets(tmp_path / "model"), TOKENIZER, "--optimizer.lr=2e-2", "--training.steps=15"]
     options += [
+        "--metrics.enable_tensorboard",
         "--training.mixed_precision_param=float32",
         "--dpo.beta=0.5",
         "--training.global_batch_size=8",

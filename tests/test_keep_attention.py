@@ -414,7 +414,7 @@ def data(tmp_path_factory):
 def options(tmp_path_factory):
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 8}
     model = small_assets(tmp_path_factory.mktemp("model") / "model", **sizes)
-    return [model, "--training.dtype=float64", "--training.steps=2"]
+    return [model, "--training.dtype=float64", "--training.steps=2", "--metrics.enable_tensorboard"]
 
 
 @pytest.fixture(scope="module")

@@ -463,6 +463,7 @@ def test_the_recipe_shares_validates_and_tells_what_the_device_holds(tmp_path):
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 8, "num_hidden_layers": 4}
     options = [small_assets(tmp_path / "model", **sizes), "--training.dtype=float64", "--training.steps=2"]
     options += ["--validation.enable", "--validation.dataset=jsonl", "--validation.freq=2"]
+    options += ["--metrics.enable_tensorboard"]
     options += [f"--validation.dataset_path={tmp_path / 'rows.jsonl'}"]
     runs = [
         train(tmp_path, name, data, *options, f"--chunkflow.kv_offload={name}", processes=2)

@@ -275,7 +275,7 @@ def test_a_run_that_was_trained_on_the_task_is_better_than_before(recipe, monkey
         "--checkpoint.interval=1", "--checkpoint.keep_latest_k=99", "--checkpoint.last_save_in_hf", "--training.steps=20",
         f"--model.tokenizer_path={SHIPPED_MODEL}", "--training.mixed_precision_param=float32",
     ]  # fmt: skip
-    train(tmp_path, "run", tmp_path / "rows.jsonl", *options)
+    train(tmp_path, "run", tmp_path / "rows.jsonl", *options, "--metrics.enable_tensorboard")
     folder, scores = tmp_path / "run", {}
     saved = ["--job.config_file", folder / "config.toml"]
     asked = ["--depths=0,100", "--trials=3", "--json"]

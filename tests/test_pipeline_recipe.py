@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.helpers.processes import assert_same_curves, run, train, write_rows
+from tests.helpers.processes import assert_same_curves, run, small_assets, train, write_rows
 
 LENGTHS = [300, 20, 64, 5, 130, 31, 7, 90, 12, 1, 48, 200, 9, 77, 33]
 
@@ -15,12 +15,23 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory, data):
+def models(tmp_path_factory):
+    """Options for small models of two families, by name."""
+    folder = tmp_path_factory.mktemp("models")
+    types = {"llama3": "llama", "qwen3": "qwen3"}
+    return {
+        name: small_assets(folder / name, model_type=kind, num_hidden_layers=4)
+        for name, kind in types.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory, data, models):
     """The curves of whole sequences in one process, in fp64, by recipes/finetune.py."""
     options = ["--training.dtype=float64", "--chunkflow.enable=false"]
     return {
-        name: train(tmp_path_factory.mktemp(name), "run", data, *options, f"--model.name={name}")
-        for name in ("llama3", "qwen3")
+        name: train(tmp_path_factory.mktemp(name), "run", data, *options, model)
+        for name, model in models.items()
     }
 
 
@@ -43,11 +54,13 @@ def references(tmp_path_factory, data):
         ("llama3", 2, ["--chunkflow.no_enable", "--parallelism.pipeline_parallel_layers_per_stage=3"]),
     ],
 )
-def test_pipelines_have_the_curve_of_one_process(tmp_path, data, references, name, processes, options):
+def test_pipelines_have_the_curve_of_one_process(
+    tmp_path, data, models, references, name, processes, options
+):
     options = [
         "--training.dtype=float64",
         "--parallelism.pipeline_parallel_degree=2",
-        f"--model.name={name}",
+        models[name],
         *options,
     ]
     rows = train(tmp_path, "run", data, *options, processes=processes)
@@ -61,6 +74,7 @@ def test_what_a_run_leaves(tmp_path, data):
 
     options = [
         "--parallelism.pipeline_parallel_degree=2",
+        "--metrics.enable_tensorboard",
         "--profiling.enable_profiling",
         "--profiling.profile_freq=2",
     ]
@@ -92,7 +106,7 @@ def test_fake_backend(tmp_path, data, name):
         f"--training.dataset_path={data}",
     ]
     options = ["--parallelism.pipeline_parallel_degree=4", f"--model.name={name}", "--comm.mode=fake_backend"]
-    done = run(tmp_path, *settings, *options, processes=8, COMM_MODE="fake_backend")
+    done = run(tmp_path, *settings, *options, NGPU="8")
     assert done.returncode == 0 and "Rank 0 of 8 can run this step" in done.stdout, done.stdout[-3000:]
 
 
@@ -122,6 +136,6 @@ def test_fake_backend(tmp_path, data, name):
     ],
 )
 def test_refusals(tmp_path, options, words):
-    done = run(tmp_path, "--check", f"--job.dump_folder={tmp_path}/x", *options, processes=2)
+    done = run(tmp_path, "--check", f"--job.dump_folder={tmp_path}/x", *options, NGPU="2")
     assert done.returncode == 2 and done.stdout.count("\n") == 1, done.stdout
     assert done.stdout.startswith("error: parallelism.") and words in done.stdout

@@ -91,11 +91,13 @@ def test_the_fake_backend_runs_it_at_full_size(name, tmp_path):
     options = [
         f"--training.dataset_path={data}",
         "--training.global_batch_size=4",
+        f"--job.config_file={PRESETS[name]}",
         f"--job.dump_folder={tmp_path / 'run'}",
+        "--comm.mode=fake_backend",
         "--optimizer.name=AdamW",  # the 8-bit one reads its tensors, which have no content here
     ]
-    environ = {"CONFIG_FILE": str(PRESETS[name])} | comment(name)[0]
-    done = run(tmp_path, *options, processes=2, COMM_MODE="fake_backend", **environ)
+    environ, _, _ = comment(name)
+    done = run(tmp_path, *options, **environ)
     said = f"Rank 0 of {environ['NGPU']} can run this step"
     assert done.returncode == 0 and said in done.stdout, done.stdout[-3000:]
 

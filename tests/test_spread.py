@@ -56,14 +56,14 @@ def cases(replicas):
             reference, model = small_model(family, **tied), small_model(family, **tied)
             parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
             parallel.apply_fsdp(model, processes.data_mesh, config.training, reshard == "always")
-            for seed in range(4 if mode == "none" else 1):
-                rng = random.Random(f"{reshard}/{mode}/{seed}")
+            for seed in range(2 if mode == "none" else 1):
+                rng = random.Random(f"{ranks}/{replicas}/{reshard}/{mode}/{seed}")  # others for each layout
                 lengths = random_batch(rng)
                 sequences = random_sequences(lengths, 96, seed)
                 loss, expected = whole_sequence_gradients(reference, sequences)
                 more = {"spread_over": ranks, "kv_tokens": rng.choice([0, 60]), "blocks": blocks}
                 # In one case rows are padded, as they are for bf16.
-                padded = mock.patch.multiple(linear, pads=lambda tensor, pads=seed == 3: pads, ROWS=8)
+                padded = mock.patch.multiple(linear, pads=lambda tensor, pads=seed == 1: pads, ROWS=8)
                 with padded:
                     got_loss, got = sharded_gradients(
                         model, lengths, sequences, config, rng.choice([1, 2, 9]), **more
@@ -82,7 +82,7 @@ def cases(replicas):
 )
 @pytest.mark.parametrize("world_size, replicas", [(2, 1), (3, 1), (4, 1), (4, 2), (6, 1)])
 def test_shared_sequences_give_the_gradients_of_one_process(world_size, replicas):
-    assert run_ranks(cases, world_size, replicas) == [10] * world_size
+    assert run_ranks(cases, world_size, replicas) == [6] * world_size
 
 
 def stages_config(shape):
@@ -97,8 +97,8 @@ def on_stages(shape, virtual):
     for family in families:
         whole = small_model(family, n_layers=5, tied_embeddings=family != "llama3")
         pipeline = Pipeline(family, mesh, virtual, whole, blocks=processes.blocks)
-        for seed in range(3):
-            rng = random.Random(f"{family}/{seed}")
+        for seed in range(2):
+            rng = random.Random(f"{family}/{seed}/{shape}/{virtual}")
             lengths = random_batch(rng) if seed else [150]
             k, sequences = rng.choice([1, 2, 99]), random_sequences(lengths, 96, seed)
             loss, expected = whole_sequence_gradients(whole, sequences)
@@ -121,7 +121,7 @@ def on_stages(shape, virtual):
 )
 @pytest.mark.parametrize("shape, virtual", [((2, 2), 1), ((2, 2), 2), ((2, 3), 1)])
 def test_stages_share_sequences_with_their_like(shape, virtual):
-    assert run_ranks(on_stages, shape[0] * shape[1], shape, virtual) == [9] * (shape[0] * shape[1])
+    assert run_ranks(on_stages, shape[0] * shape[1], shape, virtual) == [6] * (shape[0] * shape[1])
 
 
 def held(lengths, k):

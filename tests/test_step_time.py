@@ -209,18 +209,18 @@ def test_ranked_takes_the_smaller_of_equals_and_nothing_that_does_not_fit():
 
 def test_the_fit_gives_back_what_made_the_points():
     cost, layers = Cost.of_layers(ARGS, 2, head=False), 2
-    forward, backward = Pass(3e-9, 5e-9, 2e-6), Pass(6e-9, 14e-9, 0.0)
+    forward, backward, kv = Pass(3e-9, 5e-9, 2e-6, 0.0), Pass(6e-9, 14e-9, 0.0, 2e-9), 16
     points = []
     for tokens, prefix in itertools.product((16, 256, 4096), (0, 4096)):
         point = calibration.Point(tokens, prefix, 0.0, 0.0)
-        flops = cost.per_token * tokens, cost.per_pair * point.pairs, layers
+        flops = cost.per_token * tokens, cost.per_pair * point.pairs, layers, kv * prefix
         points.append(point._replace(forward=forward.seconds(*flops), backward=backward.seconds(*flops)))
-    found = calibration.fitted(points, cost, layers, rates.analytic("H100"))
+    found = calibration.fitted(points, cost, layers, kv, rates.analytic("H100"))
     assert found.forward == pytest.approx(forward) and found.backward == pytest.approx(backward, abs=1e-15)
     assert found.gather == rates.analytic("H100").gather
     # no term is below 0, whatever the points
     points = [point._replace(forward=1 / point.tokens) for point in points]
-    assert min(calibration.fitted(points, cost, layers, found).forward) >= 0
+    assert min(calibration.fitted(points, cost, layers, kv, found).forward) >= 0
 
 
 def test_a_device_is_known_by_its_name():

@@ -481,7 +481,8 @@ def test_recipes_validate_and_train_on_unchanged(tmp_path, data, options):
     options = ["--training.mixed_precision_param=float32", "--training.steps=3", *options]
     validate = ["--validation.enable", f"--validation.dataset_path={valid}", "--validation.freq=2"]
     environ = {"processes": 2}
-    plain = train(tmp_path, "plain", rows, *options, "--metrics.no_enable_tensorboard", **environ)
+    plain = train(tmp_path, "plain", rows, *options, **environ)
+    validate.append("--metrics.enable_tensorboard")
     validated = train(tmp_path, "validated", rows, *options, *validate, **environ)
     for name in ("loss", "grad_norm", "tokens", "n_tokens_seen"):
         assert [row[name] for row in validated] == [row[name] for row in plain], "bit for bit"

@@ -127,7 +127,10 @@ class StageSizes:
             for group in ("wq wk wv", "w1 w3", "w2")
         }
         self.hidden_bytes = self.dim * self.compute  # of a token's hidden state
-        self.kv_of_layer, self.kv_gradient_of_layer = 2 * self.keys * self.compute, 2 * self.keys * self.wide
+        self.kv_elements = 2 * self.keys  # of a token in a layer
+        self.kv_of_layer, self.kv_gradient_of_layer = (
+            self.kv_elements * size for size in (self.compute, self.wide)
+        )
 
     def layer_activations(self, tokens: int, standalone: bool, checkpointed: bool = False) -> int:
         """Bytes that autograd keeps of one layer's forward, its input included."""

@@ -34,9 +34,11 @@ class Pass(NamedTuple):
     linear: float  # of a FLOP in products with weights
     attention: float  # of a FLOP in attention
     layer: float  # of each layer, however short the chunk
+    prefix: float = 0.0  # of an element of the prefix's K/V, which are read, or whose gradients are added to
 
-    def seconds(self, linear_flops: float, attention_flops: float, layers: float) -> float:
-        return self.linear * linear_flops + self.attention * attention_flops + self.layer * layers
+    def seconds(self, linear: float, attention: float, layers: float, prefix: float = 0.0) -> float:
+        """Of so many FLOPs of each kind, so many layers, and elements of the prefix's K/V in all of them."""
+        return self.linear * linear + self.attention * attention + self.layer * layers + self.prefix * prefix
 
 
 class Head(NamedTuple):
@@ -79,12 +81,12 @@ class StepTime:
     def _computing(self, action: Action, groups: Sequence[Group]) -> float:
         kind, rates, stage = action.kind, self.rates, self.stages[action.stage]
         cost, layout, layers = self.costs[action.stage], stage.layout, stage.layers
-        dependent, chunk_tokens, pairs = False, 1.0, 1.0
+        dependent, chunk_tokens, pairs, before = False, 1.0, 1.0, 0
         group = None if action.group == DUMMY else groups[action.group]
         if group is not None:
             chunk_tokens, pairs = tokens_and_pairs(group, action.chunk)
-            dependent = len(group.chunks) > 1 or group.spread is not None
-        attention = pairs * cost.per_pair
+            dependent, before = group.has_state, _before(group, action.chunk)
+        attention, prefix = pairs * cost.per_pair, before * layers * stage.kv_elements
         head = 2.0 * stage.dim * stage.vocab * chunk_tokens if stage.last else 0.0
         body = chunk_tokens * cost.per_token - head
         kept = layout.keep_attention != "none" and dependent  # attention is computed once
@@ -92,19 +94,20 @@ class StepTime:
         again = attention / layers if kept and stage.last and layers else 0.0 if kept else attention
         if kind is Kind.FORWARD_STATE:
             share = (layers - 1) / layers if stage.last and layers else 1.0
-            seconds = rates.forward.seconds(body * share, attention * share, layers * share)
+            seconds = rates.forward.seconds(*(share * work for work in (body, attention, layers, prefix)))
         elif kind is Kind.RECOMPUTE:
-            seconds = rates.forward.seconds(body, again, layers)
+            seconds = rates.forward.seconds(body, again, layers, 0.0 if kept else prefix)
         elif kind is Kind.BACKWARD:
             # One product of two is half of a backward, whose FLOPs are counted as its forward's.
             frozen = max(0.0, cost.frozen_per_token * chunk_tokens - head)
             products = body - frozen / 2
-            seconds = rates.backward.seconds(products, attention, layers)
+            seconds = rates.backward.seconds(products, attention, layers, prefix)
             if layout.checkpoint_every:
                 share = stage.checkpointed_layers / layers if layers else 0.0
-                seconds += share * rates.forward.seconds(body, 0.0 if kept else attention, layers)
+                seen = (0.0, layers, 0.0) if kept else (attention, layers, prefix)
+                seconds += share * rates.forward.seconds(body, *seen)
         else:
-            seconds = rates.forward.seconds(body, attention, layers)
+            seconds = rates.forward.seconds(body, attention, layers, prefix)
         if head and kind not in (Kind.FORWARD_STATE, Kind.BACKWARD):
             seconds += self._loss(action, group, stage) * head
         return max(seconds, self._copied(action, group, stage) / rates.host if dependent else 0.0)
@@ -123,8 +126,7 @@ class StepTime:
     def _copied(self, action: Action, group: Group, stage: StageSizes) -> float:
         """Bytes between device and host memory while a chunk of a long sequence is computed."""
         layout, moved = stage.layout, 0.0
-        chunk = group.chunks[action.chunk]
-        before = action.chunk * group.chunks[0].tokens  # all but the last are equally long
+        chunk, before = group.chunks[action.chunk], _before(group, action.chunk)
         if layout.kv_offload != "none":
             moved += (before + chunk.tokens) * stage.layers * stage.kv_of_layer
             if action.kind is Kind.BACKWARD:  # gradients of the prefix come and go
@@ -244,3 +246,10 @@ class StepTime:
             updated = 2 * (stage.parameters + stage.optimizer) + stage.gradients
             updating += updated / (self.rates.host if layout.offload else self.rates.memory)
         return gathering, updating
+
+
+def _before(group: Group, chunk: int) -> int:
+    """Tokens of the sequence before a chunk of the group."""
+    if group.spread is not None:
+        return group.spread.start(chunk)
+    return chunk * group.chunks[0].tokens  # all but the last are equally long

@@ -77,7 +77,8 @@ def measured_rates(
 ) -> tuple[Rates, int]:
     """The rates of the device with this `name`, and from how many chunks. All ranks call."""
     points, layers = measure(config, spec, device)
-    rates = fitted(points, Cost.of_layers(spec.args, layers, head=False), layers, analytic(name))
+    cost, keys = Cost.of_layers(spec.args, layers, head=False), spec.args.n_kv_heads * spec.args.head_dim
+    rates = fitted(points, cost, layers, layers * 2 * keys, analytic(name))
     return rates._replace(head=_head(config, spec.args, device), **_bandwidths(config, device)), len(points)
 
 
@@ -182,11 +183,11 @@ def _busy(device: torch.device) -> float:
     return time.thread_time() if device.type == "cpu" else _now(device)
 
 
-def fitted(points: Sequence[Point], cost: Cost, layers: int, rates: Rates) -> Rates:
-    """`rates` with the passes that explain the points best, of a model with this cost and so many layers:
-    least squares of relative errors, no term below 0."""
+def fitted(points: Sequence[Point], cost: Cost, layers: int, kv: int, rates: Rates) -> Rates:
+    """`rates` with the passes that explain the points best, of a model with this cost, so many layers and
+    elements of a token's K/V in all of them: least squares of relative errors, no term below 0."""
     terms = torch.tensor(
-        [[cost.per_token * point.tokens, cost.per_pair * point.pairs, layers] for point in points],
+        [[cost.per_token * p.tokens, cost.per_pair * p.pairs, layers, kv * p.prefix] for p in points],
         dtype=torch.float64,
     )
     passes = {}

@@ -113,7 +113,7 @@ def sharded_gradients(
     rank, ranks = dist.get_rank(), dist.get_world_size()
     options = {"chunk_size": chunk_size, "k": k, "balance": balance, "lockstep": reshard, **more}
     plan = plan_step(lengths, PlanSettings(Cost.of_model(model.args), ranks, **options), [rank])
-    targets = sum(int((labels != -100).sum()) for _, labels in sequences)
+    targets = max(1, sum(int((labels != -100).sum()) for _, labels in sequences))
     parallel.begin_step(model, reshard)
     ((program,),) = plan.programs.values()
     groups = plan.groups[rank]

@@ -1,7 +1,8 @@
 """Runs recipes and functions in other processes, each with a time limit, and reads the files of a run.
 
-Processes are forked from a server that has imported torch, which saves seconds each time. As a program this
-file is that server; `start` talks to it. What run_train.sh adds to a recipe is tested with run_train.sh.
+Processes are forked from a server that has imported what recipes import, which saves seconds each time. As a
+program this file is that server; `start` talks to it. What run_train.sh adds to a recipe is tested with
+run_train.sh.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ REPO = Path(__file__).parent.parent.parent
 RECIPE = REPO / "recipes" / "finetune.py"
 PRELOADED = [
     "torch.distributed.checkpoint", "torch.distributed.pipelining", "torch.utils.tensorboard",
-    "chunkflow.data.dataset", "models",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "recipes.finetune", "recipes.dpo",
 ]  # fmt: skip
+MODEL = "--model.name", "--model.flavor", "--model.hf_assets_path"
 TIMING = {"seconds", "tps", "tflops", "mfu_percent", "memory_gib"}  # what two equal runs may differ in
 
 
@@ -196,13 +198,16 @@ def run(
 def train(
     tmp_path: Path, name: str, data: Path, *overrides: str, processes: int = 1, **environ: str
 ) -> list[dict]:
-    """Rows of metrics.jsonl of a short run on `data`, every step logged. AssertionError with the output where
-    it fails."""
+    """Rows of metrics.jsonl of a short run on `data`, every step logged, of a small model and without
+    TensorBoard's files where `overrides` do not say otherwise: most of the time would be theirs. AssertionError
+    with the output where it fails."""
     folder = tmp_path / name
+    if not any(str(option).startswith(MODEL) for option in overrides):
+        overrides = small_assets(tmp_path / "small_model", num_hidden_layers=4), *overrides
     settings = [
         f"--job.dump_folder={folder}", "--training.dataset=jsonl", f"--training.dataset_path={data}",
         "--training.global_batch_size=6", "--training.steps=4", "--lr_scheduler.warmup_steps=2",
-        "--chunkflow.chunk_size=64", "--metrics.log_freq=1", *overrides,
+        "--chunkflow.chunk_size=64", "--metrics.log_freq=1", "--metrics.no_enable_tensorboard", *overrides,
     ]  # fmt: skip
     done = run(tmp_path, *settings, processes=processes, forked=True, **environ)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -280,7 +285,7 @@ def small_assets(folder: Path, **changes) -> str:
         "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 2048, "max_position_embeddings": 8192, **changes,
     }  # fmt: skip
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(sizes))
     return f"--model.hf_assets_path={folder}"
 
