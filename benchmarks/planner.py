@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from data_parallel import give_back, start
+from data_parallel import start
 from result_files import parse_args
 from step import CPU, sizes, tensors
 from torch import nn
@@ -160,7 +160,6 @@ class Rank:
 
 def measure_layout(rank: int, port: int, arguments: argparse.Namespace) -> None:
     """Both tables' rows of the layout `arguments.layout`, printed by rank 0."""
-    give_back()
     layout = LAYOUTS[arguments.layout]
     here = Rank(rank, port, layout, arguments)
     for mix in layout.mixes[: arguments.mixes]:

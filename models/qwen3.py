@@ -105,8 +105,12 @@ class Transformer(nn.Module):
             nn.init.zeros_(rows)
         elif module.endswith("norm"):
             nn.init.ones_(rows)
-        else:  # each layer adds to the residual stream twice: its variance should not grow with depth
-            std = 0.02 / math.sqrt(2 * self.args.n_layers) if module in ("wo", "w2") else 0.02
+        else:
+            std = 0.02
+            if module in ("wo", "w2"):  # the residual stream's variance should not grow with depth
+                std /= math.sqrt(2 * self.args.n_layers)
+            elif module == "tok_embeddings" and not self.args.tied_embeddings:
+                std = 1.0  # else the loss jumps once what all tokens have in common is larger
             nn.init.trunc_normal_(rows, std=std, a=-3 * std, b=3 * std, generator=generator)
 
     def tie_embeddings(self) -> None:

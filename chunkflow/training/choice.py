@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 PIPELINE_RANKS = 8  # at most, of the layouts that are tried
 KEYS = ("chunk_size", "k", "kv_offload")  # that may be "auto"
+OF_WHOLE = (1, 1, "none")  # their values where sequences are whole, and none is read
 
 
 class Forecaster:
@@ -176,6 +177,9 @@ def compare(predicted: Forecaster) -> tuple[list[Row], str]:
     config = predicted.config
     chunkflow, degrees = config.chunkflow, config.parallelism
     if not chunkflow.enable:
+        for name, value in zip(KEYS, OF_WHOLE):
+            if getattr(chunkflow, name) == "auto":
+                setattr(chunkflow, name, value)
         return [], ""
     rows = list(predicted.rows())
     settled = {name: getattr(chunkflow, name) for name in ("chunk_size", "k")}
@@ -250,7 +254,7 @@ def _settled(
     settled = {name: getattr(chunkflow, name) for name in KEYS}
     wanted = [name for name in KEYS if settled[name] == "auto"]
     if not chunkflow.enable:  # whole sequences: none is read
-        return settled | {name: value for name, value in zip(KEYS, (1, 1, "none")) if name in wanted}
+        return settled | {name: value for name, value in zip(KEYS, OF_WHOLE) if name in wanted}
     if not wanted and prediction.budget_gib(config, device) is None and not _uses_host(config):
         return settled
     predicted = forecaster(config, spec, dataset, seed, ranks, device)

@@ -17,6 +17,7 @@ from chunkflow.settings.options import Config
 # for the forward's 2.
 LINEAR, ATTENTION, ATTENTION_BACKWARD = 0.6, 0.45, 2.9
 LAYER_SECONDS = 60e-6  # of a layer's kernels on one token
+ADDED = 8  # bytes read and written where something is added to a gradient of K/V, in fp32
 # Bytes a second, in the order of Rates: from GPUs of the node, of other nodes, from the host, of the memory.
 BANDWIDTHS = {
     "A100": (200e9, 20e9, 22e9, 1.5e12),
@@ -70,15 +71,16 @@ def analytic(device: str) -> Rates:
         threads = torch.get_num_threads()
         linear, attention = 1 / (CPU_FLOPS * threads), 1 / (CPU_ATTENTION_FLOPS * threads)
         forward = Pass(linear, attention, CPU_LAYER_SECONDS)
-        backward = Pass(2 * linear, 2.5 * attention, 2 * CPU_LAYER_SECONDS)
+        backward = Pass(2 * linear, 2.5 * attention, 2 * CPU_LAYER_SECONDS, ADDED / CPU_BANDWIDTHS[-1])
         return Rates(forward, backward, Head(linear, 3 * linear), *CPU_BANDWIDTHS)
     for name, peak in PEAK_FLOPS.items():
         if name.lower() in device.lower():
             linear, attention = 1 / (LINEAR * peak), 1 / (ATTENTION * peak)
             forward = Pass(linear, attention, LAYER_SECONDS)
-            backward = Pass(2 * linear, ATTENTION_BACKWARD * attention, 2 * LAYER_SECONDS)
-            head = Head(linear, 3 * linear)
-            return Rates(forward, backward, head, *BANDWIDTHS.get(name, OTHER_BANDWIDTHS))
+            bandwidths = BANDWIDTHS.get(name, OTHER_BANDWIDTHS)
+            added = ADDED / bandwidths[-1]
+            backward = Pass(2 * linear, ATTENTION_BACKWARD * attention, 2 * LAYER_SECONDS, added)
+            return Rates(forward, backward, Head(linear, 3 * linear), *bandwidths)
     raise ValueError(
         f"--device = {device} is not known: name one of {', '.join(PEAK_FLOPS)}, or cpu for this machine's"
     )
