@@ -24,7 +24,7 @@ from dataclasses import fields
 from itertools import product
 
 import torch
-from result_files import parse_args
+from result_files import new_parser, parse_args
 from step import CPU, make_model, sizes, tensors
 
 from chunkflow.execution.runner import Runner
@@ -100,9 +100,7 @@ def measure(arguments: argparse.Namespace, length: int, offload: str, keep: str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     lengths = [4096, 8192, 16384, 32768, 65536, 131_072]
     parser.add_argument("--lengths", type=int, nargs="+", default=lengths, help="tokens (4K to 128K)")
     parser.add_argument("--chunk-size", type=int, default=2048)

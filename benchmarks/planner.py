@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from data_parallel import start
-from result_files import parse_args
+from result_files import new_parser, parse_args
 from step import CPU, sizes, tensors
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -197,9 +197,7 @@ def measure_layout(rank: int, port: int, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a small model, fewer settings and runs")
     parser.add_argument("--layouts", type=int, nargs="+", default=range(len(LAYOUTS)))
     parser.add_argument("--mixes", type=int, default=2, help="of each layout")

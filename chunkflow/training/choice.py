@@ -311,9 +311,9 @@ def refuse(predicted: Forecaster, chunk_size: int, k: int, kv_offload: str = "no
     layout = degrees.pipeline_parallel_degree, degrees.fsdp_reshard_after_forward
     config = predicted.changed(chunk_size, k, *layout, kv_offload)
     _, step, cuda = predicted.of(config)
-    parts = max(step.peaks, key=lambda parts: sum(parts.values()))
+    parts = forecast.fullest(step.peaks)
     gib, device = prediction.total_gib(parts, cuda, predicted.device), predicted.device
-    host = max(step.hosts, key=lambda parts: sum(parts.values()))
+    host = forecast.fullest(step.hosts)
     host_total = sum(host.values()) / 2**30
     if predicted.budget is not None and gib > predicted.budget:
         named = {PARTS[part]: amount for part, amount in parts.items() if amount}

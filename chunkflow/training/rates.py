@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from chunkflow.data.dataset import cache_folder
+from chunkflow.data.files import write_whole
 from chunkflow.planning.step_time import Head, Pass, Rates
 from chunkflow.reporting.device import PEAK_FLOPS
 from chunkflow.settings.options import Config
@@ -90,9 +92,7 @@ def calibration_file(model: str, args: Any, device: str, dtype: str) -> Path:
     """Where the measured rates of a model and a device are kept."""
     identity = json.dumps([model, repr(args), device.lower(), dtype])
     digest = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = Path(os.environ.get("CHUNKFLOW_CACHE") or f"{user_cache}/chunkflow").expanduser()
-    return cache / "calibration" / f"{digest}.json"
+    return cache_folder() / "calibration" / f"{digest}.json"
 
 
 def rates_of(model: str, args: Any, dtype: str, device: str) -> tuple[Rates, bool]:
@@ -108,9 +108,6 @@ def rates_of(model: str, args: Any, dtype: str, device: str) -> tuple[Rates, boo
 def save(rates: Rates, model: str, args: Any, dtype: str, device: str) -> Path:
     """Keeps measured rates for `rates_of`; returns the file."""
     path = calibration_file(model, args, device, dtype)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = rates._asdict() | {name: getattr(rates, name)._asdict() for name in PARTS}
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)
+    write_whole(path, json.dumps(content, indent=1).encode())
     return path
