@@ -131,7 +131,7 @@ def test_plan_compares_settings(tmp_path, options, monkeypatch, capsys):
         return json.loads(capsys.readouterr().out)
 
     whole = report("--chunkflow.no_enable", *AUTO)
-    assert (whole["chunk_size"], whole["k"], whole["table"]) == (1, 1, [])
+    assert (whole["chunk_size"], whole["k"], whole["table"]) == (None, None, [])
     fixed = report("--chunkflow.chunk_size=300", "--device=A100")
     table = fixed["table"]
     fitting = [row for row in table if row["fits"]]

@@ -281,7 +281,7 @@ def test_what_is_kept_and_what_is_loaded(place):
     said = place.run("changed", load, "--training.steps=1", "--debug.seed=5", "--model.rope_theta=1e6")
     assert "Loading the checkpoint from" in said, "extending a context is no other model"
     place.run("other", load, "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_model_only")
-    assert rows_of(place.path / "other")[0]["loss"] < first["loss"] - 0.3
+    assert rows_of(place.path / "other")[0]["loss"] < first["loss"] - 0.15
     assert "Training is complete" in place.run(
         "other", load, "--training.steps=2", "--debug.seed=5", "--checkpoint.last_save_model_only"
     )
