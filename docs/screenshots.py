@@ -34,12 +34,13 @@ RUNS = {  # name -> what its command line adds
 CONFIG = """
 [training]
 dataset = "python_stdlib"
-global_batch_size = 4
-seq_len = 4096
-overlong = "truncate"
+global_batch_size = 32
+seq_len = 65536
 steps = 16
+[debug]
+seed = 41
 [chunkflow]
-chunk_size = 512
+chunk_size = 1024
 k = 2
 [optimizer]
 lr = 3e-3
@@ -55,7 +56,7 @@ steps = 1
 MODEL = {  # of a config.json
     "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 2048,
-    "max_position_embeddings": 8192,
+    "max_position_embeddings": 65536,
 }  # fmt: skip
 # Finds elements in the shadow trees of TensorBoard's components, too.
 DEEP = """
