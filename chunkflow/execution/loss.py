@@ -107,9 +107,8 @@ def _cross_entropy(hidden_TC, weight_VC, labels_T, gradients: "_Gradients | None
 def _in_slices(one_slice: Callable[[slice], None], head: "_Head", gradients: "_Gradients | None") -> None:
     """Calls `one_slice` with each slice of tokens; the gradients' products follow each block of slices."""
     tokens = head.hidden_TC.size(0)
-    for block in _pieces(
-        slice(0, tokens), block_tokens(_device_type(head.weight_VC), head.weight_VC.size(0), head.hidden_TC)
-    ):
+    longest = block_tokens(_device_type(head.hidden_TC), head.weight_VC.size(0), head.hidden_TC)
+    for block in _pieces(slice(0, tokens), longest):
         if gradients:
             gradients.begin(block)
         for piece in _pieces(block, head.slice_tokens):

@@ -318,6 +318,8 @@ def peak_parts(
         now["gathered_parameters"] += stage.gathered
         for part in () if stage.layout.offload else ("parameters", "optimizer"):
             now[part] += getattr(stage, part)
+        if stage.layout.reshard and not stage.layout.offload:  # another rank's chunk may be reduced first
+            now["gradients"] += stage.gradients
         now["stage_inputs"] += stage.layout.sends_in_flight * longest * stage.hidden_bytes
     peak, most = dict(now), sum(now.values())
 
@@ -397,12 +399,11 @@ def peak_parts(
             now["unsharded_gradients"] += stage.accumulated
         now["activations"] -= kept
         hold("kv_gradients", (number, entry.group), new * kv_gradient)
-        reshard = stage.layout.reshard
-        if not stage.layout.offload and (first if reshard else not remaining[number]):
-            now["gradients"] += stage.gradients  # the shards' begin with the first reduction
+        if not stage.layout.reshard and not remaining[number]:
+            # All is reduced now: shards appear, and of the layers before this one the sums have been freed.
+            now["gradients"] += 0 if stage.layout.offload else stage.gradients
+            in_layer["unsharded_gradients"] -= max(0, stage.layers - 1) * stage.layer_reduced
         if stage.layers:
-            if reduces and not reshard:  # the sums of the layers before this one have been freed
-                in_layer["unsharded_gradients"] -= (stage.layers - 1) * stage.layer_reduced
             checkpointed = bool(stage.layout.checkpoint_every)
             moment(activations=stage.layer_activations(tokens, standalone, checkpointed), **in_layer)
         if remaining[number]:

@@ -100,8 +100,7 @@ class StepTime:
         elif kind is Kind.BACKWARD:
             # One product of two is half of a backward, whose FLOPs are counted as its forward's.
             frozen = max(0.0, cost.frozen_per_token * chunk_tokens - head)
-            products = body - frozen / 2
-            seconds = rates.backward.seconds(products, attention, layers, prefix)
+            seconds = rates.backward.seconds(body - frozen / 2, attention, layers, prefix)
             if layout.checkpoint_every:
                 share = stage.checkpointed_layers / layers if layers else 0.0
                 seen = (0.0, layers, 0.0) if kept else (attention, layers, prefix)

@@ -31,7 +31,7 @@ CHUNKS = (16, 256, 1024, 4096)  # tokens
 PREFIXES = (0, 4096, 16384)  # the last two: at most a quarter, and half, of training.seq_len
 RUNS = 3  # of each chunk, whose median counts
 SECONDS = 45  # after which no other chunk is begun
-HEAD_TOKENS = 1024
+HEAD = 1024, 16384  # tokens and, at most, rows of the vocabulary: the whole one would take a CPU minutes
 BYTES = 64 << 20  # that are moved to see how fast
 
 
@@ -144,8 +144,9 @@ def _point(model: nn.Module, tokens: int, prefix: int, device: torch.device) -> 
 def _head(config: Config, args: Any, device: torch.device) -> Head:
     """Of the model's head, the loss alone and with its gradients."""
     dtype = parallel.DTYPES[config.training.mixed_precision_param]
-    chunk = _chunk(Group((Chunk((Segment(0, 0, HEAD_TOKENS),)),)), 0, args.vocab_size, device)
-    shapes = (HEAD_TOKENS, args.dim), (args.vocab_size, args.dim)
+    tokens, rows = HEAD[0], min(HEAD[1], args.vocab_size)
+    chunk = _chunk(Group((Chunk((Segment(0, 0, tokens),)),)), 0, rows, device)
+    shapes = (tokens, args.dim), (rows, args.dim)
     hidden_TC, weight_VC = (torch.full(shape, 0.02, dtype=dtype, device=device) for shape in shapes)
     for tensor in (hidden_TC, weight_VC):
         tensor.requires_grad_()
@@ -158,7 +159,7 @@ def _head(config: Config, args: Any, device: torch.device) -> Head:
             loss_sum(hidden_TC, weight_VC, chunk)
             times.append(_busy(device) - start)
         seconds.append(statistics.median(times[1:]))
-    return Head(*(each / (2 * HEAD_TOKENS * args.dim * args.vocab_size) for each in seconds))
+    return Head(*(each / (2 * tokens * rows * args.dim) for each in seconds))
 
 
 def _others(device: torch.device) -> torch.Tensor:
