@@ -2,15 +2,15 @@
 and its choice against the best of all that were measured. Prints two Markdown tables.
 
     python benchmarks/planner.py           # a model of 12 million parameters, on a quiet machine
-    python benchmarks/planner.py --quick   # a small one: below 10 minutes on 2 cores
+    python benchmarks/planner.py --quick   # a small one: half an hour on 2 cores
 
 Each mix measures its rates first, as recipes/plan.py --calibrate does. A step is plan, forward, backward,
-sums over ranks and update; its seconds, of a single process those of its thread, are the median of the runs
-after the first. Memory is the most that PyTorch allocates in a step on the fullest rank beyond what it holds
-between steps; the CPU's kernels allocate less than those that the prediction is made for. The budget of a
-case is the median of the predicted memories: what is predicted to need more does not take part in the choice.
-"Spread" is slowest over fastest of repeated runs of the best, less 1: a choice that is not slower than this
-is as good.
+sums over ranks and update; its seconds are the sum of its actions and of the rest of the step, each as fast
+as in its fastest run, since other work of the machine only slows it; all settings run in turn. Memory is the
+most that PyTorch allocates in a step on the fullest rank beyond what it holds between steps; the CPU's
+kernels allocate less than those that the prediction is made for. The budget of a case is the median of the
+predicted memories: what is predicted to need more does not take part in the choice. "Spread" is slowest over
+fastest of whole steps with the best settings, less 1: a choice that is not slower than this is as good.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from chunkflow.execution.loss import loss_sum
 from chunkflow.execution.runner import Runner
 from chunkflow.planning.balance import split_layers
 from chunkflow.planning.forecast import forecast
+from chunkflow.planning.pipeline_schedule import Timed
 from chunkflow.planning.planner import PlanSettings, plan_step
 from chunkflow.settings.options import Config
 from chunkflow.training import build, calibration, parallel, prediction, stages
@@ -104,7 +105,7 @@ class Rank:
         self.optimizer = build_optimizer(nn.ModuleList(models.values()), config.optimizer)
 
     def calibrate(self) -> None:
-        self.rates, _ = calibration.measured_rates(self.config, self.spec, CPU, "cpu")
+        self.rates, _ = calibration.measured_rates(self.config, self.spec, "cpu")
 
     def settings(self, chunk_size: int, k: int) -> PlanSettings:
         self.config.chunkflow.chunk_size, self.config.chunkflow.k = chunk_size, k
@@ -122,14 +123,14 @@ class Rank:
         ]
         return step.seconds, max(added) / 2**20
 
-    def step(self, lengths: list[int], chunk_size: int, k: int) -> float:
-        """Seconds of a step, from when all ranks begin to when all have ended."""
-        clock = time.perf_counter if self.processes.count > 1 else time.thread_time
+    def step(self, lengths: list[int], chunk_size: int, k: int) -> list[float]:
+        """Seconds of this rank's actions in a step, and of the rest of the step."""
         dist.barrier()
-        begin = clock()
-        self._run(lengths, chunk_size, k)
+        begin = time.perf_counter()
+        timeline = self._run(lengths, chunk_size, k)
         dist.barrier()
-        return self._most(clock() - begin)
+        whole, actions = time.perf_counter() - begin, [end - start for _, start, end in timeline]
+        return [*actions, whole - sum(actions)]
 
     def allocated(self, lengths: list[int], chunk_size: int, k: int) -> float:
         """MiB that PyTorch allocates in a step, at most, on the rank that allocates most."""
@@ -137,9 +138,9 @@ class Rank:
             self._run(lengths, chunk_size, k)
         events = [each for each in recorded.profiler.kineto_results.events() if each.name() == "[memory]"]
         events.sort(key=lambda event: event.start_ns())
-        return self._most(max(accumulate(event.nbytes() for event in events)) / 2**20)
+        return self.most(max(accumulate(event.nbytes() for event in events)) / 2**20)
 
-    def _run(self, lengths: list[int], chunk_size: int, k: int) -> None:
+    def _run(self, lengths: list[int], chunk_size: int, k: int) -> list[Timed]:
         processes = self.processes
         plan = plan_step(lengths, self.settings(chunk_size, k), [processes.replica])
         groups = plan.groups[processes.replica]
@@ -148,11 +149,12 @@ class Rank:
             parallel.begin_step(model, self.reshard)
         self.optimizer.zero_grad()
         program = plan.programs[processes.replica][processes.pipeline_rank]
-        self.runner.step(program, groups, data, sum(lengths))
+        result = self.runner.step(program, groups, data, sum(lengths))
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return result.clock.timeline()
 
-    def _most(self, figure: float) -> float:
+    def most(self, figure: float) -> float:
         of_ranks: list[Any] = [None] * self.processes.count
         dist.all_gather_object(of_ranks, figure)
         return max(of_ranks)
@@ -168,25 +170,26 @@ def measure_layout(rank: int, port: int, arguments: argparse.Namespace) -> None:
         # More than all chunks of the longest cannot be kept.
         ways = [(size, k) for size, k in ways if k == 1 or (k // 2) * size < max(lengths)]
         here.calibrate()
-        for way in ways:
-            seconds = statistics.median([here.step(lengths, *way) for _ in range(arguments.runs + 1)][1:])
+        runs: dict[tuple[int, int], list[list[float]]] = {way: [] for way in ways}
+        for _ in range(arguments.runs + 1):
+            for way, parts in runs.items():
+                parts.append(here.step(lengths, *way))
+        for way, parts in runs.items():
+            seconds = here.most(sum(map(min, zip(*parts))))
             rows[way] = (*here.predict(lengths, *way), seconds, here.allocated(lengths, *way))
         budget = statistics.median(row[1] for row in rows.values())
         fitting = {way: row for way, row in rows.items() if row[1] <= budget}
         auto = min(fitting, key=lambda way: fitting[way][0])
         best = min(fitting, key=lambda way: fitting[way][2])
-        again: dict[tuple[int, int], list[float]] = {auto: [], best: []}
-        for _ in range(arguments.runs + 1):  # in turns, so that both see the same machine
-            for way, seconds in again.items():
-                seconds.append(here.step(lengths, *way))
+        whole = [here.most(sum(parts)) for parts in runs[best][1:]]
         if rank == 0:
             for way, (guess, guess_mib, seconds, mib) in rows.items():
                 print(
                     f"| {layout.name} | {mix} | {way[0]} | {way[1]} | {guess:.2f} | {seconds:.2f} |"
                     f" {guess / seconds:.2f} | {guess_mib:.0f} | {mib:.0f} | {guess_mib / mib:.2f} |"
                 )
-            times = {way: statistics.median(seconds) for way, seconds in again.items()}
-            spread = max(again[best]) / min(again[best]) - 1
+            times = {way: fitting[way][2] for way in (auto, best)}
+            spread = max(whole) / min(whole) - 1
             with open(arguments.choices, "a") as choices:
                 choices.write(
                     f"| {layout.name} | {mix} | {auto[0]}, {auto[1]} | {times[auto]:.2f} |"
@@ -211,8 +214,8 @@ def main() -> None:
     parser.add_argument("--scale", type=int, help="sequences of agents are so many times shorter")
     parser.add_argument("--runs", type=int)
     parser.add_argument("--threads", type=int, default=1, help="of a process")
-    quick = {"dim": 256, "layers": 4, "vocab": 2048, "chunk_sizes": [512, 1024, 2048], "k": [1, 2, 4]}
-    quick |= {"sequences": 8, "longest": 4096, "scale": 32, "runs": 1}
+    quick = {"dim": 256, "layers": 4, "vocab": 2048, "chunk_sizes": [256, 512, 1024], "k": [1, 2]}
+    quick |= {"sequences": 4, "longest": 2048, "scale": 32, "runs": 6}
     whole = {
         "dim": 512,
         "layers": 6,

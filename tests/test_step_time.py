@@ -12,16 +12,16 @@ from chunkflow.planning.cost import Cost
 from chunkflow.planning.forecast import Row, candidates, forecast, powers, ranked
 from chunkflow.planning.memory import Layout, StageSizes, peak_parts
 from chunkflow.planning.planner import PlanSettings, plan_step
-from chunkflow.planning.step_time import Head, Pass, Rates, StepTime
+from chunkflow.planning.step_time import LOSS_ALONE, Pass, Rates, StepTime
 from chunkflow.settings.config import load_config
-from chunkflow.training import build, calibration, rates
+from chunkflow.training import build, calibration, prediction, rates
 from models import families
 
 ARGS = dataclasses.replace(
     families["llama3"].flavors["debugmodel"], dim=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4,
     hidden_dim=16, vocab_size=32,
 )  # fmt: skip
-FREE, NO_HEAD = Pass(0.0, 0.0, 0.0), Head(0.0, 0.0)
+FREE = Pass(0.0, 0.0, 0.0)
 FAST = 1e18  # bytes a second
 
 
@@ -32,7 +32,7 @@ def sizes_of(args, **layout):
     return [{0: StageSizes(args, shapes, Layout(**layout))}]
 
 
-def seconds(lengths, forward=FREE, backward=FREE, head=NO_HEAD, layout=None, **settings):
+def seconds(lengths, forward=FREE, backward=FREE, head=0.0, layout=None, **settings):
     """Of a step whose rates are these, all else taking no time."""
     layout = layout or {}
     made = PlanSettings(Cost.of_model(ARGS), **{"chunk_size": 10, **settings})
@@ -62,10 +62,9 @@ def test_a_step_by_hand():
 
 def test_the_loss_by_hand():
     """Its gradients are made from its logits where the backward is the next action, else from others."""
-    loss, gradients = Head(1.0, 0.0), Head(0.0, 1.0)
     for k, alone in ((1, 0), (2, 10), (3, 20)):
-        assert seconds([25], head=gradients, k=k) == pytest.approx(2 * 25 * HEAD, rel=1e-6)
-        assert seconds([25], head=loss, k=k) == pytest.approx(2 * alone * HEAD, rel=1e-6, abs=1e-6)
+        tokens = 25 + LOSS_ALONE * alone
+        assert seconds([25], head=1.0, k=k) == pytest.approx(2 * tokens * HEAD, rel=1e-6)
 
 
 def test_recomputation_of_layers_counts():
@@ -109,11 +108,33 @@ def test_ranks_in_lockstep_wait_in_every_slot():
     made = PlanSettings(Cost.of_model(ARGS), chunk_size=10, replicas=2, lockstep=True)
     sizes = sizes_of(ARGS, shards=2, reshard=True)
     (stage,) = sizes[0].values()
-    time = Rates(layer, layer, NO_HEAD, 1.0, 1.0, FAST, FAST)
+    time = Rates(layer, layer, 0.0, 1.0, 1.0, FAST, FAST)
     gathers, reduces = 2 * stage.layer_gathered / 2, 2 * stage.layer_reduced / 2
     once = (stage.root_gathered + stage.root_reduced) / 2
+    plan = plan_step([10, 10], made)
     expected = 1.5 * gathers + 1.5 * (gathers + reduces) + once
-    assert StepTime(made, sizes, time).step(plan_step([10, 10], made)) == pytest.approx(expected)
+    assert StepTime(made, sizes, time).step(plan) == pytest.approx(expected)
+    # Where ranks gather by computing, chunks of two layers a pass wait for it.
+    slow = time._replace(overlaps=False)
+    expected = gathers + (gathers + reduces) + once + 2 * 2
+    assert StepTime(made, sizes, slow).step(plan) == pytest.approx(expected)
+    # A collective for each layer of a forward, two of a backward, and the root's two.
+    late = Rates(FREE, FREE, 0.0, FAST, FAST, FAST, FAST, latency=1.0, overlaps=False)
+    assert StepTime(made, sizes, late).step(plan) == pytest.approx(2 + 4 + 2)
+
+
+def test_collectives_of_a_sequence_that_ranks_share():
+    """Two chunks on two ranks, in two layers: each forward gathers the chunk's keys and values, and those
+    before it if there are any; each backward sends gradients of both, too."""
+    cost = Cost.of_model(ARGS)._replace(per_gathered=0.0)
+    made = PlanSettings(cost, chunk_size=10, replicas=2, spread_over=2)
+    plan = plan_step([40], made)
+    assert plan.spread_sequences == 1 and len(plan.groups[0][0].chunks) == 2
+    late = Rates(FREE, FREE, 0.0, FAST, FAST, FAST, FAST, latency=1.0)
+    shared = 2 * (1 + 2 + 4 + 1 + 2)  # first chunk's K/V, second forward and backward, first again and back
+    once = 2 * (2 + 1)
+    sizes = sizes_of(ARGS, shards=2)
+    assert StepTime(made, sizes, late).step(plan) == pytest.approx(shared + once)
 
 
 def test_more_work_takes_longer_and_faster_devices_less():
@@ -207,20 +228,32 @@ def test_ranked_takes_the_smaller_of_equals_and_nothing_that_does_not_fit():
 # ---- rates
 
 
-def test_the_fit_gives_back_what_made_the_points():
-    cost, layers = Cost.of_layers(ARGS, 2, head=False), 2
-    forward, backward, kv = Pass(3e-9, 5e-9, 2e-6, 0.0), Pass(6e-9, 14e-9, 0.0, 2e-9), 16
-    points = []
-    for tokens, prefix in itertools.product((16, 256, 4096), (0, 4096)):
-        point = calibration.Point(tokens, prefix, 0.0, 0.0)
-        flops = cost.per_token * tokens, cost.per_pair * point.pairs, layers, kv * prefix
-        points.append(point._replace(forward=forward.seconds(*flops), backward=backward.seconds(*flops)))
-    found = calibration.fitted(points, cost, layers, kv, rates.analytic("H100"))
-    assert found.forward == pytest.approx(forward) and found.backward == pytest.approx(backward, abs=1e-15)
+def test_the_fit_gives_back_what_made_the_works():
+    drawn = torch.Generator().manual_seed(0)
+    made = Pass(3e-9, 5e-9, 2e-6, 0.0), Pass(6e-9, 14e-9, 0.0, 2e-9), 4e-9
+    amounts = torch.rand(30, len(calibration.UNITS), generator=drawn, dtype=torch.float64) * 1e6
+    took = amounts @ torch.tensor([*made[0], *made[1], made[2]], dtype=torch.float64)
+    works = [calibration.Work(tuple(of), seconds) for of, seconds in zip(amounts.tolist(), took.tolist())]
+    found = calibration.fitted(works, rates.analytic("H100"))
+    assert found.forward == pytest.approx(made[0], abs=1e-14)
+    assert found.backward == pytest.approx(made[1], abs=1e-14) and found.head == pytest.approx(made[2])
     assert found.gather == rates.analytic("H100").gather
-    # no term is below 0, whatever the points
-    points = [point._replace(forward=1 / point.tokens) for point in points]
-    assert min(calibration.fitted(points, cost, layers, kv, found).forward) >= 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_least_squares_of_nothing_below_0(seed):
+    """No choice of columns fits better, of those whose own fit is at least 0."""
+    rows = torch.randn(12, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.3
+    ones = torch.ones(12, 1, dtype=torch.float64)
+    found = torch.tensor(calibration._least_squares(rows), dtype=torch.float64)
+    assert found.min() >= 0 < found.max()
+    errors = []
+    for count in range(1, 6):
+        for columns in itertools.combinations(range(5), count):
+            x = torch.linalg.lstsq(rows[:, columns], ones).solution
+            if x.min() >= 0:
+                errors.append((rows[:, columns] @ x - ones).norm().item())
+    assert (rows @ found - ones[:, 0]).norm().item() == pytest.approx(min(errors))
 
 
 def test_a_device_is_known_by_its_name():
@@ -235,23 +268,25 @@ def test_a_device_is_known_by_its_name():
 def test_calibration_on_this_machine(tmp_path, monkeypatch):
     """What was measured is kept and used, and puts the chunks in the order that they had."""
     monkeypatch.setenv("CHUNKFLOW_CACHE", str(tmp_path))
-    monkeypatch.setattr(calibration, "CHUNKS", (16, 2048))
-    monkeypatch.setattr(calibration, "PREFIXES", (0, 512))
+    monkeypatch.setattr(calibration, "STEPS", ((16, 16), (1024, 512)))
+    monkeypatch.setattr(calibration, "ROUNDS", 2)
     config = load_config(["--training.seq_len=4096", "--training.mixed_precision_param=float32"])
     spec = build.model_spec(config)
     spec = spec._replace(args=dataclasses.replace(spec.args, dim=64, hidden_dim=128, n_layers=2, n_heads=4))
     named = spec.name, spec.args, "float32", "cpu"
     assert rates.rates_of(*named) == (rates.analytic("cpu"), False)
     said = calibration.calibrate(config, spec)
-    assert said.startswith("cpu: ") and "from 4 chunks" in said and said.count("\n") == 0
+    # A chunk is run forward and backward; of two, one more forward leaves keys and values.
+    assert said.startswith("cpu: ") and "from 7 actions" in said and said.count("\n") == 0
+    assert not torch.distributed.is_initialized()
     measured, calibrated = rates.rates_of(*named)
-    assert calibrated and measured != rates.analytic("cpu") and min(measured[0] + measured[1]) >= 0
-    points, layers = calibration.measure(config, spec, torch.device("cpu"))
-    assert [(point.tokens, point.prefix) for point in points] == [(16, 0), (2048, 0), (16, 512), (2048, 512)]
-    cost = Cost.of_layers(spec.args, layers, head=False)
+    assert calibrated and measured != rates.analytic("cpu")
+    assert min(*measured.forward, *measured.backward, measured.head) >= 0 and measured.memory > 0
 
-    def of(point):
-        return measured.forward.seconds(cost.per_token * point.tokens, cost.per_pair * point.pairs, layers)
+    def of(tokens):
+        settings = build.plan_settings(config, spec, 1)
+        sizes = prediction.stage_sizes(config, spec.family, spec.args, spec.layers, 1, "cpu")
+        return forecast([tokens], settings, sizes, measured).seconds
 
-    assert max(map(of, points[::2])) < min(map(of, points[1::2])), "2,048 tokens take longer than 16"
+    assert of(16) < of(1024) < of(4096)
     assert rates.rates_of(spec.name, spec.args, "bfloat16", "cpu") == (rates.analytic("cpu"), False)

@@ -2,7 +2,8 @@
 
 An action takes the time of its products, of its attention, and something for each layer however short the
 chunk is. Under ZeRO-3 each slot of the common template takes as long as on the rank where it is longest, and
-at least as long as its gathers. Copies to host memory overlap with computing.
+at least as long as its gathers; on a CPU, which gathers by computing, as long as both. Copies to host memory
+overlap with computing.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ TIMES = (
 )
 
 
+LOSS_ALONE = 0.4  # of the head's time with gradients: one of three products, and the softmax
+
+
 class Pass(NamedTuple):
     """Seconds that a forward or a backward takes; a backward's FLOPs are counted as its forward's."""
 
@@ -41,28 +45,25 @@ class Pass(NamedTuple):
         return self.linear * linear + self.attention * attention + self.layer * layers + self.prefix * prefix
 
 
-class Head(NamedTuple):
-    """Seconds of a FLOP of the head's forward: with the loss, or with the loss's gradients from the same
-    logits. Those of the loss's own backward, which computes the logits again, take as long."""
-
-    loss: float
-    gradients: float
-
-
 class Rates(NamedTuple):
     """What a device does in a second."""
 
     forward: Pass
     backward: Pass
-    head: Head
+    head: float  # seconds of a FLOP of the head's forward, with the loss and its gradients
     gather: float  # bytes from ranks of its own node, while parameters or K/V are gathered
     network: float  # the same from other nodes
     host: float  # bytes between device and host memory
     memory: float  # bytes that the optimizer reads and writes
+    latency: float = 0.0  # seconds of a collective, or of a message, however short
+    overlaps: bool = True  # whether ranks compute while parameters move
 
-    def between(self, ranks: int) -> float:
-        """Bytes a second in a collective of so many ranks."""
-        return self.gather if ranks <= NODE else self.network
+    def moving(self, nbytes: float, ranks: int, collectives: float) -> float:
+        """Seconds in which so many ranks gather `nbytes`, or reduce them, in so many collectives."""
+        if ranks == 1:
+            return 0.0
+        speed = self.gather if ranks <= NODE else self.network
+        return nbytes * (ranks - 1) / ranks / speed + collectives * self.latency
 
 
 class StepTime:
@@ -114,7 +115,7 @@ class StepTime:
     def _loss(self, action: Action, group: Group | None, stage: StageSizes) -> float:
         """Seconds of a FLOP of the head. Gradients of the loss come from the logits of its forward if the
         backward is the next action; else backward computes them again, which is counted here as well."""
-        loss, gradients = self.rates.head
+        loss, gradients = LOSS_ALONE * self.rates.head, self.rates.head
         if not stage.head_gradient:  # two of its three products
             gradients *= 2 / 3
         if action.kind is Kind.EVALUATE:
@@ -141,11 +142,14 @@ class StepTime:
         spread = None if action.group == DUMMY else groups[action.group].spread
         if spread is None:
             return 0.0
-        stage, ranks = self.stages[action.stage], len(spread.replicas)
-        moved = spread.ends[action.chunk] * stage.layers * stage.kv_of_layer
+        stage = self.stages[action.stage]
+        tokens, collectives = spread.ends[action.chunk] * stage.layers, stage.layers  # the chunk's own
+        if spread.start(action.chunk):
+            collectives *= 2
+        moved = tokens * stage.kv_of_layer
         if action.kind is Kind.BACKWARD:
-            moved += spread.ends[action.chunk] * stage.layers * stage.kv_gradient_of_layer
-        return moved * (ranks - 1) / ranks / self.rates.between(ranks)
+            moved, collectives = moved + tokens * stage.kv_gradient_of_layer, 2 * collectives
+        return self.rates.moving(moved, len(spread.replicas), collectives)
 
     def step(self, plan: Plan) -> float:
         """Seconds of the whole step, of the replicas whose programs the plan has."""
@@ -205,7 +209,7 @@ class StepTime:
                     if kind is not Kind.RECOMPUTE:
                         tokens = 1 if group == DUMMY else groups[group].chunks[chunk].tokens
                         message = tokens * self.stages[stage].hidden_bytes / self.rates.gather
-                        ended[backward, stage, group, chunk] = free[rank] + message
+                        ended[backward, stage, group, chunk] = free[rank] + message + self.rates.latency
                     done[rank] += 1
                     moved = True
         return max(free)
@@ -213,23 +217,18 @@ class StepTime:
     def _lockstep(self, programs: list[tuple[Program, Sequence[Group]]]) -> float:
         """All slots of the common template: in each, layers are gathered while the one before computes, and a
         backward's gradients are reduced."""
-        (stage,) = self.stages.values()
-        gathers, reduces = self._layer_gathers(stage), self._layer_reduces(stage)
+        (stage,), rates = self.stages.values(), self.rates
+        moved = stage.layers * stage.layer_gathered, stage.layers * stage.layer_reduced
+        gathers, reduces = (rates.moving(each, stage.layout.shards, stage.layers) for each in moved)
         seconds = 0.0
         for slot in zip(*(program for program, _ in programs)):
             longest = max(self.action(action, groups) for action, (_, groups) in zip(slot, programs))
             moving = gathers + (reduces if slot[0].kind is Kind.BACKWARD else 0.0)
-            seconds += max(longest, moving) + moving / max(stage.layers, 1)
+            if rates.overlaps:  # but for the first layer's
+                seconds += max(longest, moving) + moving / max(stage.layers, 1)
+            else:
+                seconds += longest + moving
         return seconds
-
-    def _layer_gathers(self, stage: StageSizes) -> float:
-        """Seconds in which the layers' parameters are gathered once."""
-        ranks = stage.layout.shards
-        return stage.layers * stage.layer_gathered * (ranks - 1) / ranks / self.rates.between(ranks)
-
-    def _layer_reduces(self, stage: StageSizes) -> float:
-        ranks = stage.layout.shards
-        return stage.layers * stage.layer_reduced * (ranks - 1) / ranks / self.rates.between(ranks)
 
     def _once(self, stages: dict[int, StageSizes]) -> tuple[float, float]:
         """Seconds of a rank once a step: of what is gathered and reduced once, not overlapped, and of the
@@ -237,11 +236,10 @@ class StepTime:
         gathering = updating = 0.0
         gathers = 2 if self.settings.forward_first else 1  # for forwards alone once more
         for stage in stages.values():
-            ranks, layout = stage.layout.shards, stage.layout
+            layout, layers = stage.layout, 0 if stage.layout.reshard else stage.layers
             moved = gathers * stage.root_gathered + stage.root_reduced
-            if not layout.reshard:
-                moved += stage.layers * (gathers * stage.layer_gathered + stage.layer_reduced)
-            gathering += moved * (ranks - 1) / ranks / self.rates.between(ranks)
+            moved += layers * (gathers * stage.layer_gathered + stage.layer_reduced)
+            gathering += self.rates.moving(moved, layout.shards, (gathers + 1) * (layers + 1))
             updated = 2 * (stage.parameters + stage.optimizer) + stage.gradients
             updating += updated / (self.rates.host if layout.offload else self.rates.memory)
         return gathering, updating

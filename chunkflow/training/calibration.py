@@ -1,263 +1,286 @@
-"""The rates of this device with a config's model, measured: chunks of some lengths behind some prefixes."""
+"""The rates of this device with a config's model, measured: steps of a few chunks, as training runs them."""
 
+import copy
 import dataclasses
+import functools
 import logging
 import os
-import statistics
 import time
-from collections.abc import Sequence
-from datetime import timedelta
-from itertools import combinations
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from chunkflow.execution.linear import fit_linear_layers
 from chunkflow.execution.loss import loss_sum
-from chunkflow.execution.state import ChunkTensors, KeyValueState
-from chunkflow.planning.chunks import Chunk, Group, Segment
-from chunkflow.planning.cost import Cost
-from chunkflow.planning.step_time import Head, Pass, Rates
+from chunkflow.execution.runner import Runner
+from chunkflow.execution.stage import WholeModel
+from chunkflow.execution.state import ChunkTensors
+from chunkflow.planning.balance import NODE
+from chunkflow.planning.chunks import Chunk
+from chunkflow.planning.planner import Plan, plan_step
+from chunkflow.planning.step_time import Pass, Rates, StepTime
+from chunkflow.settings import options
 from chunkflow.settings.config import Config
-from chunkflow.training import build, parallel
-from chunkflow.training.rates import analytic, device_of, save
+from chunkflow.training import build, parallel, prediction
+from chunkflow.training.converters import convert_model
+from chunkflow.training.lora import apply_lora
+from chunkflow.training.rates import PASSES, analytic, device_of, save
 
 logger = logging.getLogger(__name__)
 
 LAYERS = 4  # at most, of the model that is run: its layers are all alike
-CHUNKS = (16, 256, 1024, 4096)  # tokens
-PREFIXES = (0, 4096, 16384)  # the last two: at most a quarter, and half, of training.seq_len
-RUNS = 3  # of each chunk, whose median counts
-SECONDS = 45  # after which no other chunk is begun
-HEAD = 1024, 16384  # tokens and, at most, rows of the vocabulary: the whole one would take a CPU minutes
-BYTES = 64 << 20  # that are moved to see how fast
+VOCABULARY = 16384  # at most, of its head: a large one would take a CPU minutes
+# Tokens of a sequence and chunk_size, with k = 1; a longer sequence is cut to training.seq_len.
+STEPS = (64, 256), (1024, 256), (2048, 512), (4096, 1024), (8192, 2048), (8192, 8192), (16384, 2048)
+SHARED = 2048  # tokens for each rank of the sequence that all share, in two chunks
+ROUNDS = 12  # of all steps: an action's fastest counts, since other work of the machine only slows it
+SECONDS = 45  # after which no other step is begun, nor one that would probably end later
+BYTES, TIMES = 16 << 20, 10  # that are moved, so often, to see how fast
+FREE, FAST = Pass(0.0, 0.0, 0.0), 1e30
+NOTHING = Rates(FREE, FREE, 0.0, FAST, FAST, FAST, FAST)
+# Devices on which but one thing takes time: a second for each FLOP, layer or element.
+UNITS = [
+    *(
+        NOTHING._replace(**{name: Pass(*(float(each == field) for each in Pass._fields))})
+        for name in PASSES
+        for field in Pass._fields
+    ),
+    NOTHING._replace(head=1.0),
+]
+MEETING = NOTHING._replace(latency=1.0)
 
 
-class Point(NamedTuple):
-    """A chunk that was run, and the seconds it took."""
+class Work(NamedTuple):
+    """An action that was run, and the seconds it took."""
 
-    tokens: int
-    prefix: int
-    forward: float
-    backward: float
-
-    @property
-    def pairs(self) -> float:
-        """Of a query and a key."""
-        return self.tokens * (self.prefix + (self.tokens + 1) / 2)
+    amounts: tuple[float, ...]  # of what each of UNITS is the time of
+    seconds: float
 
 
 def calibrate(config: Config, spec: build.ModelSpec) -> str:
     """Measures and keeps the rates of this device; returns what it found, one line. Under torchrun all ranks
     measure what goes between them; all but rank 0 end here."""
     name = device_of(config, planned=False)
-    device = torch.device("cpu")
-    if name != "cpu":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    rates, points = measured_rates(config, spec, device, name)
+    rates, count = measured_rates(config, spec, name)
     if int(os.environ.get("RANK", 0)):
         raise SystemExit(0)
     path = save(rates, spec.name, spec.args, config.training.mixed_precision_param, name)
     products, attention = (f"{1e-12 / seconds:.3g}" if seconds else "any" for seconds in rates.forward[:2])
-    between = ""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        where = "of a node" if _one_node() else "of several nodes"
-        speed = rates.gather if _one_node() else rates.network
-        between = f", {speed / 1e9:.3g} GB/s between ranks {where}"
+    between, ranks = "", int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        speed = rates.gather if ranks <= NODE else rates.network
+        between = f", {speed / 1e9:.3g} GB/s and {1e6 * rates.latency:.3g} us between ranks"
     return (
         f"{name}: {products} TFLOP/s in products, {attention} in attention,"
-        f" {1e6 * rates.forward.layer:.3g} us a layer{between}, from {points} chunks; kept in {path}"
+        f" {1e6 * rates.forward.layer:.3g} us a layer{between}, from {count} actions; kept in {path}"
     )
 
 
-def measured_rates(
-    config: Config, spec: build.ModelSpec, device: torch.device, name: str
-) -> tuple[Rates, int]:
-    """The rates of the device with this `name`, and from how many chunks. All ranks call."""
-    points, layers = measure(config, spec, device)
-    cost, keys = Cost.of_layers(spec.args, layers, head=False), spec.args.n_kv_heads * spec.args.head_dim
-    rates = fitted(points, cost, layers, layers * 2 * keys, analytic(name))
-    return rates._replace(head=_head(config, spec.args, device), **_bandwidths(config, device)), len(points)
+def measured_rates(config: Config, spec: build.ModelSpec, name: str) -> tuple[Rates, int]:
+    """The rates of the device with this `name`, and from how many actions. All ranks call."""
+    with _process_group(config) as blocks:
+        device = torch.device("cpu" if name == "cpu" else f"cuda:{torch.cuda.current_device()}")
+        steps = Steps(config, spec, device, name, blocks)
+        works = steps.alone()
+        rates = fitted(works, analytic(name))._replace(**_bandwidths(device))
+        return rates._replace(latency=steps.latency(rates)), len(works)
 
 
-def measure(config: Config, spec: build.ModelSpec, device: torch.device) -> tuple[list[Point], int]:
-    """Points of CHUNKS behind PREFIXES, and how many layers the model had that was run. What is longer than
-    training.seq_len, does not fit into memory or would begin after SECONDS is left out."""
-    dtype, longest = parallel.DTYPES[config.training.mixed_precision_param], config.training.seq_len
-    args = dataclasses.replace(spec.args, n_layers=min(LAYERS, spec.args.n_layers))
-    build.activate_attention(config)
-    with torch.device("meta"):
-        model = spec.family.Transformer(args)
-    model.output = None  # the head is a product like others
-    model.to(dtype).to_empty(device=device)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    recomputing = config.activation_checkpoint
-    if recomputing.mode == "selective" and recomputing.selective_ac_option == "op":
-        parallel.apply_activation_checkpoint(model, recomputing)
-    parallel.apply_compile(model, config.compile)
-    if device.type == "cpu" and dtype == torch.bfloat16 and not config.compile.enable:
-        fit_linear_layers(model)
-    points, start = [], time.perf_counter()
-    prefixes = [min(prefix, longest * quarters // 4) for quarters, prefix in enumerate(PREFIXES)]
-    for prefix in sorted(set(prefixes)):
-        for tokens in CHUNKS:
-            late = time.perf_counter() - start > SECONDS and len(points) >= 3
-            if late or prefix + tokens > longest:
+@contextmanager
+def _process_group(config: Config) -> Iterator[dict[range, dist.ProcessGroup]]:
+    """There is one inside: that which there is, or one of torchrun's ranks. Gives `Processes.blocks`."""
+    joins = not dist.is_initialized()
+    if joins:
+        comm = dataclasses.replace(config.comm, mode=options.Comm().mode)
+        parallel.init_processes(comm, options.Parallelism())
+    ranks = dist.get_world_size()
+    yield parallel.make_blocks(0, dist.get_rank(), ranks, ranks)
+    if joins:
+        dist.destroy_process_group()
+
+
+class Steps:
+    """Steps of one sequence that a model like the config's runs, with a few of its layers."""
+
+    def __init__(
+        self,
+        config: Config,
+        spec: build.ModelSpec,
+        device: torch.device,
+        name: str,
+        blocks: dict[range, dist.ProcessGroup],
+    ):
+        args = spec.args
+        layers, vocabulary = min(LAYERS, args.n_layers), min(VOCABULARY, args.vocab_size)
+        args = dataclasses.replace(args, n_layers=layers, vocab_size=vocabulary)
+        self.spec, self.name = spec._replace(args=args, layers=[range(layers)]), name
+        self.config = copy.deepcopy(config)
+        self.config.parallelism, self.config.chunkflow = options.Parallelism(), options.ChunkFlow()
+        self.config.parallelism.fsdp_reshard_after_forward = "never"
+        self.runner = _runner(self.config, self.spec, device, blocks)
+
+    def alone(self) -> list[Work]:
+        """What the actions of STEPS took, at the same time on all ranks. Steps that do not fit into memory or
+        take too long are left out."""
+        lengths = [min(length, self.config.training.seq_len) for length, _ in STEPS]
+        steps = {(length, min(size, length)) for length, (_, size) in zip(lengths, STEPS)}
+        fastest: dict[tuple[int, int], list[Work]] = {}
+        start, spent, expected = time.perf_counter(), 0.0, 0.0
+        for step in sorted(steps) * ROUNDS:
+            plan, time_of = self._plan(*step, replicas=1)
+            guess, begin = time_of(analytic(self.name)).step(plan), time.perf_counter()
+            if fastest and begin - start + guess * spent / expected > SECONDS:
                 continue
             try:
-                points.append(_point(model, tokens, prefix, device))
+                works = self._run(plan, [time_of(unit) for unit in UNITS])
             except torch.OutOfMemoryError:
-                logger.info(f"{tokens:,} tokens behind {prefix:,} do not fit into memory: left out")
-            model.zero_grad()
-    return points, args.n_layers
+                logger.info(f"{step[0]:,} tokens in chunks of {step[1]:,} do not fit into memory: left out")
+                continue
+            spent, expected = spent + time.perf_counter() - begin, expected + guess
+            before = fastest.get(step, works)
+            fastest[step] = [min(both, key=lambda work: work.seconds) for both in zip(works, before)]
+        return [work for works in fastest.values() for work in works]
+
+    def latency(self, rates: Rates) -> float:
+        """Seconds of a collective, from what the actions of a sequence that all ranks share take beyond what
+        they would by these `rates`, if that is known."""
+        ranks = dist.get_world_size()
+        length = min(SHARED * ranks, self.config.training.seq_len)
+        plan, time_of = self._plan(length, max(1, length // (2 * ranks)), ranks)
+        if not plan.spread_sequences:
+            return rates.latency
+        times = time_of(MEETING), time_of(rates._replace(latency=0.0))
+        rounds = [self._run(plan, times, dist.get_rank()) for _ in range(ROUNDS)]
+        works = [min(works, key=lambda work: work.seconds) for works in zip(*rounds)]
+        beyond = sum(work.seconds - work.amounts[1] for work in works)
+        meetings = sum(work.amounts[0] for work in works)
+        return max(0.0, beyond / meetings) if meetings else rates.latency
+
+    def _plan(self, length: int, chunk_size: int, replicas: int) -> tuple[Plan, Callable[[Rates], StepTime]]:
+        """Of a step with a sequence of this length; and what gives its time with other rates."""
+        self.config.chunkflow.chunk_size = chunk_size
+        spec = self.spec
+        settings = build.plan_settings(self.config, spec, replicas, self.name)._replace(room=None)
+        layout = spec.family, spec.args, spec.layers, replicas, self.name
+        sizes = prediction.stage_sizes(self.config, *layout)
+        return plan_step([length], settings), functools.partial(StepTime, settings, sizes)
+
+    def _run(self, plan: Plan, times: Sequence[StepTime], replica: int = 0) -> list[Work]:
+        """The actions of a replica."""
+        (program,), groups = plan.programs[replica], plan.groups[replica]
+        chunks = [
+            [self._chunk(chunk, index, group.spread is not None) for index, chunk in enumerate(group.chunks)]
+            for group in groups
+        ]
+        timeline = self.runner.step(program, groups, chunks, 1.0).clock.timeline()
+        return [
+            Work(tuple(time.action(action, groups) for time in times), end - begin)
+            for action, begin, end in timeline
+        ]
+
+    def _chunk(self, chunk: Chunk, index: int, shared: bool) -> ChunkTensors:
+        """A chunk of any tokens."""
+        positions = torch.cat([torch.arange(each.start, each.start + each.length) for each in chunk.segments])
+        ids = torch.randint(self.spec.args.vocab_size, (chunk.tokens,))
+        return ChunkTensors(chunk, index, ids, ids, positions, shared)
 
 
-def _point(model: nn.Module, tokens: int, prefix: int, device: torch.device) -> Point:
-    segments = [Segment(0, 0, prefix)] * bool(prefix) + [Segment(0, prefix, tokens)]
-    group = Group(tuple(Chunk((segment,)) for segment in segments))
-    state = KeyValueState(group)
-    chunks = [_chunk(group, index, model.args.vocab_size, device) for index in range(len(segments))]
-    for chunk in chunks:
-        chunk.state = state if prefix else None
-    if prefix:
-        with torch.no_grad():
-            model(chunks[0].tokens, chunks[0])
-    chunk, times, others = chunks[-1], [], _others(device)
-    for _ in range(RUNS + 1):
-        if prefix:
-            chunk.state = KeyValueState(group)  # whose backward has not run
-            chunk.state.buffers = state.buffers
-        others.add_(1)
-        marks = [_busy(device)]
-        hidden_TC = model(chunk.tokens, chunk)
-        marks.append(_busy(device))
-        hidden_TC.backward(torch.ones_like(hidden_TC))
-        marks.append(_busy(device))
-        times.append((marks[1] - marks[0], marks[2] - marks[1]))
-    return Point(tokens, prefix, *map(statistics.median, zip(*times[1:])))
+def _runner(
+    config: Config, spec: build.ModelSpec, device: torch.device, blocks: dict[range, dist.ProcessGroup]
+) -> Runner:
+    """Of the model as the recipe builds it, whole on each rank."""
+    training, ranks = config.training, dist.get_world_size()
+    compute = parallel.DTYPES[training.mixed_precision_param]
+    build.activate_attention(config)
+    with torch.device("meta"), parallel.default_dtype(training.dtype):
+        model = spec.family.Transformer(spec.args)
+    convert_model(model, config.model.converters, config.quantize.linear.float8)
+    apply_lora(model, config.lora, spec.family, training)
+    parallel.apply_activation_checkpoint(model, config.activation_checkpoint)
+    parallel.apply_compile(model, config.compile)
+    if device.type == "cpu" and compute == torch.bfloat16 and not config.compile.enable:
+        fit_linear_layers(model)
+    alone = init_device_mesh(device.type, (ranks, 1), mesh_dim_names=("all", "alone"))["alone"]
+    parallel.apply_fsdp(model, alone, training, reshard=False)
+    model.to_empty(device="cpu" if training.enable_cpu_offload else device)
+    parallel.init_weights(model, 0)
+    parallel.begin_step(model, reshard=False)
+    return Runner([WholeModel(model, lambda model: None)], device, loss_sum, blocks)
 
 
-def _head(config: Config, args: Any, device: torch.device) -> Head:
-    """Of the model's head, the loss alone and with its gradients."""
-    dtype = parallel.DTYPES[config.training.mixed_precision_param]
-    tokens, rows = HEAD[0], min(HEAD[1], args.vocab_size)
-    chunk = _chunk(Group((Chunk((Segment(0, 0, tokens),)),)), 0, rows, device)
-    shapes = (tokens, args.dim), (rows, args.dim)
-    hidden_TC, weight_VC = (torch.full(shape, 0.02, dtype=dtype, device=device) for shape in shapes)
-    for tensor in (hidden_TC, weight_VC):
-        tensor.requires_grad_()
-    seconds, others = [], _others(device)
-    for chunk.loss_gradient in (None, 1.0):
-        times = []
-        for _ in range(RUNS + 1):
-            others.add_(1)
-            start = _busy(device)
-            loss_sum(hidden_TC, weight_VC, chunk)
-            times.append(_busy(device) - start)
-        seconds.append(statistics.median(times[1:]))
-    return Head(*(each / (2 * tokens * rows * args.dim) for each in seconds))
+def fitted(works: Sequence[Work], rates: Rates) -> Rates:
+    """`rates` with those of UNITS that explain the works best: least squares of relative errors, none below
+    0."""
+    rows = torch.tensor([work.amounts for work in works], dtype=torch.float64)
+    seconds = torch.tensor([work.seconds for work in works], dtype=torch.float64)
+    *found, head = _least_squares(rows / seconds[:, None])
+    fields = len(Pass._fields)
+    return rates._replace(forward=Pass(*found[:fields]), backward=Pass(*found[fields:]), head=head)
 
 
-def _others(device: torch.device) -> torch.Tensor:
-    """To be written before what is timed: in a step the caches hold what other chunks left."""
-    return torch.zeros(BYTES // 4, device=device)
+def _least_squares(rows: torch.Tensor) -> list[float]:
+    """The x of at least 0 for which rows @ x is nearest to 1 (Lawson and Hanson, 1974)."""
+    scale = rows.norm(dim=0).clamp_min(1e-300)
+    rows, ones = rows / scale, rows.new_ones(len(rows), 1)
+    x, used = rows.new_zeros(rows.size(1)), []
+    for _ in range(3 * rows.size(1)):
+        slopes = rows.t() @ (ones[:, 0] - rows @ x)
+        slopes[used] = 0.0
+        if slopes.max() <= 1e-9 * len(rows):
+            break
+        used.append(int(slopes.argmax()))
+        while True:
+            solved = torch.linalg.lstsq(rows[:, used], ones, driver="gelsd").solution[:, 0]
+            if solved.min() > 0:
+                break
+            old = x[used]
+            step = min(a / (a - b) for a, b in zip(old.tolist(), solved.tolist()) if b <= 0)
+            x[used] = old + step * (solved - old)
+            used = [column for column in used if x[column] > 1e-12]
+            x[[column not in used for column in range(len(x))]] = 0.0
+        x[used] = solved
+    return (x / scale).tolist()
 
 
-def _chunk(group: Group, index: int, vocab_size: int, device: torch.device) -> ChunkTensors:
-    """A chunk of a group, of any tokens."""
-    (segment,) = group.chunks[index].segments
-    positions = torch.arange(segment.start, segment.start + segment.length)
-    ids = positions % vocab_size
-    return ChunkTensors(group.chunks[index], index, ids, ids, positions).to(device)
+def _bandwidths(device: torch.device) -> dict[str, float]:
+    """Bytes a second of memory; on a GPU to and from the host; under torchrun between ranks, and seconds of a
+    collective of a few bytes."""
+    some, other = (torch.ones(BYTES // 4, device=device) for _ in range(2))
 
+    def fastest(move: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(TIMES):
+            start = _now(device)
+            move()
+            seconds.append(_now(device) - start)
+        return min(seconds)
 
-def _one_node() -> bool:
-    """Whether all ranks that torchrun has started are on this machine."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    return os.environ.get("LOCAL_WORLD_SIZE", ranks) == ranks
+    rates = {"memory": 3 * BYTES / fastest(lambda: some.add_(other))}
+    if device.type == "cuda":
+        host = torch.ones(BYTES // 4, pin_memory=True)
+        rates["host"] = BYTES / fastest(lambda: some.copy_(host, non_blocking=True))
+    ranks = dist.get_world_size()
+    if ranks == 1:
+        return rates
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    shard = some[: some.numel() // ranks]
+    whole = other[: shard.numel() * ranks]
+
+    def meet() -> None:
+        gather(whole, shard)
+        scatter(shard, whole)
+
+    # What each rank sends, and receives.
+    rates["gather" if ranks <= NODE else "network"] = 2 * 4 * shard.numel() * (ranks - 1) / fastest(meet)
+    return rates
 
 
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _busy(device: torch.device) -> float:
-    """On a CPU the time of this thread, which other processes do not prolong."""
-    return time.thread_time() if device.type == "cpu" else _now(device)
-
-
-def fitted(points: Sequence[Point], cost: Cost, layers: int, kv: int, rates: Rates) -> Rates:
-    """`rates` with the passes that explain the points best, of a model with this cost, so many layers and
-    elements of a token's K/V in all of them: least squares of relative errors, no term below 0."""
-    terms = torch.tensor(
-        [[cost.per_token * p.tokens, cost.per_pair * p.pairs, layers, kv * p.prefix] for p in points],
-        dtype=torch.float64,
-    )
-    passes = {}
-    for name in ("forward", "backward"):
-        seconds = torch.tensor([getattr(point, name) for point in points], dtype=torch.float64)
-        passes[name] = Pass(*_least_squares(terms / seconds[:, None]))
-    return rates._replace(**passes)
-
-
-def _least_squares(rows: torch.Tensor) -> list[float]:
-    """The x of at least 0 for which rows @ x is nearest to 1, by trying which of its elements are 0."""
-    best, least = [0.0] * rows.size(1), float("inf")
-    scale = rows.norm(dim=0)
-    for count in range(1, rows.size(1) + 1):
-        for columns in combinations(range(rows.size(1)), count):
-            chosen = rows[:, columns] / scale[list(columns)]
-            solved = torch.linalg.lstsq(
-                chosen, torch.ones(len(rows), 1, dtype=rows.dtype), driver="gelsd"
-            ).solution
-            error = (chosen @ solved - 1).norm().item()
-            if (solved >= 0).all() and error < least:
-                best, least = [0.0] * rows.size(1), error
-                for column, value in zip(columns, solved[:, 0] / scale[list(columns)]):
-                    best[column] = value.item()
-    return best
-
-
-def _bandwidths(config: Config, device: torch.device) -> dict[str, float]:
-    """Bytes a second of memory; on a GPU to and from the host; under torchrun between ranks."""
-    some, other = (torch.ones(BYTES // 4, device=device) for _ in range(2))
-
-    def rate(nbytes: float, move) -> float:
-        fastest = float("inf")
-        for _ in range(RUNS + 1):
-            start = _now(device)
-            move()
-            fastest = min(fastest, _now(device) - start)
-        return nbytes / fastest
-
-    rates = {"memory": rate(3 * BYTES, lambda: some.add_(other))}
-    if device.type == "cuda":
-        host = torch.ones(BYTES // 4, pin_memory=True)
-        rates["host"] = rate(BYTES, lambda: some.copy_(host, non_blocking=True))
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1:
-        joins = not dist.is_initialized()
-        if joins:
-            timeout = timedelta(seconds=config.comm.init_timeout_seconds)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-        shard = some[: some.numel() // ranks]
-        whole = other[: shard.numel() * ranks]
-
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-        def meet() -> None:
-            gather(whole, shard)
-            scatter(shard, whole)
-
-        between = rate(2 * 4 * shard.numel() * (ranks - 1), meet)  # what each rank sends, and receives
-        rates["gather" if _one_node() else "network"] = between
-        if joins:
-            dist.destroy_process_group()
-    return rates

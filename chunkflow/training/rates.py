@@ -11,7 +11,7 @@ import torch
 
 from chunkflow.data.dataset import cache_folder
 from chunkflow.data.files import write_whole
-from chunkflow.planning.step_time import Head, Pass, Rates
+from chunkflow.planning.step_time import Pass, Rates
 from chunkflow.reporting.device import PEAK_FLOPS
 from chunkflow.settings.options import Config
 
@@ -19,6 +19,7 @@ from chunkflow.settings.options import Config
 # for the forward's 2.
 LINEAR, ATTENTION, ATTENTION_BACKWARD = 0.6, 0.45, 2.9
 LAYER_SECONDS = 60e-6  # of a layer's kernels on one token
+LATENCY = 20e-6  # seconds of a collective
 ADDED = 8  # bytes read and written where something is added to a gradient of K/V, in fp32
 # Bytes a second, in the order of Rates: from GPUs of the node, of other nodes, from the host, of the memory.
 BANDWIDTHS = {
@@ -33,10 +34,10 @@ OTHER_BANDWIDTHS = (50e9, 20e9, 22e9, 1e12)
 MEMORY_GIB = {"L40S": 44.4, "H100 NVL": 93.0, "H200": 139.8, "B200": 178.3, "MI300X": 191.7, "MI325X": 255.7}
 OTHER_MEMORY_GIB = 79.2
 # Of one thread of a CPU, and of processes that talk through gloo.
-CPU_FLOPS, CPU_ATTENTION_FLOPS, CPU_LAYER_SECONDS = 60e9, 25e9, 500e-6
+CPU_FLOPS, CPU_ATTENTION_FLOPS, CPU_LAYER_SECONDS, CPU_LATENCY = 60e9, 25e9, 500e-6, 300e-6
 CPU_BANDWIDTHS = (1e9, 0.5e9, 5e9, 8e9)
 ASSUMED = "H100"  # where there is no GPU
-PARTS = {"forward": Pass, "backward": Pass, "head": Head}  # of Rates, those that are no single number
+PASSES = ("forward", "backward")  # of Rates, those that are no single number
 
 
 def device_of(config: Config, planned: bool) -> str:
@@ -74,7 +75,7 @@ def analytic(device: str) -> Rates:
         linear, attention = 1 / (CPU_FLOPS * threads), 1 / (CPU_ATTENTION_FLOPS * threads)
         forward = Pass(linear, attention, CPU_LAYER_SECONDS)
         backward = Pass(2 * linear, 2.5 * attention, 2 * CPU_LAYER_SECONDS, ADDED / CPU_BANDWIDTHS[-1])
-        return Rates(forward, backward, Head(linear, 3 * linear), *CPU_BANDWIDTHS)
+        return Rates(forward, backward, 3 * linear, *CPU_BANDWIDTHS, CPU_LATENCY, overlaps=False)
     for name, peak in PEAK_FLOPS.items():
         if name.lower() in device.lower():
             linear, attention = 1 / (LINEAR * peak), 1 / (ATTENTION * peak)
@@ -82,7 +83,7 @@ def analytic(device: str) -> Rates:
             bandwidths = BANDWIDTHS.get(name, OTHER_BANDWIDTHS)
             added = ADDED / bandwidths[-1]
             backward = Pass(2 * linear, ATTENTION_BACKWARD * attention, 2 * LAYER_SECONDS, added)
-            return Rates(forward, backward, Head(linear, 3 * linear), *bandwidths)
+            return Rates(forward, backward, 3 * linear, *bandwidths, LATENCY)
     raise ValueError(
         f"--device = {device} is not known: name one of {', '.join(PEAK_FLOPS)}, or cpu for this machine's"
     )
@@ -99,8 +100,7 @@ def rates_of(model: str, args: Any, dtype: str, device: str) -> tuple[Rates, boo
     """The rates of a device, and whether they were measured with this model."""
     try:
         measured = json.loads(calibration_file(model, args, device, dtype).read_text())
-        parts = {name: kind(**measured[name]) for name, kind in PARTS.items()}
-        return Rates(**measured | parts), True
+        return Rates(**measured | {name: Pass(**measured[name]) for name in PASSES}), True
     except (OSError, ValueError, KeyError, TypeError):
         return analytic(device), False
 
@@ -108,6 +108,6 @@ def rates_of(model: str, args: Any, dtype: str, device: str) -> tuple[Rates, boo
 def save(rates: Rates, model: str, args: Any, dtype: str, device: str) -> Path:
     """Keeps measured rates for `rates_of`; returns the file."""
     path = calibration_file(model, args, device, dtype)
-    content = rates._asdict() | {name: getattr(rates, name)._asdict() for name in PARTS}
+    content = rates._asdict() | {name: getattr(rates, name)._asdict() for name in PASSES}
     write_whole(path, json.dumps(content, indent=1).encode())
     return path
