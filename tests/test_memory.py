@@ -22,7 +22,7 @@ from chunkflow.planning.chunks import build_groups, spread_groups
 from chunkflow.planning.cost import Cost
 from chunkflow.planning.memory import Layout, StageSizes, communicators, kv_tokens, peak_parts
 from chunkflow.planning.planner import PlanSettings, plan_step
-from chunkflow.planning.schedule import linear_schedule
+from chunkflow.planning.schedule import DUMMY, linear_schedule
 from chunkflow.settings.config import Config, load_config
 from chunkflow.settings.options import Lora, Training
 from chunkflow.training import parallel, prediction
@@ -498,3 +498,19 @@ def test_a_rank_with_the_head_only_can_hold_any_sequence():
     assert prediction.most_kv_tokens(config, sizes, 2, "cpu") == config.chunkflow.chunk_size
     head = sizes[1]
     assert kv_tokens(head, 2, 1, config.chunkflow.chunk_size, 9999, budget=0) == 9999
+
+
+def test_shards_of_gradients_under_zero_3():
+    """They are there from the first backward that any rank reduces on: after a chunk's own loss, or since
+    another rank's chunk, for which this one runs a dummy."""
+    args = dataclasses.replace(families["llama3"].flavors["debugmodel"], **SMALL | {"vocab_size": 512})
+    with torch.device("meta"):
+        model = families["llama3"].Transformer(args)
+    stages = {0: sizes(args, model, torch.float32, shards=2, reshard=True)}
+    groups = build_groups([1024], 1024)
+    own = linear_schedule([1], 1)
+    dummy = [action._replace(group=DUMMY) for action in own]
+    (stage,) = stages.values()
+    before, after = (peak_parts(stages, groups, actions) for actions in (own, dummy + own))
+    assert before["logits"] == after["logits"] > 0, "the loss is the peak of both"
+    assert (before["gradients"], after["gradients"]) == (0, stage.gradients)

@@ -310,7 +310,8 @@ def peak_parts(
     stages: dict[int, StageSizes], groups: Sequence[Group], entries: Sequence[Action | Transfer]
 ) -> dict[str, int]:
     """Bytes of each part of PARTS at the moment of the step when their sum is largest, on a rank that holds
-    `stages` (by number) and runs `entries` (its actions or program) in order. Dummies count nothing."""
+    `stages` (by number) and runs `entries` (its actions or program) in order. Of dummies nothing counts but
+    that under ZeRO-3 their backward reduces other ranks' gradients to shards."""
     now = dict.fromkeys(PARTS, 0)
     # Neighbours in a pipeline pass hidden states of up to a chunk; those on their way count all the time.
     longest = max((chunk.tokens for group in groups for chunk in group.chunks), default=0)
@@ -318,8 +319,6 @@ def peak_parts(
         now["gathered_parameters"] += stage.gathered
         for part in () if stage.layout.offload else ("parameters", "optimizer"):
             now[part] += getattr(stage, part)
-        if stage.layout.reshard and not stage.layout.offload:  # another rank's chunk may be reduced first
-            now["gradients"] += stage.gradients
         now["stage_inputs"] += stage.layout.sends_in_flight * longest * stage.hidden_bytes
     peak, most = dict(now), sum(now.values())
 
@@ -328,8 +327,7 @@ def peak_parts(
         if (total := sum(now.values()) + sum(more.values())) > most:
             peak, most = {part: amount + more.get(part, 0) for part, amount in now.items()}, total
 
-    entries = [entry for entry in entries if entry.group != DUMMY]
-    actions = [entry for entry in entries if isinstance(entry, Action)]
+    actions = [entry for entry in entries if isinstance(entry, Action) and entry.group != DUMMY]
     backwards = Counter(action.stage for action in actions if action.kind is Kind.BACKWARD)
     remaining = Counter(backwards)
     gradient_tokens: dict[tuple[int, int], int] = {}  # (stage, group) -> tokens with K/V gradients
@@ -344,7 +342,18 @@ def peak_parts(
         # Of what lives in host memory the device has windows of the group at hand only.
         now[part] = (max if some.layout.kv_offload == "host" else sum)(held[part].values())
 
+    sharded: set[int] = set()  # stages whose gradients are shards, too
+
+    def reduced(number: int) -> None:
+        if number not in sharded and not stages[number].layout.offload:
+            now["gradients"] += stages[number].gradients
+        sharded.add(number)
+
     for entry in entries:
+        if entry.group == DUMMY:
+            if isinstance(entry, Action) and entry.kind is Kind.BACKWARD and some.layout.reshard:
+                reduced(entry.stage)
+            continue
         group, chunk = groups[entry.group], groups[entry.group].chunks[entry.chunk]
         tokens, standalone = chunk.tokens, len(group.chunks) == 1 and group.spread is None
         if isinstance(entry, Transfer):
@@ -391,6 +400,8 @@ def peak_parts(
             "unsharded_gradients": layer + head,
         }
         moment(logits=stage.head_temporaries(tokens))
+        if stage.layout.reshard:
+            reduced(number)
         sent_back = 0 if stage.first else tokens * stage.hidden_bytes  # the gradient, as large as the input
         now["stage_inputs"] += sent_back
         if stage.layers:
@@ -401,7 +412,7 @@ def peak_parts(
         hold("kv_gradients", (number, entry.group), new * kv_gradient)
         if not stage.layout.reshard and not remaining[number]:
             # All is reduced now: shards appear, and of the layers before this one the sums have been freed.
-            now["gradients"] += 0 if stage.layout.offload else stage.gradients
+            reduced(number)
             in_layer["unsharded_gradients"] -= max(0, stage.layers - 1) * stage.layer_reduced
         if stage.layers:
             checkpointed = bool(stage.layout.checkpoint_every)
