@@ -260,9 +260,23 @@ def test_a_device_is_known_by_its_name():
     for name, share in (("NVIDIA H100 80GB HBM3", 989e12), ("a100", 312e12), ("NVIDIA H100 PCIe", 756e12)):
         assert rates.analytic(name).forward.linear == 1 / (rates.LINEAR * share)
     assert rates.analytic("cpu").forward.linear > rates.analytic("A100").forward.linear
+    assert rates.analytic("h200").memory > rates.analytic("H100").memory
     with pytest.raises(ValueError, match="--device = TPU is not known: name one of A100, .*, or cpu"):
         rates.analytic("TPU")
     assert rates.memory_gib("cpu") is None and rates.memory_gib("NVIDIA H200") > rates.memory_gib("H100")
+
+
+def test_a_gpu_without_a_known_data_sheet(monkeypatch):
+    """Training on it must not end because of its name: what it reaches is tried."""
+    name = "NVIDIA GeForce RTX 4090"
+    with pytest.raises(ValueError, match="RTX 4090 is not known"):
+        rates.analytic(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: name)
+    monkeypatch.setattr(rates, "peak_flops", lambda device, dtype: 165e12)
+    found = rates.analytic(name)
+    assert found.forward.linear == 1 / (rates.LINEAR * 165e12) and found.overlaps
+    assert found[3:7] == rates.OTHER_BANDWIDTHS
 
 
 def test_calibration_on_this_machine(tmp_path, monkeypatch):

@@ -400,12 +400,12 @@ def peak_parts(
             "unsharded_gradients": layer + head,
         }
         moment(logits=stage.head_temporaries(tokens))
-        if stage.layout.reshard:
-            reduced(number)
         sent_back = 0 if stage.first else tokens * stage.hidden_bytes  # the gradient, as large as the input
         now["stage_inputs"] += sent_back
         if stage.layers:
             moment(kv_gradients=max(0, new) * stage.kv_gradient_of_layer, **in_layer)
+        if stage.layout.reshard:
+            reduced(number)
         if first:  # it makes what the others add to
             now["unsharded_gradients"] += stage.accumulated
         now["activations"] -= kept

@@ -12,7 +12,7 @@ import torch
 from chunkflow.data.dataset import cache_folder
 from chunkflow.data.files import write_whole
 from chunkflow.planning.step_time import Pass, Rates
-from chunkflow.reporting.device import PEAK_FLOPS
+from chunkflow.reporting.device import PEAK_FLOPS, peak_flops
 from chunkflow.settings.options import Config
 
 # Shares of the peak that products, and attention, reach in bf16; the backward of attention has 5 products
@@ -48,18 +48,23 @@ def device_of(config: Config, planned: bool) -> str:
     return ASSUMED if planned or config.comm.mode == "fake_backend" else "cpu"
 
 
+def _is_here(device: str) -> bool:
+    """Whether it is this machine's GPU."""
+    return torch.cuda.is_available() and device == torch.cuda.get_device_name()
+
+
 def memory_gib(device: str) -> float | None:
     """The memory of a device, whole GiB of this machine's own GPU; None of a CPU."""
     if device == "cpu":
         return None
-    if torch.cuda.is_available() and device == torch.cuda.get_device_name():
+    if _is_here(device):
         return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory >> 30)
     return next((gib for name, gib in MEMORY_GIB.items() if name in device), OTHER_MEMORY_GIB)
 
 
 def host_gib(device: str) -> float | None:
     """Host memory of each process of this machine; None where the device is another machine's."""
-    if device != "cpu" and not (torch.cuda.is_available() and device == torch.cuda.get_device_name()):
+    if device != "cpu" and not _is_here(device):
         return None
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # "max": no limit
@@ -68,25 +73,28 @@ def host_gib(device: str) -> float | None:
 
 
 def analytic(device: str) -> Rates:
-    """From data sheets. `device`: a GPU's name, with more around it; or "cpu", this one. ValueError for
-    others."""
+    """From data sheets. `device`: a GPU's name, with more around it; or "cpu", this one. This machine's own
+    GPU is tried where its data sheet is not known; ValueError for others."""
     if device == "cpu":
         threads = torch.get_num_threads()
         linear, attention = 1 / (CPU_FLOPS * threads), 1 / (CPU_ATTENTION_FLOPS * threads)
         forward = Pass(linear, attention, CPU_LAYER_SECONDS)
         backward = Pass(2 * linear, 2.5 * attention, 2 * CPU_LAYER_SECONDS, ADDED / CPU_BANDWIDTHS[-1])
         return Rates(forward, backward, 3 * linear, *CPU_BANDWIDTHS, CPU_LATENCY, overlaps=False)
-    for name, peak in PEAK_FLOPS.items():
-        if name.lower() in device.lower():
-            linear, attention = 1 / (LINEAR * peak), 1 / (ATTENTION * peak)
-            forward = Pass(linear, attention, LAYER_SECONDS)
-            bandwidths = BANDWIDTHS.get(name, OTHER_BANDWIDTHS)
-            added = ADDED / bandwidths[-1]
-            backward = Pass(2 * linear, ATTENTION_BACKWARD * attention, 2 * LAYER_SECONDS, added)
-            return Rates(forward, backward, 3 * linear, *bandwidths, LATENCY)
-    raise ValueError(
-        f"--device = {device} is not known: name one of {', '.join(PEAK_FLOPS)}, or cpu for this machine's"
-    )
+    names = [name for name in PEAK_FLOPS if name.lower() in device.lower()]
+    if names:
+        peak = PEAK_FLOPS[names[0]]
+    elif _is_here(device):
+        peak = peak_flops(torch.device("cuda"), torch.bfloat16)
+    else:
+        known = ", ".join(PEAK_FLOPS)
+        raise ValueError(f"--device = {device} is not known: name one of {known}, or cpu for this machine's")
+    linear, attention = 1 / (LINEAR * peak), 1 / (ATTENTION * peak)
+    bandwidths = BANDWIDTHS.get(names[0] if names else "", OTHER_BANDWIDTHS)
+    forward = Pass(linear, attention, LAYER_SECONDS)
+    added = ADDED / bandwidths[-1]
+    backward = Pass(2 * linear, ATTENTION_BACKWARD * attention, 2 * LAYER_SECONDS, added)
+    return Rates(forward, backward, 3 * linear, *bandwidths, LATENCY)
 
 
 def calibration_file(model: str, args: Any, device: str, dtype: str) -> Path:
