@@ -39,7 +39,7 @@ STEPS = (64, 256), (1024, 256), (2048, 512), (4096, 1024), (8192, 2048), (8192, 
 SHARED = 2048  # tokens for each rank of the sequence that all share, in two chunks
 ROUNDS = 12  # of all steps: an action's fastest counts, since other work of the machine only slows it
 SECONDS = 45  # after which no other step is begun, nor one that would probably end later
-BYTES, TIMES = 16 << 20, 10  # that are moved, so often, to see how fast
+BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # that are moved to see how fast; ten times
 FREE, FAST = Pass(0.0, 0.0, 0.0), 1e30
 NOTHING = Rates(FREE, FREE, 0.0, FAST, FAST, FAST, FAST)
 # Devices on which but one thing takes time: a second for each FLOP, layer or element.
@@ -235,12 +235,12 @@ def _least_squares(rows: torch.Tensor) -> list[float]:
         if slopes.max() <= 1e-9 * len(rows):
             break
         used.append(int(slopes.argmax()))
-        while True:
+        while used:
             solved = torch.linalg.lstsq(rows[:, used], ones, driver="gelsd").solution[:, 0]
             if solved.min() > 0:
                 break
             old = x[used]
-            step = min(a / (a - b) for a, b in zip(old.tolist(), solved.tolist()) if b <= 0)
+            step = min(a / max(a - b, 1e-300) for a, b in zip(old.tolist(), solved.tolist()) if b <= 0)
             x[used] = old + step * (solved - old)
             used = [column for column in used if x[column] > 1e-12]
             x[[column not in used for column in range(len(x))]] = 0.0
@@ -249,22 +249,22 @@ def _least_squares(rows: torch.Tensor) -> list[float]:
 
 
 def _bandwidths(device: torch.device) -> dict[str, float]:
-    """Bytes a second of memory; on a GPU to and from the host; under torchrun between ranks, and seconds of a
-    collective of a few bytes."""
-    some, other = (torch.ones(BYTES // 4, device=device) for _ in range(2))
+    """Bytes a second of memory; on a GPU to and from the host; under torchrun between ranks."""
+    nbytes = BYTES[device.type]
+    some, other = (torch.ones(nbytes // 4, device=device) for _ in range(2))
 
     def fastest(move: Callable[[], object]) -> float:
         seconds = []
-        for _ in range(TIMES):
+        for _ in range(10):
             start = _now(device)
             move()
             seconds.append(_now(device) - start)
         return min(seconds)
 
-    rates = {"memory": 3 * BYTES / fastest(lambda: some.add_(other))}
+    rates = {"memory": 3 * nbytes / fastest(lambda: some.add_(other))}
     if device.type == "cuda":
-        host = torch.ones(BYTES // 4, pin_memory=True)
-        rates["host"] = BYTES / fastest(lambda: some.copy_(host, non_blocking=True))
+        host = torch.ones(nbytes // 4, pin_memory=True)
+        rates["host"] = nbytes / fastest(lambda: some.copy_(host, non_blocking=True))
     ranks = dist.get_world_size()
     if ranks == 1:
         return rates
