@@ -93,6 +93,8 @@ class Rank:
             bounds += count
         self.spec = build.ModelSpec("llama3 debugmodel", llama, args, None, layers)
         self.processes = processes = parallel.init_processes(config.comm, config.parallelism)
+        # Calibration has no pipeline: all ranks may share a sequence.
+        self.blocks = processes.blocks or parallel.make_blocks(0, rank, processes.count, processes.count)
         self.reshard = parallel.reshards(config.parallelism, processes.replicas)
         with parallel.default_dtype(config.training.dtype):
             models = stages.build_stages(llama, args, layers, processes.pipeline_rank, layout.pipeline)
@@ -105,7 +107,7 @@ class Rank:
         self.optimizer = build_optimizer(nn.ModuleList(models.values()), config.optimizer)
 
     def calibrate(self) -> None:
-        self.rates, _ = calibration.measured_rates(self.config, self.spec, "cpu")
+        self.rates, _ = calibration.measured_rates(self.config, self.spec, "cpu", self.blocks)
 
     def settings(self, chunk_size: int, k: int) -> PlanSettings:
         self.config.chunkflow.chunk_size, self.config.chunkflow.k = chunk_size, k

@@ -316,13 +316,13 @@ def test_results_are_fetched_one_layer_ahead(up):
 
 @contextmanager
 def counted_gathers():
-    calls, gather = [], shared_state._all_gather
+    calls, gather = [], shared_state.all_gather
 
     def counted(*arguments, **more):
         calls.append(arguments)
         return gather(*arguments, **more)
 
-    with mock.patch.object(shared_state, "_all_gather", counted):
+    with mock.patch.object(shared_state, "all_gather", counted):
         yield calls
 
 

@@ -262,7 +262,7 @@ def on_cuda_kernels(seeds):
         return call
 
     with cuda_attention_on_cpu(), pytest.MonkeyPatch.context() as patch:
-        for name in ("_all_gather", "_reduce_scatter"):
+        for name in ("all_gather", "reduce_scatter"):
             patch.setattr(shared_state, name, carrying(getattr(shared_state, name)))
         for chunk in chunks:
             chunk.state = state

@@ -1,6 +1,7 @@
 """The model of a step's time against numbers made by hand; what changes it, and in which direction; the fit of
 measured points."""
 
+import collections
 import dataclasses
 import itertools
 
@@ -304,3 +305,12 @@ def test_calibration_on_this_machine(tmp_path, monkeypatch):
 
     assert of(16) < of(1024) < of(4096)
     assert rates.rates_of(spec.name, spec.args, "bfloat16", "cpu") == (rates.analytic("cpu"), False)
+
+
+def test_rates_with_other_fields_are_not_read(monkeypatch):
+    """An earlier version's, whose head had two numbers, would be taken for these."""
+    named = "llama3 debugmodel", ARGS, "cpu", "float32"
+    now = rates.calibration_file(*named)
+    assert rates.calibration_file(*named) == now
+    monkeypatch.setattr(rates, "Rates", collections.namedtuple("Rates", "forward backward head"))
+    assert rates.calibration_file(*named) != now

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from chunkflow.execution.host_state import HostMemory
 
 # Their names since torch 2.13, and before.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class SharedKeyValueState:
@@ -89,7 +89,7 @@ class SharedKeyValueState:
         return Gathered(rows)
 
     def _gather(self, whole: torch.Tensor, part: torch.Tensor) -> dist.Work:
-        return _all_gather(whole, part, group=self.ranks, async_op=True)
+        return all_gather(whole, part, group=self.ranks, async_op=True)
 
     def exchange_gradients(
         self, layer: int, index: int, sums: torch.Tensor
@@ -105,7 +105,7 @@ class SharedKeyValueState:
         by_rank = sums.new_zeros(self.count * width, *sums.shape[1:])
         by_rank.index_copy_(0, self._order(index, sums.device), sums[before:])
         own = sums.new_empty(width, *sums.shape[1:])
-        _reduce_scatter(own, by_rank, group=self.ranks)
+        reduce_scatter(own, by_rank, group=self.ranks)
         own = own[: self.starts[index + 1] - start]
         shape = start, *sums.shape[1:]
         if index < last:
@@ -116,7 +116,7 @@ class SharedKeyValueState:
             self.gradients[layer] = self.memory.empty(sums, shape, sums.dtype)
             gradient = prefix = self.memory.gradients(self, layer)
         if before:
-            _reduce_scatter(prefix, sums[:before], group=self.ranks)
+            reduce_scatter(prefix, sums[:before], group=self.ranks)
             if index < last:
                 gradient[:start].add_(prefix)
             self.memory.added(self, layer, start)

@@ -4,10 +4,8 @@ import copy
 import dataclasses
 import functools
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from chunkflow.execution.linear import fit_linear_layers
 from chunkflow.execution.loss import loss_sum
 from chunkflow.execution.runner import Runner
+from chunkflow.execution.shared_state import all_gather, reduce_scatter
 from chunkflow.execution.stage import WholeModel
 from chunkflow.execution.state import ChunkTensors
 from chunkflow.planning.balance import NODE
@@ -61,18 +60,34 @@ class Work(NamedTuple):
     seconds: float
 
 
+class Planned(NamedTuple):
+    """A step of one sequence."""
+
+    plan: Plan
+    time: Callable[[Rates], StepTime]  # by other rates
+
+    def amounts(self, devices: Sequence[Rates], replica: int = 0) -> list[tuple[float, ...]]:
+        """Of each action of a replica, the seconds on each of these devices."""
+        (program,), groups = self.plan.programs[replica], self.plan.groups[replica]
+        times = [self.time(device) for device in devices]
+        return [tuple(time.action(action, groups) for time in times) for action in program]
+
+
 def calibrate(config: Config, spec: build.ModelSpec) -> str:
     """Measures and keeps the rates of this device; returns what it found, one line. Under torchrun all ranks
     measure what goes between them; all but rank 0 end here."""
     name = device_of(config, planned=False)
-    rates, count = measured_rates(config, spec, name)
-    if int(os.environ.get("RANK", 0)):
+    comm = dataclasses.replace(config.comm, mode=options.Comm().mode)
+    processes = parallel.init_processes(comm, options.Parallelism(), config.training.enable_cpu_offload)
+    rates, count = measured_rates(config, spec, name, processes.blocks)
+    dist.destroy_process_group()
+    if processes.rank:
         raise SystemExit(0)
     path = save(rates, spec.name, spec.args, config.training.mixed_precision_param, name)
     products, attention = (f"{1e-12 / seconds:.3g}" if seconds else "any" for seconds in rates.forward[:2])
-    between, ranks = "", int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1:
-        speed = rates.gather if ranks <= NODE else rates.network
+    between = ""
+    if processes.count > 1:
+        speed = rates.gather if processes.count <= NODE else rates.network
         between = f", {speed / 1e9:.3g} GB/s and {1e6 * rates.latency:.3g} us between ranks"
     return (
         f"{name}: {products} TFLOP/s in products, {attention} in attention,"
@@ -80,27 +95,16 @@ def calibrate(config: Config, spec: build.ModelSpec) -> str:
     )
 
 
-def measured_rates(config: Config, spec: build.ModelSpec, name: str) -> tuple[Rates, int]:
-    """The rates of the device with this `name`, and from how many actions. All ranks call."""
-    with _process_group(config) as blocks:
-        device = torch.device("cpu" if name == "cpu" else f"cuda:{torch.cuda.current_device()}")
-        assumed, steps = analytic(name), Steps(config, spec, device, name, blocks)
-        works = steps.alone(assumed)
-        rates = fitted(works, assumed)._replace(**_bandwidths(device))
-        return rates._replace(latency=steps.latency(rates)), len(works)
-
-
-@contextmanager
-def _process_group(config: Config) -> Iterator[dict[range, dist.ProcessGroup]]:
-    """There is one inside: that which there is, or one of torchrun's ranks. Gives `Processes.blocks`."""
-    joins = not dist.is_initialized()
-    if joins:
-        comm = dataclasses.replace(config.comm, mode=options.Comm().mode)
-        parallel.init_processes(comm, options.Parallelism())
-    ranks = dist.get_world_size()
-    yield parallel.make_blocks(0, dist.get_rank(), ranks, ranks)
-    if joins:
-        dist.destroy_process_group()
+def measured_rates(
+    config: Config, spec: build.ModelSpec, name: str, blocks: dict[range, dist.ProcessGroup]
+) -> tuple[Rates, int]:
+    """The rates of the device with this `name`, and from how many actions. All ranks call; `blocks`: as
+    `Processes.blocks`, of a layout in which each rank is a replica."""
+    device = torch.device("cpu" if name == "cpu" else f"cuda:{torch.cuda.current_device()}")
+    assumed, steps = analytic(name), Steps(config, spec, device, name, blocks)
+    works = steps.alone(assumed)
+    rates = fitted(works, assumed)._replace(**_bandwidths(device))
+    return rates._replace(latency=steps.latency(rates)), len(works)
 
 
 class Steps:
@@ -127,62 +131,61 @@ class Steps:
         """What the actions of STEPS took, at the same time on all ranks. Steps that do not fit into memory or
         take too long are left out: as those `assumed` rates have it, and how far off they were before."""
         lengths = [min(length, self.config.training.seq_len) for length, _ in STEPS]
-        steps = {(length, min(size, length)) for length, (_, size) in zip(lengths, STEPS)}
-        for step in sorted(steps)[:2]:  # kernels are compiled, and chosen
-            self._run(self._plan(*step, replicas=1)[0], [])
-        fastest: dict[tuple[int, int], list[Work]] = {}
+        sizes = {(length, min(size, length)) for length, (_, size) in zip(lengths, STEPS)}
+        steps = [self._planned(*each, replicas=1) for each in sorted(sizes)]
+        guesses = [step.time(assumed).step(step.plan) for step in steps]
+        for step in steps[:2]:  # kernels are compiled, and chosen
+            self._run(step.plan)
+        fastest: dict[int, list[float]] = {}
         start, spent, expected = time.perf_counter(), 0.0, 0.0
-        for step in sorted(steps) * ROUNDS:
-            plan, time_of = self._plan(*step, replicas=1)
-            guess, begin = time_of(assumed).step(plan), time.perf_counter()
-            if fastest and begin - start + guess * spent / expected > SECONDS:
+        for number in list(range(len(steps))) * ROUNDS:
+            begin = time.perf_counter()
+            if fastest and begin - start + guesses[number] * spent / expected > SECONDS:
                 continue
             try:
-                works = self._run(plan, [time_of(unit) for unit in UNITS])
+                seconds = self._run(steps[number].plan)
             except torch.OutOfMemoryError:
-                logger.info(f"{step[0]:,} tokens in chunks of {step[1]:,} do not fit into memory: left out")
+                logger.info(
+                    f"a step of {steps[number].plan.tokens:,} tokens does not fit into memory: left out"
+                )
                 continue
-            spent, expected = spent + time.perf_counter() - begin, expected + guess
-            before = fastest.get(step, works)
-            fastest[step] = [min(both, key=lambda work: work.seconds) for both in zip(works, before)]
-        return [work for works in fastest.values() for work in works]
+            spent, expected = spent + time.perf_counter() - begin, expected + guesses[number]
+            fastest[number] = list(map(min, seconds, fastest.get(number, seconds)))
+        return [
+            Work(*work)
+            for number, seconds in fastest.items()
+            for work in zip(steps[number].amounts(UNITS), seconds)
+        ]
 
     def latency(self, rates: Rates) -> float:
         """Seconds of a collective, from what the actions of a sequence that all ranks share take beyond what
         they would by these `rates`, if that is known."""
-        ranks = dist.get_world_size()
+        ranks, rank = dist.get_world_size(), dist.get_rank()
         length = min(SHARED * ranks, self.config.training.seq_len)
-        plan, time_of = self._plan(length, max(1, length // (2 * ranks)), ranks)
-        if not plan.spread_sequences:
+        step = self._planned(length, max(1, length // (2 * ranks)), ranks)
+        if not step.plan.spread_sequences:
             return rates.latency
-        times = time_of(MEETING), time_of(rates._replace(latency=0.0))
-        rounds = [self._run(plan, times, dist.get_rank()) for _ in range(ROUNDS)]
-        works = [min(works, key=lambda work: work.seconds) for works in zip(*rounds)]
-        beyond = sum(work.seconds - work.amounts[1] for work in works)
-        meetings = sum(work.amounts[0] for work in works)
-        return max(0.0, beyond / meetings) if meetings else rates.latency
+        seconds = map(min, zip(*(self._run(step.plan, rank) for _ in range(ROUNDS))))
+        meetings, without = zip(*step.amounts((MEETING, rates._replace(latency=0.0)), rank))
+        beyond = sum(seconds) - sum(without)
+        return max(0.0, beyond / sum(meetings)) if sum(meetings) else rates.latency
 
-    def _plan(self, length: int, chunk_size: int, replicas: int) -> tuple[Plan, Callable[[Rates], StepTime]]:
-        """Of a step with a sequence of this length; and what gives its time with other rates."""
-        self.config.chunkflow.chunk_size = chunk_size
-        spec = self.spec
+    def _planned(self, length: int, chunk_size: int, replicas: int) -> Planned:
+        self.config.chunkflow.chunk_size, spec = chunk_size, self.spec
         settings = build.plan_settings(self.config, spec, replicas, self.name)._replace(room=None)
         layout = spec.family, spec.args, spec.layers, replicas, self.name
         sizes = prediction.stage_sizes(self.config, *layout)
-        return plan_step([length], settings), functools.partial(StepTime, settings, sizes)
+        return Planned(plan_step([length], settings), functools.partial(StepTime, settings, sizes))
 
-    def _run(self, plan: Plan, times: Sequence[StepTime], replica: int = 0) -> list[Work]:
-        """The actions of a replica."""
+    def _run(self, plan: Plan, replica: int = 0) -> list[float]:
+        """Seconds of each action of a replica."""
         (program,), groups = plan.programs[replica], plan.groups[replica]
         chunks = [
             [self._chunk(chunk, index, group.spread is not None) for index, chunk in enumerate(group.chunks)]
             for group in groups
         ]
         timeline = self.runner.step(program, groups, chunks, 1.0).clock.timeline()
-        return [
-            Work(tuple(time.action(action, groups) for time in times), end - begin)
-            for action, begin, end in timeline
-        ]
+        return [end - begin for _, begin, end in timeline]
 
     def _chunk(self, chunk: Chunk, index: int, shared: bool) -> ChunkTensors:
         """A chunk of any tokens."""
@@ -268,14 +271,12 @@ def _bandwidths(device: torch.device) -> dict[str, float]:
     ranks = dist.get_world_size()
     if ranks == 1:
         return rates
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     shard = some[: some.numel() // ranks]
     whole = other[: shard.numel() * ranks]
 
     def meet() -> None:
-        gather(whole, shard)
-        scatter(shard, whole)
+        all_gather(whole, shard)
+        reduce_scatter(shard, whole)
 
     # What each rank sends, and receives.
     rates["gather" if ranks <= NODE else "network"] = 2 * 4 * shard.numel() * (ranks - 1) / fastest(meet)

@@ -98,8 +98,9 @@ def analytic(device: str) -> Rates:
 
 
 def calibration_file(model: str, args: Any, device: str, dtype: str) -> Path:
-    """Where the measured rates of a model and a device are kept."""
-    identity = json.dumps([model, repr(args), device.lower(), dtype])
+    """Where the measured rates of a model and a device are kept. Those with other fields, as earlier versions
+    kept, have other names."""
+    identity = json.dumps([model, repr(args), device.lower(), dtype, Rates._fields])
     digest = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
     return cache_folder() / "calibration" / f"{digest}.json"
 
