@@ -27,12 +27,12 @@ from chunkflow.settings.faults import add, collected, refuse
 from chunkflow.storage import hf_weights as hf
 from chunkflow.training import build, calibration, choice, parallel, prediction
 from chunkflow.training.lora import trained_parameters
-from chunkflow.training.rates import device_of
+from chunkflow.training.rates import ASSUMED, analytic, device_of
 from chunkflow.training.start import main_config, user_errors, world_size
 
 
-def check(config, steps: str) -> None:
-    """The training recipe's checks, except those of this machine's devices; and of --steps."""
+def check(config, steps: str, device: str) -> None:
+    """The training recipe's checks, except those of this machine's devices; and of --steps and --device."""
     faults = {}
     if not steps.isdecimal() or int(steps) < 1:
         add(faults, f"--steps = {steps} is not a whole number of at least 1: give one such as 20")
@@ -40,6 +40,8 @@ def check(config, steps: str) -> None:
     def weights(spec) -> None:
         hf.check(config.checkpoint, config.model.hf_assets_path, spec.family, spec.args)
 
+    with collected(faults):
+        analytic(device or ASSUMED)
     with collected(faults):
         build.check(config, weights, planned=True)
     refuse(faults)
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
             " device's first. --json: print one JSON object. --write: refresh the file's comment."
             " --pictures FOLDER: write PNG files and TensorBoard's events there.\n"
         )
-    checks = functools.partial(check, steps=options.steps)
+    checks = functools.partial(check, steps=options.steps, device=options.device)
     config = main_config(rest, check=checks, planned=True, chooses=True)
     with user_errors():
         spec, seed = build.model_spec(config), parallel.set_seed(config.debug)

@@ -156,8 +156,10 @@ def test_plan_compares_settings(tmp_path, options, monkeypatch, capsys):
     assert "three forwards" in full["hint"] and full["hint"] in plan.table(full)
     assert fixed["hint"] == ""
     with pytest.raises(SystemExit) as stopped:
-        plan.main([*common, "--device=TPU"])
-    assert stopped.value.code == 1 and "--device = TPU is not known" in capsys.readouterr().err
+        plan.main([*options, "--device=TPU"])
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and "--device = TPU is not known" in said.err
+    assert not said.out, "nothing is read for a device that is not known"
 
 
 def test_the_comment_of_a_file_is_refreshed(tmp_path, options, monkeypatch, capsys):

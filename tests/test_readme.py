@@ -67,6 +67,7 @@ NOT_RUN = {
             "python benchmarks/pipeline.py --train-steps 0 --steps 6",
             "python benchmarks/kill_loop.py --kills 200",
             "python benchmarks/versus.py --runs 1",
+            "python benchmarks/planner.py --quick",
             "python benchmarks/gpu.py",
             "python benchmarks/paper.py --picture docs/pictures/paper.png",
             "python benchmarks/paper.py --checks",
